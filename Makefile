@@ -1,0 +1,77 @@
+# `make help` lists the targets. Works with GNU make 3.81 (macOS) and newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+TUTORIALS ?= $(sort $(wildcard tutorials/[0-9][0-9]_*.py))
+
+BIN := $(VENV)/bin
+# Made when an install has finished; an install runs again when what is asked for has changed.
+DEMO_STAMP := $(VENV)/.installed-demo
+DEV_STAMP := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test lint format bench tutorials clean distclean
+
+help: ## list the targets
+	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [WORKERS=2]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "The first target that needs it creates $(VENV) and installs the versions of constraints.txt."
+	@echo "Examples:"
+	@echo "  make demo ARGS='--env CartPole-v1'"
+	@echo "  make test ARGS='-m \"not slow\" -k returns'"
+	@echo "  make tutorials TUTORIALS=tutorials/01_first.py"
+
+demo: $(DEMO_STAMP) ## learn a world model of Pendulum-v1 and plan in it (ARGS: options of `train`)
+	$(BIN)/python -m layeredrl_trl train $(ARGS)
+
+install: $(DEV_STAMP) ## install the library and everything the targets below need
+
+test: $(DEV_STAMP) ## run all tests and docstring examples (ARGS: options of pytest)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(DEV_STAMP) ## check formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(DEV_STAMP) ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEV_STAMP) ## time what benchmarks/ measures and print a table (ARGS: options of pytest)
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+tutorials: $(DEV_STAMP) ## execute tutorials/*.py into the notebooks beside them
+	@set -e; for script in $(TUTORIALS); do \
+		notebook="$${script%.py}.ipynb"; \
+		echo "$$script -> $$notebook"; \
+		$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --update --output "$$notebook" "$$script"; \
+		$(BIN)/jupyter-execute --inplace "$$notebook"; \
+	done
+
+clean: ## remove caches and what training and building left here
+	rm -rf build dist outputs runs .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## clean, and remove $(VENV)
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the library and the demo's packages into $(VENV) (about a minute)"
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the library and the development packages into $(VENV) (a minute or two)"
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(DEMO_STAMP)

@@ -1,0 +1,191 @@
+"""Reading chosen entries of a replay buffer at chosen storage positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict.nn.utils import _set_dispatch_td_nn_modules
+from torch import Tensor
+from torchrl.data import ReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.storages import Storage
+from torchrl.data.replay_buffers.storages.utils import _collate_id
+
+
+def gather(column: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    """Read one stored entry at storage positions.
+
+    Args:
+        column: the entry of the whole storage, ``[*N, *F]`` with one dim in ``N`` per tensor of
+            ``index``.
+        index: LongTensors of one common shape ``[*S]``, on the column's device.
+
+    Returns:
+        ``[*S, *F]``, a plain tensor also where the column is memory-mapped.
+    """
+    column = column.as_subclass(torch.Tensor)
+    if len(index) > 1:
+        return column[index]
+    features = column.shape[1:]
+    # faster than advanced indexing: twice on rows of features, three times on flat columns
+    flat = column.reshape(-1) if features.numel() == 1 else column
+    return flat.index_select(0, index[0].reshape(-1)).view(index[0].shape + features)
+
+
+def stack_index(index: tuple[Tensor, ...]) -> Tensor:
+    """Make one tensor of storage positions.
+
+    Args:
+        index: one LongTensor ``[*S]`` per storage dim.
+
+    Returns:
+        ``[*S]`` for a storage of one dim, else ``[*S, ndim]``.
+
+    Example:
+        >>> import torch
+        >>> stack_index((torch.zeros(3, 2, dtype=torch.long),)).shape
+        torch.Size([3, 2])
+        >>> stack_index((torch.zeros(3, 2, dtype=torch.long),) * 2).shape
+        torch.Size([3, 2, 2])
+    """
+    return index[0] if len(index) == 1 else torch.stack(index, -1)
+
+
+def leaf_keys(tensordict: TensorDictBase) -> list[NestedKey]:
+    """List the keys of a TensorDict's entries in order, for the text of an error."""
+    return sorted(tensordict.keys(include_nested=True, leaves_only=True), key=str)
+
+
+def read_transitions(
+    buffer: ReplayBuffer,
+    index: tuple[Tensor, ...],
+    keys: Sequence[NestedKey],
+    optional_keys: Sequence[NestedKey] = (),
+) -> TensorDict:
+    """Read some entries of a replay buffer at storage positions.
+
+    Without transforms and with a tensor storage only the named entries are gathered. Otherwise
+    the positions go, as one flat batch, through the collate function and the transforms of the
+    buffer, exactly as a batch of ``buffer.sample()`` does, and the named entries are taken from
+    what comes out. float64 observations are cast: every float64 entry comes back as float32.
+
+    Args:
+        buffer: the replay buffer.
+        index: one LongTensor ``[*S]`` per storage dim (time first, then the env's row), as
+            ``TransitionSliceSampler.sample_slices`` returns them; ``[B, T]`` for slices.
+        keys: entries that must be there.
+        optional_keys: entries that are read where they are there.
+
+    Returns:
+        A new TensorDict with batch size ``[*S]``, on the storage's device (with transforms: where
+        these put it).
+
+    Raises:
+        ValueError: the buffer is empty, or a transform changed the number of steps.
+        KeyError: an entry of ``keys`` is not there; names it and those that are.
+        TypeError: ``index`` is no tuple of as many integer tensors as the storage has dims.
+        IndexError: a position lies beyond what is stored.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
+        >>> data = {"observation": torch.rand(10, 3).double(), "action": torch.rand(10, 1)}
+        >>> _ = buffer.extend(TensorDict(data, batch_size=[10]))
+        >>> index = (torch.tensor([[0, 1], [8, 9]]),)
+        >>> read_transitions(buffer, index, ["observation"])["observation"].shape
+        torch.Size([2, 2, 3])
+    """
+    storage = buffer.storage
+    if len(storage) == 0:
+        raise ValueError(f"Cannot read {list(keys)}: the replay buffer is empty.")
+    index = _checked_index(index, storage)
+    with buffer._replay_lock, buffer._write_lock:
+        if _has_plain_columns(buffer):
+            source, plain = storage._storage, True
+        else:
+            source, plain = _through_buffer(buffer, index), False
+        missing = [key for key in keys if source.get(key, None) is None]
+        if missing:
+            raise KeyError(
+                f"The replay buffer has no entry {', '.join(map(repr, missing))}; "
+                f"it has {leaf_keys(source)}."
+            )
+        rows = None if not plain or storage._is_full else storage._len_along_dim0
+        out = TensorDict({}, batch_size=index[0].shape)
+        for key in (*keys, *optional_keys):
+            value = source.get(key, None)
+            if value is None:
+                continue
+            if not plain:
+                value = value.reshape(index[0].shape + value.shape[1:])
+            elif isinstance(value, Tensor):
+                value = gather(value[:rows], index)
+            else:
+                value = value[:rows][index]
+            out.set(key, _as_float32(value))
+    return out
+
+
+def _has_plain_columns(buffer: ReplayBuffer) -> bool:
+    """Say whether what is stored is what ``buffer.sample()`` gives."""
+    storage, transform = buffer.storage, buffer.transform
+    return (
+        isinstance(storage, TensorStorage)
+        and is_tensor_collection(storage._storage)
+        and (transform is None or len(transform) == 0)
+        and buffer._collate_fn is _collate_id
+    )
+
+
+def _through_buffer(buffer: ReplayBuffer, index: tuple[Tensor, ...]) -> TensorDictBase:
+    """Take the path of ``buffer.sample()`` behind its sampler, on a flat batch.
+
+    ``buffer[index]`` would not do: for a storage of two dims it reads (and transforms) the whole
+    buffer, and takes its index in the order (env, time).
+    """
+    flat = tuple(position.reshape(-1) for position in index)
+    data = buffer._collate_fn(buffer.storage.get(flat))
+    if not is_tensor_collection(data):
+        raise TypeError(f"Expected the replay buffer to hold TensorDicts, got {type(data)}.")
+    transform = buffer.transform
+    if transform is not None and len(transform):
+        with data.unlock_(), _set_dispatch_td_nn_modules(True):
+            data = transform(data)
+    if data.batch_size.numel() != flat[0].numel():
+        raise ValueError(
+            f"The transforms of the replay buffer made a batch of size {list(data.batch_size)} of "
+            f"{flat[0].numel()} steps: expected as many steps as before."
+        )
+    return data.reshape(-1)
+
+
+def _checked_index(index: tuple[Tensor, ...], storage: Storage) -> tuple[Tensor, ...]:
+    if not (
+        isinstance(index, tuple)
+        and len(index) == storage.ndim
+        and all(isinstance(i, Tensor) and i.dtype == torch.long for i in index)
+        and all(i.shape == index[0].shape for i in index)
+    ):
+        raise TypeError(
+            f"index: expected a tuple of {storage.ndim} LongTensor(s) of one shape, one for each "
+            f"dim of the storage, got {_describe(index)}."
+        )
+    device = getattr(storage, "device", None)
+    return index if device is None else tuple(i.to(device) for i in index)
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_describe, value))})"
+    return repr(value)
+
+
+def _as_float32(value):
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == torch.float64 else value
+    return value.apply(_as_float32) if is_tensor_collection(value) else value

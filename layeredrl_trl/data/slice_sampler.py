@@ -1,0 +1,389 @@
+"""Slices of consecutive transitions with uniform starts.
+
+TorchRL's ``SliceSampler`` lists all trajectories of the storage and draws among them, which costs
+O(size of the buffer) per batch and favours short episodes. Here a start is drawn among all stored
+transitions, and only the boundary flags of the steps in the drawn windows are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, is_tensor_collection, unravel_key
+from torch import Tensor
+from torchrl.data import RoundRobinWriter, SliceSampler, TensorStorage
+from torchrl.data.replay_buffers.storages import Storage
+
+from layeredrl_trl.data.reading import gather, leaf_keys
+from layeredrl_trl.keys import IS_INIT, MASK, NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED, TRAJ_IDS
+
+DEFAULT_END_KEYS = (NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED)
+DEFAULT_TRAJ_KEYS = (TRAJ_IDS, "episode")
+# A start that falls on stored padding is drawn again, at most so often: with half of the storage
+# being padding one slice in 65536 still starts on it.
+_DRAWS_PER_START = 16
+
+
+class _Columns(NamedTuple):
+    """The stored entries that tell where an episode ends, each of the whole storage."""
+
+    ends: list[Tensor]
+    traj: Tensor | None
+    init: Tensor | None
+    mask: Tensor | None
+    device: torch.device
+
+
+class TransitionSliceSampler(SliceSampler):
+    """Sample slices of consecutive transitions whose starts are uniform over the stored ones.
+
+    A batch of ``B`` slices of ``T`` steps is the flat batch ``[B * T]`` of TorchRL's convention,
+    slice after slice; ``batch.reshape(B, T)`` gives it time as its last batch dim. It is always
+    rectangular and always has ``("collector", "mask")``.
+
+    Between two consecutive rows of the storage there is a boundary if the first has an end flag
+    (``end_keys``), if the trajectory id changes (``traj_key``), if the second is an episode's
+    first step (``init_key``), and behind the last row written. No slice crosses a boundary, nor
+    from one env's row into another's (storage ``ndim`` 2: time first, then envs). In a storage of
+    one dim that holds the steps of several envs one after the other, only a trajectory id tells
+    where an env's steps stop: have it stored, as TorchRL's collectors do.
+
+    Past the end of the episode the last real step repeats and the mask is False. A slice may start
+    on any step, the last of an episode included: then it has one real step. Rows of a stored
+    ``("collector", "mask")`` that are False (padding) are never real steps; a start on one is drawn
+    again, up to 16 times, after which the slice is wholly masked.
+
+    What is stored comes out as it is: ``done``, ``truncated`` and ``is_init`` are not touched. The
+    cost of a batch is O(B * T), whatever the size of the buffer.
+
+    Args:
+        slice_len: steps ``T`` of a slice; the batch size must be a multiple. Exclusive with
+            ``num_slices``.
+        num_slices: slices ``B`` of a batch; the batch size must be a multiple. Exclusive with
+            ``slice_len``.
+        end_keys: flags that mark the last step of an episode, OR-ed; those not stored are skipped,
+            but one must be. None: ``("next", "done")``, ``("next", "terminated")`` and
+            ``("next", "truncated")``, and none of them need be stored if a trajectory id is.
+        traj_key: trajectory id, looked at in addition to the end flags. None:
+            ``("collector", "traj_ids")`` or else ``"episode"``, if stored.
+        init_key: flag of an episode's first step, looked at in addition if stored. None: never.
+
+    Writes:
+        ``("collector", "mask")`` ``[B * T, 1]`` bool: True on real steps.
+
+    Raises:
+        TypeError: both or none of ``slice_len`` and ``num_slices`` are given, or one is no integer;
+            when sampling: the storage is not one of tensors in a TensorDict (a ``ListStorage``).
+        ValueError: ``slice_len`` or ``num_slices`` is below 1, or ``end_keys`` is empty; when
+            sampling: the storage is empty, its elements are themselves batches, or the batch size
+            is not divisible.
+        KeyError: when sampling: none of the keys that would tell where an episode ends is stored.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> sampler = TransitionSliceSampler(slice_len=4)
+        >>> buffer = TensorDictReplayBuffer(
+        ...     storage=LazyTensorStorage(100), sampler=sampler, batch_size=32
+        ... )
+        >>> done = torch.arange(50).remainder(10).eq(9).unsqueeze(-1)
+        >>> data = {"observation": torch.rand(50, 3), "next": {"done": done}}
+        >>> _ = buffer.extend(TensorDict(data, batch_size=[50]))
+        >>> batch = buffer.sample().reshape(8, 4)
+        >>> batch["observation"].shape, batch["collector", "mask"].shape
+        (torch.Size([8, 4, 3]), torch.Size([8, 4, 1]))
+        >>> index, mask = sampler.slices_from(buffer.storage, (torch.tensor([8]),), 4)
+        >>> index[0].tolist(), mask.tolist()
+        ([[8, 9, 9, 9]], [[True, True, False, False]])
+    """
+
+    def __init__(
+        self,
+        *,
+        slice_len: int | None = None,
+        num_slices: int | None = None,
+        end_keys: Sequence[NestedKey] | None = None,
+        traj_key: NestedKey | None = None,
+        init_key: NestedKey | None = IS_INIT,
+    ) -> None:
+        if (slice_len is None) == (num_slices is None):
+            raise TypeError(
+                "TransitionSliceSampler: expected exactly one of slice_len and num_slices, got "
+                f"slice_len={slice_len} and num_slices={num_slices}."
+            )
+        if slice_len is not None:
+            _check_count("slice_len", slice_len)
+        else:
+            _check_count("num_slices", num_slices)
+        if end_keys is not None and not len(end_keys):
+            raise ValueError("TransitionSliceSampler: end_keys is empty; pass None for the usual.")
+        super().__init__(
+            slice_len=slice_len,
+            num_slices=num_slices,
+            end_keys=end_keys,
+            traj_key=None if traj_key is None else unravel_key(traj_key),
+            init_key=None if init_key is None else unravel_key(init_key),
+            truncated_key=None,
+            strict_length=False,
+            pad_output=True,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(slice_len={self.slice_len}, num_slices={self.num_slices}, "
+            f"end_keys={self.end_keys}, traj_key={self.traj_key}, init_key={self.init_key})"
+        )
+
+    def sample(
+        self, storage: Storage, batch_size: int
+    ) -> tuple[tuple[Tensor, ...], dict[NestedKey, Any]]:
+        """Draw a batch of slices, as the replay buffer asks for it.
+
+        Args:
+            storage: the storage of the replay buffer.
+            batch_size: steps of all slices together, ``B * T``.
+
+        Returns:
+            The storage positions, one LongTensor ``[B * T]`` per storage dim, and the info
+            ``{("collector", "mask"): [B * T, 1]}``.
+        """
+        slice_len, num_slices = self._adjusted_batch_size(batch_size)
+        index, mask = self.sample_slices(storage, num_slices, slice_len)
+        return tuple(i.reshape(-1) for i in index), {MASK: mask.reshape(-1, 1)}
+
+    def sample_slices(
+        self, storage: Storage, num_slices: int, slice_len: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Draw slices, whatever the ``slice_len`` or ``num_slices`` of this sampler.
+
+        Args:
+            storage: the storage of a replay buffer.
+            num_slices: slices ``B``.
+            slice_len: steps ``T`` of each.
+
+        Returns:
+            The storage positions, one LongTensor ``[B, T]`` per storage dim (time first), and the
+            mask ``[B, T]``, True on real steps; both on the storage's device.
+        """
+        _check_count("num_slices", num_slices)
+        _check_count("slice_len", slice_len)
+        columns = self._columns(storage)
+        start = self._draw_starts(columns, storage.shape, num_slices)
+        return self._walk(storage, columns, start, slice_len)
+
+    def slices_from(
+        self, storage: Storage, start_index: tuple[Tensor, ...], slice_len: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Give the slices that begin at the given positions.
+
+        Args:
+            storage: the storage of a replay buffer.
+            start_index: one LongTensor ``[B]`` per storage dim (time first). That they lie within
+                what is stored is checked, which on CUDA waits for the device.
+            slice_len: steps ``T`` of each slice.
+
+        Returns:
+            As :meth:`sample_slices`.
+
+        Raises:
+            TypeError: ``start_index`` is no tuple of as many LongTensors as the storage has dims.
+            IndexError: a position is negative or beyond what is stored.
+        """
+        _check_count("slice_len", slice_len)
+        columns = self._columns(storage)
+        shape = storage.shape
+        if not (
+            isinstance(start_index, tuple)
+            and len(start_index) == len(shape)
+            and all(i.dtype == torch.long and i.ndim == 1 for i in start_index)
+            and all(i.shape == start_index[0].shape for i in start_index)
+        ):
+            raise TypeError(
+                f"start_index: expected a tuple of {len(shape)} LongTensor(s) of one shape [B], "
+                f"one for each dim of the storage, got {start_index}."
+            )
+        for position, size in zip(start_index, shape, strict=True):
+            if bool(((position < 0) | (position >= size)).any()):
+                raise IndexError(
+                    f"start_index: expected positions within the stored {list(shape)}, got "
+                    f"{position.min().item()} to {position.max().item()} for a size of {size}."
+                )
+        start = tuple(i.to(columns.device) for i in start_index)
+        return self._walk(storage, columns, start, slice_len)
+
+    def _adjusted_batch_size(self, batch_size: int) -> tuple[int, int]:
+        """Split a batch size into ``(T, B)``."""
+        name = "slice_len" if self.num_slices is None else "num_slices"
+        divisor = getattr(self, name)
+        if batch_size < 1 or batch_size % divisor:
+            raise ValueError(
+                f"batch_size: expected a multiple of {name}={divisor}, got {batch_size}."
+            )
+        quotient = batch_size // divisor
+        return (divisor, quotient) if self.num_slices is None else (quotient, divisor)
+
+    def _sampleable_count(self, storage: Storage, batch_size: int) -> int:
+        """Count the possible starts: 0 if nothing is stored yet, else all that is stored.
+
+        Whatever else would keep :meth:`sample` from working is raised, not counted as 0: waiting
+        for more data would not help.
+        """
+        self._adjusted_batch_size(batch_size)
+        if len(storage) == 0:
+            return 0
+        self._columns(storage)
+        return storage.shape.numel()
+
+    def _columns(self, storage: Storage) -> _Columns:
+        """Find the stored entries that tell where an episode ends."""
+        if not isinstance(storage, TensorStorage):
+            raise TypeError(
+                f"{type(self).__name__} needs a storage that keeps TensorDicts as tensors "
+                f"(LazyTensorStorage, LazyMemmapStorage, TensorStorage), got "
+                f"{type(storage).__name__}."
+            )
+        data = storage._storage
+        if len(storage) == 0 or data is None:
+            raise ValueError("Cannot sample slices: the storage of the replay buffer is empty.")
+        if not is_tensor_collection(data):
+            raise TypeError(
+                f"{type(self).__name__} needs a storage of TensorDicts, got {type(data).__name__}."
+            )
+        if data.batch_dims > storage.ndim:
+            raise ValueError(
+                f"Each element of the storage is itself a batch: the data have batch size "
+                f"{list(data.batch_size)}, but the storage has ndim={storage.ndim}. Give the "
+                f"storage ndim={data.batch_dims}, or flatten the data before extending the buffer."
+            )
+
+        def stored(key: NestedKey | None) -> Tensor | None:
+            return None if key is None else data.get(key, None)
+
+        end_keys = self.end_keys or DEFAULT_END_KEYS
+        traj_keys = DEFAULT_TRAJ_KEYS if self.traj_key is None else (self.traj_key,)
+        ends = [column for column in map(stored, end_keys) if column is not None]
+        traj = next((column for column in map(stored, traj_keys) if column is not None), None)
+        if self.end_keys is not None and not ends:
+            raise KeyError(
+                f"None of the end_keys {list(end_keys)} is stored; there are {leaf_keys(data)}."
+            )
+        if self.traj_key is not None and traj is None:
+            raise KeyError(
+                f"The traj_key {self.traj_key!r} is not stored; there are {leaf_keys(data)}."
+            )
+        if not ends and traj is None:
+            raise KeyError(
+                "Cannot tell where an episode ends: expected one of the end keys "
+                f"{list(end_keys)} or one of the trajectory keys {list(traj_keys)} to be stored; "
+                f"there are {leaf_keys(data)}."
+            )
+        device = (ends[0] if ends else traj).device
+        return _Columns(ends, traj, stored(self.init_key), stored(MASK), device)
+
+    def _draw_starts(
+        self, columns: _Columns, shape: torch.Size, num_slices: int
+    ) -> tuple[Tensor, ...]:
+        """Draw ``[B]`` positions, uniform over the stored (and not padding) transitions."""
+        generator = self._rng
+        # the buffer's generator may live on the CPU while the storage is on an accelerator
+        device = columns.device if generator is None else generator.device
+        draws = 1 if columns.mask is None else _DRAWS_PER_START
+        start = tuple(
+            torch.randint(size, (num_slices, draws), generator=generator, device=device).to(
+                columns.device
+            )
+            for size in shape
+        )
+        if columns.mask is not None:
+            real = _flags(columns.mask, _positions(start, shape[1:]), len(shape))
+            first_real = real.byte().argmax(-1, keepdim=True)
+            start = tuple(i.gather(-1, first_real) for i in start)
+        return tuple(i.squeeze(-1) for i in start)
+
+    @staticmethod
+    def _walk(
+        storage: TensorStorage, columns: _Columns, start: tuple[Tensor, ...], slice_len: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Follow each start for ``T`` steps, up to the first boundary."""
+        shape = storage.shape
+        rows, lanes = shape[0], shape[1:]
+        first, lane = start[0].unsqueeze(-1), [i.unsqueeze(-1) for i in start[1:]]
+        offset = torch.arange(slice_len, device=columns.device)
+        time = (first + offset) % rows
+        position = _positions((time, *lane), lanes)
+
+        # cut[:, j]: step j + 1 of the window does not continue step j
+        cut = torch.zeros_like(time, dtype=torch.bool)
+        for row in _last_rows(storage, rows):
+            cut |= time == row
+        for column in columns.ends:
+            cut |= _flags(column, position, storage.ndim)
+        cut = cut[:, :-1]
+        if columns.traj is not None:
+            ids = _read(columns.traj, position, storage.ndim)
+            cut |= _any_feature(ids[:, 1:] != ids[:, :-1])
+        if columns.init is not None:
+            cut |= _flags(columns.init, position, storage.ndim)[:, 1:]
+        if columns.mask is not None:
+            real = _flags(columns.mask, position, storage.ndim)
+            cut |= ~real[:, 1:]
+
+        last = (cut.cumsum(-1) == 0).sum(-1, keepdim=True)
+        mask = offset <= last
+        if columns.mask is not None:
+            mask &= real[:, :1]
+        time = (first + torch.minimum(offset, last)) % rows
+        return (time, *(i.expand_as(time) for i in lane)), mask
+
+
+def _positions(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
+    """Number the positions in the order of the storage's memory; time is its first dim."""
+    position = index[0]
+    for i, size in zip(index[1:], lanes, strict=True):
+        position = position * size + i
+    return position
+
+
+def _read(column: Tensor, position: Tensor, ndim: int) -> Tensor:
+    """Read a stored entry at positions ``[B, T]``: ``[B, T, *F]``."""
+    return gather(column.flatten(0, ndim - 1), (position,))
+
+
+def _flags(column: Tensor, position: Tensor, ndim: int) -> Tensor:
+    """Read a stored flag at positions ``[B, T]``: bool, ``[B, T]``."""
+    return _any_feature(_read(column, position, ndim)).bool()
+
+
+def _any_feature(value: Tensor) -> Tensor:
+    """Reduce ``[B, T, *F]`` to ``[B, T]``, True where any feature is."""
+    if value.ndim == 2:
+        return value
+    return value.squeeze(-1) if value.shape[2:] == (1,) else value.flatten(2).any(-1)
+
+
+def _last_rows(storage: TensorStorage, rows: int) -> set[int]:
+    """Give the rows along time that nothing stored continues.
+
+    Of a full ring it is the row last written. A storage forgets it when it is loaded from a
+    checkpoint, its buffer's writer does not: so both are asked. A full storage that was never
+    written (data given at construction) begins at row 0.
+    """
+    if not storage._is_full:
+        return {rows - 1}
+    written = {storage._last_cursor_index}
+    for buffer in storage._attached_entities:
+        writer = getattr(buffer, "_writer", None)
+        if isinstance(writer, RoundRobinWriter) and writer._write_count:
+            written.add((writer._cursor - 1) % rows)
+    written.discard(None)
+    return written or {rows - 1}
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer of at least 1, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value}.")

@@ -1,0 +1,192 @@
+"""One imagined step on tensors: reward, next latent state, and what is left alive."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from layeredrl_trl import keys
+from layeredrl_trl.functional import (
+    aleatoric_variance,
+    epistemic_variance,
+    gaussian_mixture_mean,
+    sample_gaussian_mixture,
+)
+from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate
+
+Termination = Literal["soft", "sample"]
+Propagation = Literal["fixed_model", "random_model", "expectation"]
+
+
+class ImaginedStep(NamedTuple):
+    """The outcome of one imagined step.
+
+    Attributes:
+        latent: next latent states, ``[..., E, P, D]``.
+        alive: probability that the particle has not terminated yet, ``[..., E, P, 1]``.
+        particle_reward: ``[..., E, P, 1]``.
+        term_prob: probability that this step terminates, ``[..., E, P, 1]``.
+        reward: mean over particles of ``alive`` before the step times ``particle_reward``,
+            ``[..., 1]``.
+        terminated: bool ``[..., 1]``.
+        epistemic_var: ``[..., D]``, or ``None`` if not asked for.
+        aleatoric_var: ``[..., D]``, or ``None`` if not asked for.
+    """
+
+    latent: Tensor
+    alive: Tensor
+    particle_reward: Tensor
+    term_prob: Tensor
+    reward: Tensor
+    terminated: Tensor
+    epistemic_var: Tensor | None
+    aleatoric_var: Tensor | None
+
+
+class Imagination(nn.Module):
+    """Propagate particles through a dynamics model.
+
+    Args:
+        dynamics: the model.
+        reward: reads ``latent``, ``context``, ``action``; ``None`` for a reward of 0.
+        termination: ``"soft"`` keeps every particle and lowers ``alive`` by the termination
+            probability; ``"sample"`` draws, so that ``alive`` is 0 or 1.
+        propagation: which member moves a particle. ``"fixed_model"`` (TS-inf): its own, for good.
+            ``"random_model"`` (TS-1): a new one each step; with a row of particles for each
+            member a random permutation of them, so that each member moves as many.
+            ``"expectation"``: all of them, to the mean of their means; particles coincide.
+        uncertainty: also compute epistemic and aleatoric variance.
+
+    Raises:
+        ValueError: for an unknown option.
+
+    Reference:
+        Chua et al. 2018, arXiv:1805.12114, section 5 (TS-1, TS-inf, E).
+    """
+
+    def __init__(
+        self,
+        dynamics: DynamicsModel,
+        reward: TensorDictModuleBase | None,
+        *,
+        termination: Termination,
+        propagation: Propagation,
+        uncertainty: bool,
+    ) -> None:
+        for name, value, options in (
+            ("termination", termination, get_args(Termination)),
+            ("propagation", propagation, get_args(Propagation)),
+        ):
+            if value not in options:
+                raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+        super().__init__()
+        self.dynamics = dynamics
+        self.reward = reward
+        self.termination = termination
+        self.propagation = propagation
+        self.uncertainty = uncertainty
+
+    def step(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        alive: Tensor,
+        action: Tensor,
+        member: Tensor | None,
+        *,
+        deterministic: bool,
+    ) -> ImaginedStep:
+        """Imagine one step of ``N`` envs.
+
+        Args:
+            latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
+            context: ``[N, C]``.
+            alive: ``[N, E, P, 1]``.
+            action: ``[N, A]``, or indices ``[N]``.
+            member: long ``[N, 1]``: the member of all particles of an env, or ``None`` if
+                row ``e`` of the particles belongs to member ``e``.
+            deterministic: move particles to the mean of their mixture instead of drawing.
+
+        Returns:
+            An :class:`ImaginedStep`.
+        """
+        particle_reward = self._particle_reward(latent, context, action)
+        moves, beliefs = self._predict(latent, context, action, member)
+        if self.propagation == "expectation":
+            mean = gaussian_mixture_mean(beliefs.mean, beliefs.log_weights.exp())
+            next_latent = mean.mean(1, keepdim=True).expand_as(latent)
+            term_prob = beliefs.term_logit.sigmoid().mean(1, keepdim=True).expand_as(alive)
+        else:
+            term_prob = moves.term_logit.sigmoid()
+            if deterministic:
+                next_latent = gaussian_mixture_mean(moves.mean, moves.log_weights.exp())
+            else:
+                next_latent = sample_gaussian_mixture(moves.mean, moves.std, moves.log_weights)
+        terminated = torch.zeros_like(term_prob[:, 0, 0], dtype=torch.bool)
+        if self.termination == "soft":
+            next_alive = alive * (1 - term_prob)
+        else:
+            next_alive = alive * (torch.rand_like(term_prob) >= term_prob)
+            terminated = next_alive.amax((1, 2)) == 0
+        epistemic, aleatoric = _variances(beliefs) if self.uncertainty else (None, None)
+        return ImaginedStep(
+            latent=next_latent,
+            alive=next_alive,
+            particle_reward=particle_reward,
+            term_prob=term_prob,
+            reward=(alive * particle_reward).mean((1, 2)),
+            terminated=terminated,
+            epistemic_var=epistemic,
+            aleatoric_var=aleatoric,
+        )
+
+    def _particle_reward(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        if self.reward is None:
+            return torch.zeros_like(latent[..., :1])
+        per_env = {keys.CONTEXT: context, keys.ACTION: action}
+        entries = {
+            key: x[:, None, None].expand(*latent.shape[:3], *x.shape[1:])
+            for key, x in per_env.items()
+        }
+        return evaluate(self.reward, {keys.LATENT: latent, **entries})
+
+    def _predict(
+        self, latent: Tensor, context: Tensor, action: Tensor, member: Tensor | None
+    ) -> tuple[ParticlePrediction, ParticlePrediction]:
+        """Predict each particle with the member that moves it, and with a row for each member."""
+        model = self.dynamics
+        if member is not None:
+            if not self.uncertainty and self.propagation != "expectation":
+                moves = model.predict_particles(latent, context, action, member)
+                return moves, moves
+            everyone = latent.expand(-1, model.n_models, -1, -1)
+            beliefs = model.predict_particles(everyone, context, action)
+            env = torch.arange(latent.shape[0], device=latent.device)[:, None]
+            return ParticlePrediction(*(x[env, member] for x in beliefs)), beliefs
+        if self.propagation != "random_model":
+            beliefs = model.predict_particles(latent, context, action)
+            return beliefs, beliefs
+        order = torch.rand(latent.shape[:3], device=latent.device).flatten(1).argsort(1)
+        beliefs = model.predict_particles(_permute(latent, order), context, action)
+        back = order.argsort(1)
+        return ParticlePrediction(*(_permute(x, back) for x in beliefs)), beliefs
+
+
+def _permute(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the particles of ``x`` ``[N, E, P, ...]`` by ``order`` ``[N, E * P]``."""
+    env = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.flatten(1, 2)[env, order].unflatten(1, x.shape[1:3])
+
+
+def _variances(beliefs: ParticlePrediction) -> tuple[Tensor, Tensor]:
+    """Epistemic and aleatoric variance ``[N, D]`` of predictions for ``[N, E, P]`` particles.
+
+    A member's belief is the even mixture of the ``P * M`` components of its particles.
+    """
+    mean, std, log_weights, _ = beliefs
+    mean, std = mean.flatten(2, 3), std.flatten(2, 3)
+    weights = log_weights.exp().flatten(2) / log_weights.shape[2]
+    return epistemic_variance(mean, weights), aleatoric_variance(mean, std, weights)

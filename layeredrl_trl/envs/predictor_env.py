@@ -1,0 +1,435 @@
+"""The learned model as a TorchRL environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs.model_based import ModelBasedEnvBase
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+from layeredrl_trl import keys
+from layeredrl_trl.envs.imagination import ImaginedStep, Imagination, Propagation, Termination
+from layeredrl_trl.modules import DynamicsModel, Encoder, as_reward_module, space_dim
+
+_DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
+
+
+class InitialState(TensorDictModuleBase):
+    """Turn a real observation into the state of an imagined env.
+
+    Every particle starts at the encoded observation, alive.
+
+    Args:
+        encoder: of the predictor.
+        state_spec: what an imagined state holds.
+        n_models: members to spread envs over, if an env's particles are all of one member.
+
+    Reads:
+        ``observation`` ``[..., O]``.
+
+    Writes:
+        ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``, and
+        whatever else the env's ``observation_spec`` holds: ``member`` ``[..., 1]``, and zeros for
+        what only a step has (``particle_reward``, ``term_prob``, variances).
+    """
+
+    def __init__(self, encoder: Encoder, state_spec: Composite, n_models: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.state_spec = state_spec
+        self.n_models = n_models
+        self.in_keys = list(encoder.in_keys)
+        self.out_keys = [key for key in state_spec.keys(True, True) if key not in encoder.in_keys]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the imagined state."""
+        missing = [key for key in self.in_keys if key not in tensordict.keys(True)]
+        if missing:
+            raise KeyError(
+                f"initial_state reads {missing}, but the TensorDict has only "
+                f"{sorted(map(str, tensordict.keys(True, True)))}."
+            )
+        latent, context = self.encoder.encode(tensordict.get(self.in_keys[0]))
+        batch = tensordict.batch_size
+        if latent.shape[:-1] != batch:
+            raise ValueError(
+                f"observation: expected the batch size {list(batch)} of the TensorDict, got a "
+                f"latent state of shape {list(latent.shape)}."
+            )
+        state = {key: self.state_spec[key].zero() for key in self.out_keys}
+        state = {
+            key: zero.to(latent.device).expand(*batch, *zero.shape).clone()
+            for key, zero in state.items()
+        }
+        particles = state[keys.LATENT].shape
+        state[keys.LATENT] = latent[..., None, None, :].expand(particles)
+        state[keys.CONTEXT] = context
+        state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
+        if keys.MEMBER in state:
+            state[keys.MEMBER] = spread_members(batch, self.n_models, latent.device)
+        return tensordict.update(state)
+
+
+def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Tensor:
+    """Deal the members out to envs, as evenly as can be, from a random first one on.
+
+    Returns:
+        long ``[*batch, 1]``.
+    """
+    first = torch.randint(n_models, (), device=device)
+    return ((torch.arange(batch.numel(), device=device) + first) % n_models).reshape(*batch, 1)
+
+
+class PredictorEnv(ModelBasedEnvBase):
+    """Imagine with a learned model: a TorchRL environment over latent states.
+
+    Each env carries ``E x P`` particles. One step from ``(latent, context, alive, action)`` gives each
+    particle the reward of its *current* latent state, draws its next latent state from its member's
+    mixture, and multiplies ``alive`` by the probability that it did not terminate. The reward is
+    the mean over particles of ``alive * particle_reward``.
+
+    It takes TensorDicts of any leading batch shape, on the device of the model.
+
+    Args:
+        encoder: turns observations into latent states and contexts.
+        dynamics: the model.
+        reward: reads ``latent``, ``context``, ``action``, writes ``[..., 1]``; a plain
+            ``f(latent, context, action)`` is wrapped; ``None`` for a reward of 0.
+        action_spec: of one env, without batch dims.
+        num_particles: particles that an env carries. ``None``: ``E * P`` of the model. From ``E`` on,
+            a multiple of ``E``: a row of particles for each member. Below ``E`` all particles of an env
+            are of one member, and envs are spread evenly over the members: the state is
+            ``[..., 1, num_particles, D]`` with a ``member`` entry, and a step costs no more with a
+            larger ensemble.
+        termination: ``"soft"`` never ends a rollout and weights rewards by ``alive``; ``"sample"``
+            draws termination for each particle, and an env is terminated when all its particles are.
+        propagation: ``"fixed_model"`` (TS-inf), ``"random_model"`` (TS-1) or ``"expectation"``.
+        deterministic: move particles to the mean of their mixture. ``None``: as TorchRL's
+            ``set_exploration_type`` says.
+        uncertainty: also give ``epistemic_var`` (variance over members of the member means) and
+            ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``.
+        start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from, or
+            a function of a batch shape that returns them. ``None``: latent states drawn from a
+            standard normal, and a zero context.
+
+    Reads:
+        ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``,
+        ``action`` ``[..., A]`` (``member`` ``[..., 1]``).
+
+    Writes:
+        Under ``"next"``: ``latent``, ``context``, ``alive``, ``particle_reward``
+        ``[..., E, P, 1]``, ``term_prob`` ``[..., E, P, 1]``, ``reward`` ``[..., 1]``,
+        ``terminated``, ``truncated``, ``done`` ``[..., 1]``; where asked for ``epistemic_var`` and
+        ``aleatoric_var`` ``[..., D]``; where the encoder can decode, ``observation`` ``[..., O]`` of
+        the first particle.
+
+    Raises:
+        ValueError: at construction, for an unknown option, sizes of encoder and dynamics that
+            differ, or a ``num_particles`` that does not divide.
+
+    Example:
+        >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
+        >>> env = PredictorEnv(
+        ...     IdentityEncoder(3),
+        ...     ProbabilisticEnsemble(3, 0, 1, n_models=5),
+        ...     RewardNet(3, 0, 1),
+        ...     Bounded(-2.0, 2.0, (1,)),
+        ... )
+        >>> start = env.initial_state(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))
+        >>> env.rollout(7, tensordict=start, auto_reset=False)["next", "reward"].shape
+        torch.Size([4, 7, 1])
+        >>> env.imagine(start, torch.zeros(4, 7, 1))["latent"].shape
+        torch.Size([4, 7, 5, 1, 3])
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dynamics: DynamicsModel,
+        reward: nn.Module | None,
+        action_spec: TensorSpec,
+        *,
+        num_particles: int | None = None,
+        termination: Termination = "soft",
+        propagation: Propagation = "fixed_model",
+        deterministic: bool | None = False,
+        uncertainty: bool = False,
+        start: Tensor | Callable[[torch.Size], Tensor] | None = None,
+    ) -> None:
+        _check_sizes(encoder, dynamics, action_spec, start)
+        rows, particles = _particle_layout(dynamics, num_particles)
+        device = next((p.device for p in dynamics.parameters()), torch.device("cpu"))
+        imagination = Imagination(
+            dynamics,
+            as_reward_module(reward),
+            termination=termination,
+            propagation=propagation,
+            uncertainty=uncertainty,
+        )
+        super().__init__(imagination, device=device)
+        self.deterministic = deterministic
+        self.start = start
+        self._make_specs(encoder, dynamics, action_spec, rows, particles)
+        self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
+
+    def imagine(self, tensordict: TensorDictBase, actions: Tensor) -> TensorDictBase:
+        """Roll out given actions: as ``rollout``, without the machinery of a step.
+
+        A terminated env (``termination="sample"``) goes on to the end of the actions, with
+        ``alive`` and so its reward at 0.
+
+        Args:
+            tensordict: imagined state, batch ``[...]`` (see :attr:`initial_state`).
+            actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
+
+        Returns:
+            TorchRL's rollout layout, batch ``[..., H]``. ``("next", key)`` and ``key`` are views
+            of one tensor, one step apart.
+
+        Raises:
+            KeyError: if an entry of the state is missing.
+            ValueError: if a shape does not fit.
+        """
+        batch = tensordict.batch_size
+        shape = self.action_spec.shape
+        if actions.ndim != len(batch) + 1 + len(shape) or (
+            actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
+        ):
+            expected = ", ".join(map(str, [*batch, "H", *shape]))
+            raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
+        horizon = actions.shape[len(batch)]
+        flat = tensordict.reshape(-1)
+        state = self._read_state(flat)
+        flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
+        steps = [self._before_first_step(flat, state)]
+        rewards = []
+        for t in range(horizon):
+            state = self._imagine_step(state, flat_actions[:, t])
+            rewards.append(state.pop(keys.REWARD))
+            steps.append(state)
+        stacked = {key: torch.stack([step[key] for step in steps], 1) for key in state}
+        following = {key: x[:, 1:] for key, x in stacked.items()}
+        following[keys.REWARD] = torch.stack(rewards, 1)
+        out = TensorDict(
+            {
+                **{key: x[:, :-1] for key, x in stacked.items()},
+                keys.ACTION: flat_actions,
+                "next": TensorDict(following, batch_size=[flat.shape[0], horizon]),
+            },
+            batch_size=[flat.shape[0], horizon],
+            device=self.device,
+        )
+        out = out.reshape(*batch, horizon)
+        out.names = [None] * len(batch) + ["time"]
+        return out
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        batch = tensordict.batch_size
+        flat = tensordict.reshape(-1)
+        outcome = self._imagine_step(self._read_state(flat), flat[keys.ACTION])
+        out = TensorDict(outcome, batch_size=flat.batch_size, device=self.device)
+        return out.reshape(batch)
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs: object) -> TensorDictBase:
+        batch = self.batch_size if tensordict is None else tensordict.batch_size
+        observation_key = self.initial_state.in_keys[0]
+        # "_reset" marks the automatic reset of an episode that ended: what stands in the
+        # TensorDict then is its last state, not one to start from.
+        given = tensordict is not None and "_reset" not in tensordict.keys()
+        if given and observation_key in tensordict.keys(True):
+            return self._start_at(tensordict.get(observation_key), batch)
+        if self.start is not None:
+            return self._start_at(self._draw_start(batch), batch)
+        out = TensorDict(batch_size=batch, device=self.device)
+        shape = (*batch, *self.observation_spec[keys.LATENT].shape)
+        latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
+        zeros = {
+            key: spec.zero().expand(*batch, *spec.shape).clone()
+            for key, spec in self.observation_spec.items(True, True)
+        }
+        out.update({**zeros, keys.LATENT: latent.clone()})
+        out.set(keys.ALIVE, torch.ones_like(zeros[keys.ALIVE]))
+        if keys.MEMBER in zeros:
+            members = self.world_model.dynamics.n_models
+            out.set(keys.MEMBER, spread_members(batch, members, self.device))
+        if self._decodes:
+            out.set(observation_key, self._decode(out.get(keys.LATENT), out.get(keys.CONTEXT)))
+        return out
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            torch.manual_seed(seed)
+
+    def _start_at(self, observation: Tensor, batch: torch.Size) -> TensorDictBase:
+        out = TensorDict(batch_size=batch, device=self.device)
+        out.set(self.initial_state.in_keys[0], observation.to(torch.float32))
+        return self.initial_state(out).select(*self.observation_spec.keys(True, True))
+
+    def _draw_start(self, batch: torch.Size) -> Tensor:
+        if callable(self.start):
+            return self.start(batch).to(self.device)
+        index = torch.randint(self.start.shape[0], batch, device=self.start.device)
+        return self.start[index].to(self.device)
+
+    @property
+    def _decodes(self) -> bool:
+        return self.initial_state.encoder.can_decode
+
+    def _decode(self, latent: Tensor, context: Tensor) -> Tensor:
+        return self.initial_state.encoder.decode(latent[..., 0, 0, :], context)
+
+    def _read_state(self, flat: TensorDictBase) -> dict[str, Tensor]:
+        names = [keys.LATENT, keys.CONTEXT, keys.ALIVE]
+        if keys.MEMBER in self.observation_spec.keys():
+            names.append(keys.MEMBER)
+        missing = [name for name in names if name not in flat.keys()]
+        if missing:
+            raise KeyError(
+                f"PredictorEnv: the imagined state has no entry {missing}; there is "
+                f"{sorted(flat.keys())}. Make one with env.initial_state or env.reset."
+            )
+        for name in names:
+            expected = self.observation_spec[name].shape
+            if flat.get(name).shape[1:] != expected:
+                raise ValueError(
+                    f"{name}: expected trailing shape {list(expected)}, "
+                    f"got {list(flat.get(name).shape[1:])}."
+                )
+        return {name: flat.get(name) for name in names}
+
+    def _imagine_step(self, state: dict[str, Tensor], action: Tensor) -> dict[str, Tensor]:
+        """Step ``N`` envs: all entries under ``"next"``, from the entries of the state."""
+        deterministic = self.deterministic
+        if deterministic is None:
+            deterministic = exploration_type() in _DETERMINISTIC
+        member, context = state.get(keys.MEMBER), state[keys.CONTEXT]
+        outcome: ImaginedStep = self.world_model.step(
+            state[keys.LATENT],
+            context,
+            state[keys.ALIVE],
+            action,
+            member,
+            deterministic=deterministic,
+        )
+        out = {
+            keys.LATENT: outcome.latent,
+            keys.CONTEXT: context,
+            keys.ALIVE: outcome.alive,
+            keys.PARTICLE_REWARD: outcome.particle_reward,
+            keys.TERM_PROB: outcome.term_prob,
+            keys.REWARD: outcome.reward,
+            keys.TERMINATED: outcome.terminated,
+            keys.TRUNCATED: torch.zeros_like(outcome.terminated),
+            keys.DONE: outcome.terminated,
+        }
+        if member is not None:
+            random = self.world_model.propagation == "random_model"
+            n_models = self.world_model.dynamics.n_models
+            out[keys.MEMBER] = torch.randint_like(member, n_models) if random else member
+        if outcome.epistemic_var is not None and outcome.aleatoric_var is not None:
+            out[keys.EPISTEMIC_VAR] = outcome.epistemic_var
+            out[keys.ALEATORIC_VAR] = outcome.aleatoric_var
+        if self._decodes:
+            out[self.initial_state.in_keys[0]] = self._decode(outcome.latent, context)
+        return out
+
+    def _before_first_step(
+        self, flat: TensorDictBase, state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
+        specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
+        zeros = {key: spec.zero().expand(*flat.shape, *spec.shape) for key, spec in specs.items()}
+        given = {key: flat.get(key, zero).to(zero.dtype) for key, zero in zeros.items()}
+        return given | state
+
+    def _make_specs(
+        self,
+        encoder: Encoder,
+        dynamics: DynamicsModel,
+        action_spec: TensorSpec,
+        rows: int,
+        particles: int,
+    ) -> None:
+        device, latent_dim = self.device, dynamics.latent_state_dim
+
+        def free(*shape: int) -> Unbounded:
+            return Unbounded(shape, device=device)
+
+        def probability() -> Bounded:
+            return Bounded(0.0, 1.0, (rows, particles, 1), device=device)
+
+        observation = {
+            keys.LATENT: free(rows, particles, latent_dim),
+            keys.CONTEXT: free(dynamics.context_dim),
+            keys.ALIVE: probability(),
+            keys.PARTICLE_REWARD: free(rows, particles, 1),
+            keys.TERM_PROB: probability(),
+        }
+        if rows < dynamics.n_models:
+            observation[keys.MEMBER] = Categorical(dynamics.n_models, (1,), device=device)
+        if self.world_model.uncertainty:
+            observation[keys.EPISTEMIC_VAR] = free(latent_dim)
+            observation[keys.ALEATORIC_VAR] = free(latent_dim)
+        if encoder.can_decode:
+            observation[encoder.in_keys[0]] = free(*encoder.obs_shape)
+        self.observation_spec = Composite(observation)
+        state = [keys.LATENT, keys.CONTEXT, keys.ALIVE, keys.MEMBER]
+        self.state_spec = Composite(
+            {key: spec.clone() for key, spec in observation.items() if key in state}
+        )
+        self.action_spec = action_spec.to(device)
+        self.reward_spec = free(1)
+        self.done_spec = Composite(
+            {
+                key: Categorical(2, (1,), dtype=torch.bool, device=device)
+                for key in (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+            }
+        )
+
+
+def _check_sizes(
+    encoder: Encoder,
+    dynamics: DynamicsModel,
+    action_spec: TensorSpec,
+    start: Tensor | Callable[[torch.Size], Tensor] | None,
+) -> None:
+    sizes = {
+        "latent dims": (encoder.latent_state_dim, dynamics.latent_state_dim),
+        "context dims": (encoder.context_dim, dynamics.context_dim),
+        "action dims": (space_dim(action_spec, "action_spec"), dynamics.action_dim),
+    }
+    for name, (given, expected) in sizes.items():
+        if given != expected:
+            owner = "action_spec" if name == "action dims" else "encoder"
+            raise ValueError(f"PredictorEnv: {owner} has {given} {name}, dynamics {expected}.")
+    categorical = isinstance(action_spec, Categorical)
+    if len(action_spec.shape) > 1 or (categorical and action_spec.shape not in ((), (1,))):
+        raise ValueError(
+            f"PredictorEnv: action_spec must be of one env, without batch dims, got shape "
+            f"{list(action_spec.shape)}; see EnvBase.action_spec_unbatched."
+        )
+    if isinstance(start, Tensor) and (start.shape[1:] != encoder.obs_shape or not start.numel()):
+        raise ValueError(
+            f"PredictorEnv: start must hold observations [N, "
+            f"{', '.join(map(str, encoder.obs_shape))}], at least one, got {list(start.shape)}."
+        )
+
+
+def _particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple[int, int]:
+    """Rows and particles per row that an env carries."""
+    n_models = dynamics.n_models
+    if num_particles is None:
+        return n_models, dynamics.n_particles_per_model
+    if num_particles < 1 or (num_particles >= n_models and num_particles % n_models):
+        raise ValueError(
+            f"PredictorEnv: num_particles must be in 1..{n_models - 1} or a multiple of the "
+            f"{n_models} members, got {num_particles}."
+        )
+    if num_particles < n_models:
+        return 1, num_particles
+    return n_models, num_particles // n_models

@@ -1,0 +1,91 @@
+"""Mixtures of diagonal Gaussians, in log space and float32.
+
+A mixture has components along the second to last dim of ``mean`` and ``std`` (``[..., K, D]``)
+and normalised log weights ``[..., K]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_mixture_log_prob(
+    value: Tensor, mean: Tensor, std: Tensor, log_weights: Tensor
+) -> Tensor:
+    """Compute ``log sum_k w_k N(value; mean_k, diag(std_k^2))`` by a log-sum-exp.
+
+    Args:
+        value: ``[..., D]``.
+        mean: ``[..., K, D]``.
+        std: ``[..., K, D]``, positive.
+        log_weights: ``[..., K]``, ``logsumexp`` over ``K`` is 0.
+
+    Returns:
+        Log density in nats, ``[...]``; finite however far ``value`` is from every mean, as long
+        as the squared distance in units of ``std`` is.
+
+    Example:
+        >>> zero, one = torch.zeros(2, 1), torch.ones(2, 1)
+        >>> gaussian_mixture_log_prob(torch.tensor([50.0]), zero, one, torch.full((2,), 0.5).log())
+        tensor(-1250.9189)
+    """
+    scaled = (value.unsqueeze(-2) - mean) / std
+    log_prob = -0.5 * scaled.square() - std.log() - _LOG_SQRT_2PI
+    return torch.logsumexp(log_prob.sum(-1) + log_weights, -1)
+
+
+def gaussian_mixture_mean(mean: Tensor, weights: Tensor) -> Tensor:
+    """Average the component means: ``sum_k w_k mean_k``.
+
+    Args:
+        mean: ``[..., K, D]``.
+        weights: ``[..., K]``, summing to 1.
+
+    Returns:
+        ``[..., D]``.
+    """
+    return (weights.unsqueeze(-1) * mean).sum(-2)
+
+
+def gaussian_mixture_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
+    """Compute the variance of each dim: within components plus between their means.
+
+    Args:
+        mean: ``[..., K, D]``.
+        std: ``[..., K, D]``.
+        weights: ``[..., K]``, summing to 1.
+
+    Returns:
+        ``[..., D]``.
+    """
+    between = (mean - gaussian_mixture_mean(mean, weights).unsqueeze(-2)).square()
+    return gaussian_mixture_mean(std.square() + between, weights)
+
+
+def sample_gaussian_mixture(mean: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
+    """Draw one value: a component by its weight, then from that component's Gaussian.
+
+    Follows torch's global generator. The draw is differentiable in ``mean`` and ``std`` of the
+    chosen component, not in the weights.
+
+    Args:
+        mean: ``[..., K, D]``.
+        std: ``[..., K, D]``.
+        log_weights: ``[..., K]``.
+
+    Returns:
+        ``[..., D]``.
+    """
+    if log_weights.shape[-1] == 1:
+        mean, std = mean.squeeze(-2), std.squeeze(-2)
+    else:
+        gumbel = -torch.empty_like(log_weights).exponential_().log()
+        component = (log_weights + gumbel).argmax(-1)[..., None, None]
+        component = component.expand(*mean.shape[:-2], 1, mean.shape[-1])
+        mean, std = mean.gather(-2, component).squeeze(-2), std.gather(-2, component).squeeze(-2)
+    return torch.addcmul(mean, std, torch.randn_like(mean))

@@ -1,0 +1,154 @@
+"""N-step returns on rectangular, masked slices.
+
+A slice is a window of consecutive steps of one episode. Its mask is True on real steps
+and False on the padding behind the episode's end, so ``mask.sum(-1)`` is the number of
+steps of the episode that the slice holds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NStepWindow(NamedTuple):
+    """Where the n-step target of each of the first ``k`` steps of a slice ends.
+
+    Attributes:
+        steps: number of rewards that are summed, in ``0..n``, shape ``[..., k]``.
+        bootstrap: whether a value is added behind the last reward, bool ``[..., k]``.
+        valid: whether the step has a target at all, bool ``[..., k]``.
+        summable: which rewards of the slice may be summed, bool ``[..., T]``.
+    """
+
+    steps: Tensor
+    bootstrap: Tensor
+    valid: Tensor
+    summable: Tensor
+
+
+def n_step_window(
+    terminated: Tensor, mask: Tensor, k_steps: int, n_steps: int, *, next_action: bool = False
+) -> NStepWindow:
+    """Find where each n-step target ends: at a value ``n`` steps on, or at the episode's end.
+
+    A terminated end adds no value. A truncated or unfinished end adds the value of the state
+    after the last step. If the value needs an action (``next_action``, a Q-function), that
+    state has none stored: the sum ends one step earlier, at the last stored pair, and the last
+    step itself has no target.
+
+    Args:
+        terminated: bool ``[..., T]``; read at the last real step of each slice.
+        mask: bool ``[..., T]``, True on real steps, which come first.
+        k_steps: number of steps that get a target, from the first.
+        n_steps: most rewards in a target. ``T`` must be at least ``k_steps + n_steps - 1``,
+            with ``next_action`` ``k_steps + n_steps``.
+        next_action: whether the value added is that of the next stored (state, action) pair.
+
+    Returns:
+        An :class:`NStepWindow`. The value belongs behind step ``j + steps - 1``; with
+        ``next_action`` it is that of the pair at step ``j + steps``.
+
+    Raises:
+        ValueError: if ``k_steps`` or ``n_steps`` is below 1, or the slice is too short.
+    """
+    needed = k_steps + n_steps - (0 if next_action else 1)
+    if k_steps < 1 or n_steps < 1:
+        raise ValueError(f"k_steps and n_steps must be at least 1, got {k_steps} and {n_steps}.")
+    if mask.shape[-1] < needed:
+        raise ValueError(
+            f"k_steps={k_steps} and n_steps={n_steps} need slices of {needed} steps, "
+            f"got {mask.shape[-1]}."
+        )
+    length = mask.sum(-1, keepdim=True)
+    ends_terminated = terminated.gather(-1, (length - 1).clamp_min(0))
+    summable = mask
+    n_rewards = length
+    if next_action:
+        n_rewards = torch.where(ends_terminated, length, (length - 1).clamp_min(0))
+        step = torch.arange(mask.shape[-1], device=mask.device)
+        summable = mask & (step < n_rewards)
+    step = torch.arange(k_steps, device=mask.device)
+    steps = (n_rewards - step).clamp(0, n_steps)
+    return NStepWindow(
+        steps=steps,
+        bootstrap=~(ends_terminated & (step + steps >= length)),
+        valid=step < n_rewards,
+        summable=summable,
+    )
+
+
+def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
+    r"""Sum the next ``n_steps`` rewards of every step: ``G_t = sum_{i<n} gamma^i r_{t+i}``.
+
+    Windows of 1, 2, 4, ... rewards are built from one another and put together by the binary
+    digits of ``n_steps``: ``O(T log n)``, no loop over time. Taking differences of one
+    discounted cumulative sum would be ``O(T)``, but divides by ``gamma^t`` and so loses every
+    digit for small ``gamma``.
+
+    Args:
+        reward: ``[..., T]``; rewards behind the last count as 0.
+        gamma: discount, in [0, 1].
+        n_steps: number of rewards in a sum, at least 1.
+
+    Returns:
+        ``[..., T]``, of the reward's dtype.
+
+    Example:
+        >>> discounted_window_sum(torch.tensor([1.0, 2.0, 4.0]), 0.5, 2)
+        tensor([2., 4., 4.])
+    """
+    total = torch.zeros_like(reward)
+    window, size, summed = reward, 1, 0
+    while size <= n_steps:
+        if n_steps & size:
+            total = total + gamma**summed * _ahead(window, summed)
+            summed += size
+        if 2 * size <= n_steps:
+            window = window + gamma**size * _ahead(window, size)
+        size *= 2
+    return total
+
+
+def n_step_targets(
+    reward: Tensor, window: NStepWindow, value: Tensor, *, gamma: float, n_steps: int
+) -> Tensor:
+    r"""Compute ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l V`` for the first ``k`` steps of slices.
+
+    ``l = window.steps``; the value counts where ``window.bootstrap``. Rewards and values that do
+    not count may hold anything, NaN included. Sums are taken in float64. Steps without a
+    target (``window.valid`` False) get 0.
+
+    Args:
+        reward: ``[..., T]``.
+        window: from :func:`n_step_window`, for the same ``n_steps``.
+        value: bootstrap value behind each target's last reward, ``[..., k]``.
+        gamma: discount, in [0, 1].
+        n_steps: most rewards in a target.
+
+    Returns:
+        ``[..., k]``, of the reward's dtype.
+
+    Example:
+        >>> mask, terminated = torch.tensor([[True, True, False]]), torch.zeros(1, 3).bool()
+        >>> window = n_step_window(terminated, mask, k_steps=2, n_steps=2)
+        >>> reward, value = torch.tensor([[1.0, 1.0, torch.nan]]), torch.tensor([[8.0, 8.0]])
+        >>> n_step_targets(reward, window, value, gamma=0.5, n_steps=2)
+        tensor([[3.5000, 5.0000]])
+    """
+    summable = torch.where(window.summable, reward, 0.0).double()
+    target = discounted_window_sum(summable, gamma, n_steps)[..., : window.steps.shape[-1]]
+    discount = torch.pow(
+        torch.tensor(gamma, dtype=target.dtype, device=reward.device), window.steps
+    )
+    target = target + torch.where(window.bootstrap, value.double() * discount, 0.0)
+    return torch.where(window.valid, target, 0.0).to(reward.dtype)
+
+
+def _ahead(x: Tensor, steps: int) -> Tensor:
+    """Shift ``x`` by ``steps`` along time, so that entry ``t`` holds ``x[t + steps]``, 0 at the end."""
+    if steps == 0:
+        return x
+    return torch.nn.functional.pad(x[..., steps:], (0, min(steps, x.shape[-1])))

@@ -1,0 +1,40 @@
+"""What an ensemble does not know (epistemic) and what no model could know (aleatoric)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from layeredrl_trl.functional.mixtures import gaussian_mixture_mean, gaussian_mixture_variance
+
+
+def epistemic_variance(mean: Tensor, weights: Tensor) -> Tensor:
+    """Compute the variance, over members, of the member means.
+
+    The members are the whole population (no Bessel correction), so one member gives 0.
+
+    Args:
+        mean: mode means, ``[..., E, M, D]``.
+        weights: mode weights, ``[..., E, M]``.
+
+    Returns:
+        ``[..., D]``, in squared units of the latent.
+
+    Reference:
+        Chua et al. 2018, arXiv:1805.12114; the between-member term of the law of total variance.
+    """
+    return gaussian_mixture_mean(mean, weights).var(-2, correction=0)
+
+
+def aleatoric_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
+    """Compute the mean, over members, of the variance of each member's mixture.
+
+    Args:
+        mean: mode means, ``[..., E, M, D]``.
+        std: mode standard deviations, ``[..., E, M, D]``.
+        weights: mode weights, ``[..., E, M]``.
+
+    Returns:
+        ``[..., D]``, in squared units of the latent. Together with :func:`epistemic_variance`
+        it adds up to the variance of the even mixture of all members.
+    """
+    return gaussian_mixture_variance(mean, std, weights).mean(-2)

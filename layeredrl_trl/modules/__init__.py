@@ -1,0 +1,44 @@
+"""The learnable parts, each a ``TensorDictModule``: what a predictor is put together from.
+
+An encoder turns observations into latent states and contexts, a dynamics model predicts the next
+latent state and termination, reward and value are functions of the latent state. Parts talk through
+named entries (:mod:`layeredrl_trl.keys`), so any of them can be replaced by one of your own.
+"""
+
+from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
+from layeredrl_trl.modules.encoders import Encoder, IdentityEncoder
+from layeredrl_trl.modules.ensemble import ProbabilisticEnsemble
+from layeredrl_trl.modules.heads import (
+    LatentFunction,
+    RewardNet,
+    ValueNet,
+    as_reward_module,
+    as_value_module,
+    evaluate,
+    reads_action,
+)
+from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
+from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.spaces import action_features, space_dim
+from layeredrl_trl.modules.standardizer import DeltaStandardizer
+
+__all__ = [
+    "ConcatMLP",
+    "DeltaStandardizer",
+    "DynamicsModel",
+    "Encoder",
+    "EnsembleMLP",
+    "IdentityEncoder",
+    "LatentFunction",
+    "ParticlePrediction",
+    "ProbabilisticEnsemble",
+    "RewardNet",
+    "RunningMoments",
+    "ValueNet",
+    "action_features",
+    "as_reward_module",
+    "as_value_module",
+    "evaluate",
+    "reads_action",
+    "space_dim",
+]

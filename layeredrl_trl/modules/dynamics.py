@@ -1,0 +1,298 @@
+"""The interface of a dynamics model: a mixture per member, and the chance of termination."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+from layeredrl_trl import keys
+from layeredrl_trl.functional import (
+    gaussian_mixture_log_prob,
+    gaussian_mixture_mean,
+    sample_gaussian_mixture,
+)
+
+
+class ParticlePrediction(NamedTuple):
+    """What each particle's member predicts for it.
+
+    Attributes:
+        mean: of the next latent state, per mode, ``[..., E, P, M, D]``.
+        std: per mode, ``[..., E, P, M, D]``.
+        log_weights: of the modes, ``[..., E, P, M]``; ``logsumexp`` over ``M`` is 0.
+        term_logit: logit of the probability that the step terminates, ``[..., E, P, 1]``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    log_weights: Tensor
+    term_logit: Tensor
+
+
+class DynamicsModel(TensorDictModuleBase, abc.ABC):
+    """Base class: predict the next latent state and whether the episode terminates.
+
+    A model has ``E`` members (:attr:`n_models`), each a mixture of ``M`` (:attr:`n_modes`)
+    diagonal Gaussians over the next latent state and a termination probability. Its density is
+    that of the even mixture of its members.
+
+    As a ``TensorDictModule`` it predicts one step for a plain latent state: the mean of the even
+    mixture, or under ``set_exploration_type(ExplorationType.RANDOM)`` a draw from it.
+
+    Attributes:
+        n_models: ``E``.
+        n_modes: ``M``.
+        n_particles_per_model: ``P``, particles per member in an imagined rollout.
+        latent_state_dim: ``D``.
+        context_dim: ``C``.
+        action_dim: ``A``.
+
+    Reads:
+        ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
+
+    Writes:
+        ``("next", "latent")`` ``[..., D]`` and ``("next", "term_prob")`` ``[..., 1]``.
+    """
+
+    n_models: int
+    n_modes: int
+    n_particles_per_model: int
+    latent_state_dim: int
+    context_dim: int
+    action_dim: int
+
+    def __init__(
+        self,
+        *,
+        in_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT, keys.ACTION),
+        out_keys: Sequence[NestedKey] = (keys.NEXT_LATENT, keys.NEXT_TERM_PROB),
+    ) -> None:
+        super().__init__()
+        self.in_keys = list(in_keys)
+        self.out_keys = list(out_keys)
+
+    @abc.abstractmethod
+    def predict_particles(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        member: Tensor | None = None,
+    ) -> ParticlePrediction:
+        """Predict one step of every particle with the member it belongs to.
+
+        The one method that a model has to bring; all others follow from it.
+
+        Args:
+            latent: ``[..., E, P, D]``, row ``e`` belongs to member ``e``; with ``member`` given
+                ``[..., 1, P, D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``, or indices ``[...]`` of discrete actions.
+            member: long ``[..., 1]``, the member that all particles of an env belong to.
+
+        Returns:
+            A :class:`ParticlePrediction`.
+
+        Raises:
+            ValueError: if a last dim or a leading shape does not fit.
+        """
+
+    def predict(
+        self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Predict one step with every member.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``, or indices ``[...]`` of discrete actions.
+            std: replaces the learned standard deviation; broadcast to ``[..., E, M, D]``.
+
+        Returns:
+            ``mean`` of the next latent state ``[..., E, M, D]``, ``weights`` ``[..., E, M]``
+            (summing to 1 over ``M``), ``std`` ``[..., E, M, D]``, and ``term_prob`` ``[...]``,
+            the mean over members.
+
+        Raises:
+            ValueError: if a last dim or a leading shape does not fit.
+        """
+        prediction = self._predict_members(latent, context, action, std)
+        term_prob = prediction.term_logit.sigmoid().mean(-2).squeeze(-1)
+        return prediction.mean, prediction.log_weights.exp(), prediction.std, term_prob
+
+    def negative_log_likelihood(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        terminated: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Score real transitions, each member on its own, averaged over members.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``.
+            next_latent: ``[..., D]``.
+            terminated: bool ``[..., 1]``.
+
+        Returns:
+            Negative log-likelihood of the next latent state in nats ``[..., 1]``, and binary
+            cross-entropy of the termination in nats ``[..., 1]``.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        _check_shape("next_latent", next_latent, latent.shape)
+        _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
+        mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
+        log_prob = gaussian_mixture_log_prob(next_latent.unsqueeze(-2), mean, std, log_weights)
+        target = terminated.to(term_logit.dtype).unsqueeze(-2).expand_as(term_logit)
+        bce = binary_cross_entropy_with_logits(term_logit, target, reduction="none")
+        return -log_prob.mean(-1, keepdim=True), bce.mean(-2)
+
+    def regularization(self) -> Tensor:
+        """Return a scalar that is added to the loss once per batch; 0 by default."""
+        return torch.zeros(())
+
+    def update_statistics(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Take a batch of real transitions into running statistics, if the model has any.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``.
+            next_latent: ``[..., D]``.
+            mask: bool ``[...]``, False on entries that do not count.
+        """
+
+    def log_prob(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        std: Tensor | None = None,
+        transform: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the log density of the even mixture of the members at ``next_latent``.
+
+        With ``transform`` ``W`` it is the density of ``W (next_latent - latent)`` under the
+        mixture with means ``W (mean - latent)`` and the given ``std``.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``.
+            next_latent: ``[..., D]``.
+            std: replaces the learned standard deviation; a tensor that broadcasts to
+                ``[..., E, M, D]``. Needed with ``transform``.
+            transform: matrix ``[D, D]``.
+
+        Returns:
+            ``log_prob`` ``[...]`` in nats and ``term_prob`` ``[...]``.
+
+        Raises:
+            ValueError: if a shape does not fit, or ``transform`` comes without ``std``: a
+                transformed diagonal Gaussian is not diagonal.
+        """
+        if transform is not None and std is None:
+            raise ValueError("log_prob: transform needs a fixed std in the transformed space.")
+        _check_shape("next_latent", next_latent, latent.shape)
+        if transform is not None:
+            _check_shape("transform", transform, (latent.shape[-1], latent.shape[-1]))
+        mean, std, log_weights, term_logit = self._predict_members(latent, context, action, std)
+        if transform is not None:
+            mean = (mean - latent[..., None, None, :]) @ transform.mT
+            next_latent = (next_latent - latent) @ transform.mT
+        log_prob = gaussian_mixture_log_prob(
+            next_latent,
+            mean.flatten(-3, -2),
+            std.flatten(-3, -2),
+            (log_weights - math.log(self.n_models)).flatten(-2),
+        )
+        return log_prob, term_logit.sigmoid().mean(-2).squeeze(-1)
+
+    def loss(self, batch: TensorDictBase) -> Tensor:
+        """Return the mean of negative log-likelihood and termination cross-entropy on ``batch``.
+
+        Args:
+            batch: ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``,
+                ``("next", "latent")`` ``[..., D]``, ``("next", "terminated")`` ``[..., 1]``,
+                and optionally ``("collector", "mask")`` ``[..., 1]``, False on padding.
+
+        Returns:
+            Scalar, in nats.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a shape does not fit.
+        """
+        mask = batch.get(keys.MASK, default=None)
+        names = (*self.in_keys, self.out_keys[0], keys.NEXT_TERMINATED)
+        entries = [batch[name] for name in names]
+        if mask is not None:
+            # Before the networks: garbage on padding would reach the gradient through a mask behind.
+            entries = [_blank(x, mask.reshape(batch.shape)) for x in entries]
+        nll, bce = self.negative_log_likelihood(*entries)
+        per_step = nll + bce
+        if mask is None:
+            return per_step.mean() + self.regularization()
+        mask = mask.reshape(per_step.shape)
+        return (
+            torch.where(mask, per_step, 0.0).sum() / mask.sum().clamp_min(1) + self.regularization()
+        )
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the predicted next latent state and termination probability."""
+        latent, context, action = (tensordict[key] for key in self.in_keys)
+        mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
+        mean, std = mean.flatten(-3, -2), std.flatten(-3, -2)
+        log_weights = (log_weights - math.log(self.n_models)).flatten(-2)
+        if exploration_type() is ExplorationType.RANDOM:
+            next_latent = sample_gaussian_mixture(mean, std, log_weights)
+        else:
+            next_latent = gaussian_mixture_mean(mean, log_weights.exp())
+        tensordict.set(self.out_keys[0], next_latent)
+        tensordict.set(self.out_keys[1], term_logit.sigmoid().mean(-2))
+        return tensordict
+
+    def _predict_members(
+        self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
+    ) -> ParticlePrediction:
+        """Let every member predict for the same latent states; the particle dim is dropped."""
+        particles = latent[..., None, None, :].expand(
+            *latent.shape[:-1], self.n_models, 1, latent.shape[-1]
+        )
+        mean, own_std, log_weights, term_logit = self.predict_particles(particles, context, action)
+        mean = mean.squeeze(-3)
+        own_std = own_std.squeeze(-3) if std is None else std.expand_as(mean)
+        return ParticlePrediction(mean, own_std, log_weights.squeeze(-2), term_logit.squeeze(-2))
+
+
+def _blank(x: Tensor, mask: Tensor) -> Tensor:
+    """Put 0 into the entries of ``x`` ``[..., *]`` where ``mask`` ``[...]`` is False."""
+    return torch.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), x, 0)
+
+
+def _check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name}: expected shape {[*shape]}, got {list(x.shape)}.")

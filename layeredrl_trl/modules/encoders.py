@@ -1,0 +1,143 @@
+"""Encoders: from an observation to a latent state and a context.
+
+The latent state is what the dynamics model predicts from step to step; the context is what
+does not change in an episode.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor
+
+from layeredrl_trl import keys
+
+
+class Encoder(TensorDictModuleBase, abc.ABC):
+    """Base class: turn an observation into a latent state and a context.
+
+    Args:
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        latent_state_dim: ``D``, at least 1.
+        context_dim: ``C``, at least 0.
+        in_keys: of the observation.
+        out_keys: of the latent state and the context.
+
+    Reads:
+        ``observation`` ``[..., *obs_shape]``; cast to float32.
+
+    Writes:
+        ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
+    """
+
+    def __init__(
+        self,
+        obs_shape: int | Sequence[int],
+        latent_state_dim: int,
+        context_dim: int,
+        *,
+        in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
+        out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
+    ) -> None:
+        super().__init__()
+        if latent_state_dim < 1 or context_dim < 0:
+            raise ValueError(
+                f"{type(self).__name__}: latent_state_dim must be at least 1 and context_dim at "
+                f"least 0, got {latent_state_dim} and {context_dim}."
+            )
+        self.obs_shape = torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)
+        self.latent_state_dim = latent_state_dim
+        self.context_dim = context_dim
+        self.in_keys = list(in_keys)
+        self.out_keys = list(out_keys)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether :meth:`decode` works."""
+        return type(self).decode is not Encoder.decode
+
+    def encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a batch of observations.
+
+        Args:
+            observation: ``[..., *obs_shape]``.
+
+        Returns:
+            ``latent`` ``[..., D]`` and ``context`` ``[..., C]``, float32.
+
+        Raises:
+            ValueError: if the trailing shape is not ``obs_shape``.
+        """
+        n = len(self.obs_shape)
+        if observation.shape[observation.ndim - n :] != self.obs_shape or observation.ndim < n:
+            raise ValueError(
+                f"observation: expected shape [..., {', '.join(map(str, self.obs_shape))}], "
+                f"got {list(observation.shape)}."
+            )
+        flat = (*observation.shape[: observation.ndim - n], self.obs_shape.numel())
+        return self._encode(observation.to(torch.float32).reshape(flat))
+
+    def decode(self, latent: Tensor, context: Tensor) -> Tensor:
+        """Put an observation ``[..., *obs_shape]`` together again from ``[..., D]``, ``[..., C]``.
+
+        Raises:
+            NotImplementedError: if the encoder loses information (:attr:`can_decode` is False).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot decode.")
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``latent`` and ``context`` for the ``observation`` of ``tensordict``."""
+        latent, context = self.encode(tensordict[self.in_keys[0]])
+        tensordict.set(self.out_keys[0], latent)
+        tensordict.set(self.out_keys[1], context)
+        return tensordict
+
+    @abc.abstractmethod
+    def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode flattened float32 observations ``[..., O]``."""
+
+
+class IdentityEncoder(Encoder):
+    """Take the observation as the latent state; the context is empty.
+
+    Observations of more than one dim are flattened.
+
+    Args:
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        in_keys: of the observation.
+        out_keys: of the latent state and the context.
+
+    Reads:
+        ``observation`` ``[..., *obs_shape]``.
+
+    Writes:
+        ``latent`` ``[..., D]`` with ``D = prod(obs_shape)`` and ``context`` ``[..., 0]``.
+
+    Example:
+        >>> encoder = IdentityEncoder((3,))
+        >>> latent, context = encoder.encode(torch.zeros(2, 3))
+        >>> latent.shape, context.shape
+        (torch.Size([2, 3]), torch.Size([2, 0]))
+    """
+
+    def __init__(
+        self,
+        obs_shape: int | Sequence[int],
+        *,
+        in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
+        out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
+    ) -> None:
+        size = torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape).numel()
+        super().__init__(obs_shape, size, 0, in_keys=in_keys, out_keys=out_keys)
+
+    def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return observation, observation[..., :0]
+
+    def decode(self, latent: Tensor, context: Tensor) -> Tensor:
+        """Return the latent state in the observation's shape."""
+        return latent.reshape(*latent.shape[:-1], *self.obs_shape)

@@ -1,0 +1,239 @@
+"""The default dynamics model: an ensemble of probabilistic networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
+from layeredrl_trl.modules.mlp import EnsembleMLP
+from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.spaces import action_features, space_dim
+
+
+class ProbabilisticEnsemble(DynamicsModel):
+    """``E`` networks, each a mixture of ``M`` diagonal Gaussians over the change of the latent state.
+
+    Every member also predicts the probability that the step terminates. Inputs are standardised
+    and targets scaled by running moments of the transitions seen in training. Members differ by
+    their initialisation.
+
+    Args:
+        latent_state_space: ``D``, or a space or spec of that many dims.
+        context_space: ``C``, or a space or spec of that many dims; ``None`` for 0.
+        action_space: ``A``, or a space or spec of that many dims; discrete ones are one-hot.
+        n_models: ``E``, members.
+        n_modes: ``M``, mixture modes of a member.
+        n_particles_per_model: ``P``, particles per member in an imagined rollout.
+        hidden_sizes: width of each hidden layer.
+        activation: class of the nonlinearity.
+        std_bounds: ``(low, high)`` of the standard deviation, in units of the running standard
+            deviation of the target. The bound is soft: it is between ``low`` and ``low + high``.
+        predict_delta: predict the change of the latent state; else the next latent state itself.
+        condition_on_context: let the networks see the context.
+        statistics_rate: least weight of a batch in the running moments, see
+            :class:`~layeredrl_trl.modules.normalization.RunningMoments`.
+        in_keys: of the latent state, the context and the action.
+        out_keys: of the next latent state and the termination probability.
+
+    Reads:
+        ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
+
+    Writes:
+        ``("next", "latent")`` ``[..., D]`` and ``("next", "term_prob")`` ``[..., 1]``.
+
+    Raises:
+        ValueError: if a number is out of its range.
+        TypeError: if a space is of an unknown kind.
+
+    Reference:
+        Chua et al. 2018, arXiv:1805.12114. Deviations: mixture modes, a termination head, bounds
+        of the standard deviation are given instead of learned.
+
+    Example:
+        >>> model = ProbabilisticEnsemble(3, 0, 1, n_models=5, n_modes=2)
+        >>> latent, context, action = torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)
+        >>> mean, weights, std, term_prob = model.predict(latent, context, action)
+        >>> mean.shape, weights.shape, term_prob.shape
+        (torch.Size([7, 5, 2, 3]), torch.Size([7, 5, 2]), torch.Size([7]))
+    """
+
+    def __init__(
+        self,
+        latent_state_space: Any,
+        context_space: Any,
+        action_space: Any,
+        n_models: int = 1,
+        n_modes: int = 1,
+        n_particles_per_model: int = 1,
+        hidden_sizes: Sequence[int] = (128, 128),
+        *,
+        activation: type[nn.Module] = nn.SiLU,
+        std_bounds: tuple[float, float] = (math.exp(-5.0), 2.0),
+        predict_delta: bool = True,
+        condition_on_context: bool = False,
+        statistics_rate: float = 1e-3,
+        in_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT, keys.ACTION),
+        out_keys: Sequence[NestedKey] = (keys.NEXT_LATENT, keys.NEXT_TERM_PROB),
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        counts = {
+            "n_models": n_models,
+            "n_modes": n_modes,
+            "n_particles_per_model": n_particles_per_model,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"ProbabilisticEnsemble: {name} must be at least 1, got {count}.")
+        if not 0 < std_bounds[0] < std_bounds[1]:
+            raise ValueError(
+                f"ProbabilisticEnsemble: std_bounds must be 0 < low < high, got {std_bounds}."
+            )
+        self.latent_state_dim = space_dim(latent_state_space, "latent_state_space")
+        self.context_dim = space_dim(context_space, "context_space")
+        self.action_dim = space_dim(action_space, "action_space")
+        if self.latent_state_dim < 1:
+            raise ValueError("ProbabilisticEnsemble: latent_state_space has no dims.")
+        self.n_models = n_models
+        self.n_modes = n_modes
+        self.n_particles_per_model = n_particles_per_model
+        self.predict_delta = predict_delta
+        self.condition_on_context = condition_on_context
+        seen = self.latent_state_dim + (self.context_dim if condition_on_context else 0)
+        self.net = EnsembleMLP(
+            n_models,
+            seen + self.action_dim,
+            n_modes * (2 * self.latent_state_dim + 1) + 1,
+            hidden_sizes,
+            activation,
+        )
+        self.input_moments = RunningMoments(seen + self.action_dim, rate=statistics_rate)
+        self.target_moments = RunningMoments(self.latent_state_dim, rate=statistics_rate)
+        self.register_buffer("log_std_bounds", torch.tensor(std_bounds).log(), persistent=False)
+
+    def predict_particles(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        member: Tensor | None = None,
+    ) -> ParticlePrediction:
+        """Predict one step of every particle with the member it belongs to.
+
+        Args:
+            latent: ``[..., E, P, D]``, row ``e`` belongs to member ``e``; with ``member`` given
+                ``[..., 1, P, D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``, or indices ``[...]`` of discrete actions.
+            member: long ``[..., 1]``, the member that all particles of an env belong to.
+
+        Returns:
+            ``mean`` and ``std`` ``[..., E, P, M, D]``, ``log_weights`` ``[..., E, P, M]`` and
+            ``term_logit`` ``[..., E, P, 1]``.
+
+        Raises:
+            ValueError: if a last dim or a leading shape does not fit.
+        """
+        self._check(latent, context, member)
+        inputs = self._inputs(latent, context, action)
+        if member is None:
+            raw = self._by_member(inputs)
+        else:
+            everyone = inputs.expand(*inputs.shape[:-3], self.n_models, *inputs.shape[-2:])
+            index = member[..., None, None].expand(*inputs.shape[:-1], self._out_dim)
+            raw = self._by_member(everyone).gather(-3, index)
+        return self._parse(raw, latent)
+
+    def update_statistics(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Take a batch of real transitions into the running moments of inputs and targets."""
+        if next_latent.shape != latent.shape:
+            raise ValueError(
+                f"next_latent: expected shape {list(latent.shape)}, got {list(next_latent.shape)}."
+            )
+        inputs = self._concatenate(latent, context, action)
+        self.input_moments.update(inputs, mask)
+        self.target_moments.update(self._target(latent, next_latent), mask)
+
+    @property
+    def target_scale(self) -> Tensor:
+        """Running standard deviation of what is predicted, ``[D]``, in units of the latent."""
+        return self.target_moments.std(floor=1e-4)
+
+    @property
+    def _out_dim(self) -> int:
+        return self.n_modes * (2 * self.latent_state_dim + 1) + 1
+
+    def _target(self, latent: Tensor, next_latent: Tensor) -> Tensor:
+        return next_latent - latent if self.predict_delta else next_latent
+
+    def _concatenate(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        seen = [latent, context] if self.condition_on_context else [latent]
+        return torch.cat([*seen, action_features(action, latent.shape[:-1], self.action_dim)], -1)
+
+    def _inputs(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Standardised network inputs ``[..., E, P, in]`` from ``[..., E, P, D]``, ``[..., C|A]``."""
+        batch, per_env = latent.shape[:-3], (*latent.shape[-3:-1], -1)
+        action = action_features(action, batch, self.action_dim)
+        seen = [latent, context] if self.condition_on_context else [latent]
+        seen[1:] = [x[..., None, None, :].expand(*batch, *per_env) for x in seen[1:]]
+        action = action[..., None, None, :].expand(*batch, *per_env)
+        return self.input_moments.standardize(torch.cat([*seen, action], -1))
+
+    def _by_member(self, inputs: Tensor) -> Tensor:
+        """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``."""
+        rows = inputs.reshape(-1, *inputs.shape[-3:]).transpose(0, 1)
+        out = self.net(rows.reshape(self.n_models, -1, inputs.shape[-1]))
+        out = out.unflatten(1, rows.shape[1:3]).transpose(0, 1)
+        return out.reshape(*inputs.shape[:-1], out.shape[-1])
+
+    def _parse(self, raw: Tensor, latent: Tensor) -> ParticlePrediction:
+        gaussians, log_weights, term_logit = raw.split(
+            (2 * self.n_modes * self.latent_state_dim, self.n_modes, 1), -1
+        )
+        mean, log_std = gaussians.unflatten(-1, (2, self.n_modes, -1)).unbind(-3)
+        low, high = self.log_std_bounds
+        log_std = high - softplus(high - log_std)
+        log_std = low + softplus(log_std - low)
+        scale = self.target_scale
+        mean = self.target_moments.mean + scale * mean
+        if self.predict_delta:
+            mean = latent.unsqueeze(-2) + mean
+        return ParticlePrediction(
+            mean, scale * log_std.exp(), torch.log_softmax(log_weights, -1), term_logit
+        )
+
+    def _check(self, latent: Tensor, context: Tensor, member: Tensor | None) -> None:
+        n_rows = self.n_models if member is None else 1
+        if latent.ndim < 3 or latent.shape[-1] != self.latent_state_dim:
+            raise ValueError(
+                f"latent: expected {self.latent_state_dim} latent dims, got shape "
+                f"{list(latent.shape)}."
+            )
+        if latent.shape[-3] != n_rows:
+            raise ValueError(
+                f"latent: expected [..., {n_rows}, P, {self.latent_state_dim}] (a row of particles "
+                f"for each member), got {list(latent.shape)}."
+            )
+        if context.shape != (*latent.shape[:-3], self.context_dim):
+            raise ValueError(
+                f"context: expected shape {[*latent.shape[:-3], self.context_dim]}, "
+                f"got {list(context.shape)}."
+            )
+        if member is not None and member.shape != (*latent.shape[:-3], 1):
+            raise ValueError(
+                f"member: expected shape {[*latent.shape[:-3], 1]}, got {list(member.shape)}."
+            )

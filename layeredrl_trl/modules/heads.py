@@ -1,0 +1,198 @@
+"""Reward and value: functions of the latent state, the context and, where read, the action."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules.mlp import ConcatMLP
+from layeredrl_trl.modules.spaces import action_features
+
+
+class LatentFunction(TensorDictModule):
+    """A plain ``f(latent, context)`` or ``f(latent, context, action)`` as a ``TensorDictModule``.
+
+    Args:
+        module: returns ``[..., 1]``.
+        in_keys: names of its arguments, in order.
+        out_keys: name of its output.
+    """
+
+    def evaluate(self, entries: Mapping[NestedKey, Tensor]) -> Tensor:
+        """Evaluate on tensors by name, without a TensorDict in between."""
+        return self.module(*(entries[key] for key in self.in_keys))
+
+
+class RewardNet(LatentFunction):
+    """Predict the reward of taking ``action`` in ``latent``.
+
+    Args:
+        latent_state_dim: ``D``.
+        context_dim: ``C``.
+        action_dim: ``A``; for discrete actions their number (one-hot).
+        hidden_sizes: width of each hidden layer.
+        activation: class of the nonlinearity.
+        in_keys: of the latent state, the context and the action.
+        out_keys: of the reward.
+
+    Reads:
+        ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
+
+    Writes:
+        ``reward`` ``[..., 1]``.
+
+    Example:
+        >>> import torch
+        >>> RewardNet(3, 0, 1)(torch.zeros(2, 3), torch.zeros(2, 0), torch.zeros(2, 1)).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        latent_state_dim: int,
+        context_dim: int,
+        action_dim: int,
+        *,
+        hidden_sizes: Sequence[int] = (128, 128),
+        activation: type[nn.Module] = nn.SiLU,
+        in_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT, keys.ACTION),
+        out_keys: Sequence[NestedKey] = (keys.REWARD,),
+    ) -> None:
+        net = _LatentMLP((latent_state_dim, context_dim, action_dim), 1, hidden_sizes, activation)
+        super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
+
+
+class ValueNet(LatentFunction):
+    """Predict the value of a state, or with ``action_dim`` of a state and an action.
+
+    Args:
+        latent_state_dim: ``D``.
+        context_dim: ``C``.
+        action_dim: ``A`` makes it a Q-function; ``None`` a state value.
+        hidden_sizes: width of each hidden layer.
+        activation: class of the nonlinearity.
+        in_keys: of the latent state, the context and, for a Q-function, the action.
+        out_keys: of the value; default ``state_value``, for a Q-function
+            ``state_action_value``.
+
+    Reads:
+        ``latent`` ``[..., D]``, ``context`` ``[..., C]`` (and ``action`` ``[..., A]``).
+
+    Writes:
+        ``state_value`` (or ``state_action_value``) ``[..., 1]``.
+
+    Example:
+        >>> import torch
+        >>> ValueNet(3, 2)(torch.zeros(4, 3), torch.zeros(4, 2)).shape
+        torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        latent_state_dim: int,
+        context_dim: int,
+        *,
+        action_dim: int | None = None,
+        hidden_sizes: Sequence[int] = (128, 128),
+        activation: type[nn.Module] = nn.SiLU,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        dims: tuple[int, ...] = (latent_state_dim, context_dim)
+        names: tuple[NestedKey, ...] = (keys.LATENT, keys.CONTEXT)
+        out: NestedKey = keys.STATE_VALUE
+        if action_dim is not None:
+            dims, names, out = (*dims, action_dim), (*names, keys.ACTION), keys.STATE_ACTION_VALUE
+        super().__init__(
+            _LatentMLP(dims, 1, hidden_sizes, activation),
+            in_keys=list(in_keys or names),
+            out_keys=list(out_keys or (out,)),
+        )
+
+
+def as_reward_module(module: nn.Module | None) -> TensorDictModuleBase | None:
+    """Wrap a plain ``f(latent, context, action) -> [..., 1]``; pass a TensorDict module through."""
+    if module is None or isinstance(module, TensorDictModuleBase):
+        return module
+    return LatentFunction(
+        module, in_keys=[keys.LATENT, keys.CONTEXT, keys.ACTION], out_keys=[keys.REWARD]
+    )
+
+
+def as_value_module(module: nn.Module | None) -> TensorDictModuleBase | None:
+    """Wrap a plain ``f(latent, context)`` or ``f(latent, context, action)`` ``-> [..., 1]``.
+
+    The number of arguments of its ``forward`` that have no default tells a state value from a
+    Q-function. A TensorDict module passes through.
+
+    Raises:
+        TypeError: if ``forward`` does not take two or three arguments.
+    """
+    if module is None or isinstance(module, TensorDictModuleBase):
+        return module
+    n_args = _count_required_arguments(module)
+    if n_args not in (2, 3):
+        raise TypeError(
+            "val_func: a plain module must be f(latent, context) or f(latent, context, action), "
+            f"but {type(module).__name__}.forward takes {n_args} arguments. Wrap it in a "
+            "tensordict.nn.TensorDictModule to name what it reads."
+        )
+    in_keys = [keys.LATENT, keys.CONTEXT, keys.ACTION][:n_args]
+    out_key = keys.STATE_VALUE if n_args == 2 else keys.STATE_ACTION_VALUE
+    return LatentFunction(module, in_keys=in_keys, out_keys=[out_key])
+
+
+def reads_action(module: TensorDictModuleBase, action_key: NestedKey = keys.ACTION) -> bool:
+    """Tell a Q-function from a state value by what it reads."""
+    return action_key in module.in_keys
+
+
+def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) -> Tensor:
+    """Evaluate a reward or value module on tensors by name.
+
+    Args:
+        module: any TensorDict module that reads a subset of ``entries``.
+        entries: tensors of one leading shape, the latent state first.
+
+    Returns:
+        Its first output, ``[..., 1]``.
+
+    Raises:
+        KeyError: if the module reads an entry that is not there.
+        ValueError: if the output is not ``[..., 1]``.
+    """
+    missing = [key for key in module.in_keys if key not in entries]
+    if missing:
+        raise KeyError(f"{type(module).__name__} reads {missing}, but there is only {[*entries]}.")
+    shape = next(iter(entries.values())).shape[:-1]
+    if isinstance(module, LatentFunction):
+        out = module.evaluate(entries)
+    else:
+        out = module(TensorDict(dict(entries), batch_size=shape)).get(module.out_keys[0])
+    if out.shape != (*shape, 1):
+        raise ValueError(
+            f"{type(module).__name__} must return [..., 1], here {[*shape, 1]}, "
+            f"got shape {list(out.shape)}."
+        )
+    return out
+
+
+class _LatentMLP(ConcatMLP):
+    """A perceptron over latent state, context and, where it has one, action (also as index)."""
+
+    def forward(self, latent: Tensor, context: Tensor, *action: Tensor) -> Tensor:
+        features = (action_features(a, latent.shape[:-1], self.in_dims[-1]) for a in action)
+        return super().forward(latent, context, *features)
+
+
+def _count_required_arguments(module: nn.Module) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(
+        parameter.kind in kinds and parameter.default is inspect.Parameter.empty
+        for parameter in inspect.signature(module.forward).parameters.values()
+    )

@@ -1,0 +1,93 @@
+"""Multi-layer perceptrons: a plain one, and one batched over ensemble members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ConcatMLP(nn.Module):
+    """A perceptron over the concatenation of its inputs' last dims.
+
+    Args:
+        in_dims: last dim of each positional input; an input of 0 dims is legal.
+        out_dim: last dim of the output.
+        hidden_sizes: width of each hidden layer.
+        activation: class of the nonlinearity between layers.
+    """
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        out_dim: int,
+        hidden_sizes: Sequence[int] = (128, 128),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        self.in_dims = tuple(in_dims)
+        sizes = [sum(self.in_dims), *hidden_sizes]
+        layers: list[nn.Module] = []
+        for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(size_in, size_out), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Map ``[..., in_dims[i]]`` for each input to ``[..., out_dim]``.
+
+        Raises:
+            ValueError: if the last dim of an input does not fit, or leading shapes differ.
+        """
+        dims = tuple(x.shape[-1] for x in inputs)
+        if dims != self.in_dims:
+            raise ValueError(f"expected inputs with last dims {self.in_dims}, got {dims}.")
+        if any(x.shape[:-1] != inputs[0].shape[:-1] for x in inputs):
+            shapes = [list(x.shape) for x in inputs]
+            raise ValueError(f"expected inputs of one leading shape, got {shapes}.")
+        return self.layers(torch.cat([x.to(torch.float32) for x in inputs], -1))
+
+
+class EnsembleMLP(nn.Module):
+    """``E`` perceptrons of one shape, evaluated by batched matrix products.
+
+    Each member starts from its own draw of ``nn.Linear``'s initialisation.
+
+    Args:
+        n_members: ``E``.
+        in_dim: last dim of the input.
+        out_dim: last dim of the output.
+        hidden_sizes: width of each hidden layer.
+        activation: class of the nonlinearity between layers.
+
+    Example:
+        >>> EnsembleMLP(5, 3, 2, (8,))(torch.zeros(5, 7, 3)).shape
+        torch.Size([5, 7, 2])
+    """
+
+    def __init__(
+        self,
+        n_members: int,
+        in_dim: int,
+        out_dim: int,
+        hidden_sizes: Sequence[int] = (128, 128),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        sizes = [in_dim, *hidden_sizes, out_dim]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+            bound = size_in**-0.5
+            self.weights.append(torch.empty(n_members, size_in, size_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(n_members, 1, size_out).uniform_(-bound, bound))
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``."""
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if i < last:
+                x = self.activation(x)
+        return x

@@ -1,0 +1,84 @@
+"""Running moments of a data stream, for standardising inputs and scaling targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningMoments(nn.Module):
+    """Keep the running mean and variance of every dim of a stream of batches.
+
+    The first ``1 / rate`` batches are averaged evenly, later ones exponentially with ``rate``,
+    so the moments are right from the first batch on and still follow a drifting stream.
+    A batch that holds a non-finite number changes nothing.
+
+    Args:
+        dim: ``D``, number of dims.
+        rate: least weight of a new batch, in (0, 1].
+
+    Example:
+        >>> moments = RunningMoments(2)
+        >>> moments.update(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        >>> moments.mean, moments.var
+        (tensor([1., 1.]), tensor([1., 0.]))
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, dim: int, *, rate: float = 1e-3) -> None:
+        super().__init__()
+        if not 0 < rate <= 1:
+            raise ValueError(f"RunningMoments: rate must be in (0, 1], got {rate}.")
+        self.rate = rate
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, samples: Tensor, mask: Tensor | None = None) -> None:
+        """Take a batch in.
+
+        Args:
+            samples: ``[..., D]``.
+            mask: bool ``[...]``; entries where it is False count for nothing.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        expected = [*samples.shape[:-1], *self.mean.shape]
+        if list(samples.shape) != expected:
+            raise ValueError(f"samples: expected shape {expected}, got {list(samples.shape)}.")
+        if mask is not None and mask.shape != samples.shape[:-1]:
+            raise ValueError(f"mask: expected shape {expected[:-1]}, got {list(mask.shape)}.")
+        samples = samples.unsqueeze(0).flatten(0, -2)
+        if mask is None:
+            weight = torch.ones_like(samples[:, :1])
+        else:
+            weight = mask.reshape(-1, 1).to(samples.dtype)
+            samples = torch.where(weight > 0, samples, 0.0)
+        n = weight.sum()
+        batch_mean = (samples * weight).sum(0) / n
+        batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
+        usable = torch.isfinite(batch_mean).all() & torch.isfinite(batch_var).all()
+        rate = torch.clamp(1 / (self.count + 1), min=self.rate)
+        shift = batch_mean - self.mean
+        var = (1 - rate) * self.var + rate * batch_var + rate * (1 - rate) * shift.square()
+        self.var.copy_(torch.where(usable, var, self.var))
+        self.mean.copy_(torch.where(usable, self.mean + rate * shift, self.mean))
+        self.count.add_(usable)
+
+    def std(self, *, floor: float) -> Tensor:
+        """Return the standard deviation ``[D]``, at least ``floor``."""
+        return self.var.sqrt().clamp_min(floor)
+
+    def standardize(self, samples: Tensor) -> Tensor:
+        """Shift and scale ``samples`` ``[..., D]`` to mean 0 and standard deviation 1.
+
+        A dim that never changed is only shifted: dividing by its zero deviation would blow up
+        the first change.
+        """
+        std = self.var.sqrt()
+        return (samples - self.mean) / torch.where(std > 1e-4, std, 1.0)

@@ -1,0 +1,80 @@
+"""Sizes of spaces, and actions as network inputs.
+
+A space is given as a number of dims, a Gymnasium space, or a TorchRL spec.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import torch
+from torch import Tensor
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    OneHot,
+    Unbounded,
+)
+
+
+def space_dim(space: Any, name: str) -> int:
+    """Return the number of network inputs that an element of ``space`` takes.
+
+    Args:
+        space: ``None`` (0 dims), a number of dims, a Gymnasium ``Box`` or ``Discrete``, or a
+            TorchRL ``Bounded``, ``Unbounded``, ``OneHot`` or ``Categorical`` spec. Discrete
+            spaces of ``n`` elements take ``n`` (one-hot).
+        name: of the argument, for the error.
+
+    Raises:
+        TypeError: if the space is of another kind.
+        ValueError: if the number is negative.
+    """
+    if space is None:
+        return 0
+    if isinstance(space, int):
+        if space < 0:
+            raise ValueError(f"{name}: expected at least 0 dims, got {space}.")
+        return space
+    if isinstance(space, gymnasium.spaces.Box):
+        return int(torch.Size(space.shape).numel()) if space.shape else 1
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, Categorical) and not isinstance(space, Binary | MultiCategorical):
+        return int(space.space.n)
+    if isinstance(space, OneHot | Bounded | Unbounded):
+        return int(space.shape[-1]) if space.shape else 1
+    kind = f"{type(space).__module__}.{type(space).__name__}"
+    hint = " (pass one of its entries)" if isinstance(space, Composite) else ""
+    raise TypeError(
+        f"{name}: expected a number of dims, a gymnasium Box or Discrete, or a torchrl Bounded, "
+        f"Unbounded, OneHot or Categorical spec, got {kind}{hint}."
+    )
+
+
+def action_features(action: Tensor, batch_shape: torch.Size, dim: int) -> Tensor:
+    """Turn actions into network inputs ``[*batch_shape, dim]``.
+
+    Continuous and one-hot actions are ``[*batch_shape, dim]`` already and are cast. Integers of
+    shape ``[*batch_shape]`` (TorchRL's categorical encoding) or ``[*batch_shape, 1]`` are
+    indices of ``dim`` actions and become one-hot.
+
+    Raises:
+        ValueError: if the shape fits none of these.
+    """
+    if action.shape == (*batch_shape, dim):
+        return action.to(torch.float32)
+    if not action.is_floating_point():
+        index = action if action.shape == batch_shape else None
+        if action.shape == (*batch_shape, 1):
+            index = action.squeeze(-1)
+        if index is not None:
+            return torch.nn.functional.one_hot(index.long(), dim).to(torch.float32)
+    raise ValueError(
+        f"action: expected shape {[*batch_shape, dim]} or indices (integers) of shape "
+        f"{list(batch_shape)}, got {list(action.shape)} {action.dtype}."
+    )

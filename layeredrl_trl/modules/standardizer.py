@@ -1,0 +1,43 @@
+"""A learned map that makes changes of the latent state comparable in every direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from layeredrl_trl.functional import whitening_residual
+from layeredrl_trl.modules.normalization import RunningMoments
+
+
+class DeltaStandardizer(nn.Module):
+    """Learn a symmetric matrix ``W`` with ``cov(W delta) = I`` for changes ``delta`` of the latent.
+
+    ``W = S A S`` with ``A`` learned, symmetric, and ``S = diag(std)^{-1/2}`` from running moments, so
+    that ``W`` starts at the right scale of every dim, whatever the units of the latent are.
+
+    Args:
+        latent_state_dim: ``D``.
+
+    Example:
+        >>> DeltaStandardizer(3).matrix.shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(self, latent_state_dim: int) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.eye(latent_state_dim))
+        self.moments = RunningMoments(latent_state_dim)
+
+    @property
+    def matrix(self) -> Tensor:
+        """``W``, ``[D, D]``, symmetric."""
+        scale = self.moments.std(floor=1e-4).rsqrt()
+        return scale[:, None] * (0.5 * (self.raw + self.raw.mT)) * scale
+
+    def residual(self, delta: Tensor) -> Tensor:
+        """Return ``||cov(W delta) - I||_F`` for ``delta`` ``[..., D]``, a scalar to minimise."""
+        return whitening_residual(self.matrix, delta.flatten(0, -2))
+
+    def update_statistics(self, delta: Tensor, mask: Tensor | None = None) -> None:
+        """Take changes ``[..., D]`` of real transitions into the running moments."""
+        self.moments.update(delta, mask)

@@ -1,0 +1,504 @@
+"""The loss of a predictor: reward, value, dynamics and standardizer from slices of transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
+from torch import Tensor, nn
+from torchrl.objectives import LossModule
+
+from layeredrl_trl import keys
+from layeredrl_trl.functional import n_step_targets, n_step_window
+from layeredrl_trl.modules import (
+    DeltaStandardizer,
+    DynamicsModel,
+    Encoder,
+    as_reward_module,
+    as_value_module,
+    evaluate,
+    reads_action,
+)
+
+Reader = Callable[[Sequence[NestedKey], Tensor], TensorDictBase]
+"""Reads the named entries at steps ``[B, J]`` of ``B`` slices, as a TensorDict ``[B, J]``."""
+
+
+class RewardPredictorLoss(LossModule):
+    """Train encoder, reward, value and dynamics together from slices of transitions.
+
+    A slice is ``T = k_steps + n_steps - 1`` consecutive steps (one more for a Q-function), as
+    ``TransitionSliceSampler`` draws them. Its first ``k_steps`` steps train reward and value; its
+    first step is a uniform transition and trains the dynamics, unless separate transitions are
+    given. The context of a slice is that of its first step, so that state cannot leak into it.
+
+    Terms, each already weighted: ``loss_reward`` (squared error; its gradient reaches the encoder
+    if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from the encoder,
+    only where ``planned``), ``loss_consistency`` (negative log-likelihood of the next latent
+    state plus cross-entropy of termination, latents detached) and ``loss_standardizer``
+    (``||cov(W delta) - I||_F``).
+
+    A terminated step is bootstrapped by nothing; a truncated or unfinished end by the value of
+    the state after it; padded steps count for nothing.
+
+    Args:
+        encoder: of the observations.
+        dynamics: the model.
+        reward: reads ``latent``, ``context``, ``action``; ``None`` for no reward loss.
+        value: a state value (reads ``latent``, ``context``) or a Q-function (reads ``action`` too);
+            ``None`` for no value loss. Its targets come from a target network: associate a
+            ``torchrl.objectives.SoftUpdate``.
+        standardizer: of changes of the latent state; ``None`` for no standardizer loss.
+        gamma: discount, in [0, 1].
+        k_steps: steps of a slice that train reward and value, at least 1.
+        n_steps: most rewards in a value target, at least 1.
+        learn_encoder: let the reward loss train the encoder.
+        consistency_loss_weight: factor of ``loss_consistency``.
+        value_loss_weight: factor of ``loss_value``.
+        rew_loss_weight: factor of ``loss_reward``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Reads:
+        A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices: ``observation``, ``action``,
+        ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")``,
+        ``("collector", "mask")`` and optionally ``planned``.
+
+    Writes:
+        ``loss_reward``, ``loss_value``, ``loss_consistency``, ``loss_standardizer`` (those that
+        apply) and, detached, ``nll`` (nats), ``term_bce`` (nats) and ``value_target_mean``.
+
+    Raises:
+        ValueError: at construction, if an option is out of range.
+        KeyError: if an entry is missing; the text names it and those that are there.
+
+    Example:
+        >>> from layeredrl_trl.modules import (
+        ...     IdentityEncoder,
+        ...     ProbabilisticEnsemble,
+        ...     RewardNet,
+        ...     ValueNet,
+        ... )
+        >>> from torchrl.objectives import SoftUpdate
+        >>> loss = RewardPredictorLoss(
+        ...     IdentityEncoder(3),
+        ...     ProbabilisticEnsemble(3, 0, 1, n_models=5),
+        ...     RewardNet(3, 0, 1),
+        ...     ValueNet(3, 0),
+        ...     n_steps=3,
+        ... )
+        >>> updater, shape = SoftUpdate(loss, tau=0.005), (8, loss.slice_len)
+        >>> slices = TensorDict(
+        ...     {
+        ...         "observation": torch.randn(*shape, 3),
+        ...         "action": torch.randn(*shape, 1),
+        ...         "next": {
+        ...             "observation": torch.randn(*shape, 3),
+        ...             "reward": torch.randn(*shape, 1),
+        ...             "terminated": torch.zeros(*shape, 1).bool(),
+        ...         },
+        ...         "collector": {"mask": torch.ones(*shape, 1).bool()},
+        ...     },
+        ...     batch_size=shape,
+        ... )
+        >>> sorted(loss(slices).keys())[:3]
+        ['loss_consistency', 'loss_reward', 'loss_value']
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Names of the entries that the loss reads; see ``set_keys``."""
+
+        observation: NestedKey = keys.OBSERVATION
+        action: NestedKey = keys.ACTION
+        reward: NestedKey = keys.REWARD
+        terminated: NestedKey = keys.TERMINATED
+        mask: NestedKey = keys.MASK
+        planned: NestedKey = keys.PLANNED
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    value_network: TensorDictModuleBase
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dynamics: DynamicsModel,
+        reward: nn.Module | None,
+        value: nn.Module | None,
+        *,
+        standardizer: DeltaStandardizer | None = None,
+        gamma: float = 0.99,
+        k_steps: int = 1,
+        n_steps: int = 1,
+        learn_encoder: bool = True,
+        consistency_loss_weight: float = 1.0,
+        value_loss_weight: float = 1.0,
+        rew_loss_weight: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(gamma, k_steps, n_steps, reduction)
+        self.encoder = encoder
+        self.dynamics = dynamics
+        self.reward = as_reward_module(reward)
+        self.standardizer = standardizer
+        value = as_value_module(value)
+        self.has_value = value is not None
+        if value is not None:
+            self.convert_to_functional(value, "value_network", create_target_params=True)
+        self.gamma = gamma
+        self.k_steps = k_steps
+        self.n_steps = n_steps
+        self.learn_encoder = learn_encoder
+        self.consistency_loss_weight = consistency_loss_weight
+        self.value_loss_weight = value_loss_weight
+        self.rew_loss_weight = rew_loss_weight
+        self.reduction = reduction
+
+    @property
+    def bootstraps_action(self) -> bool:
+        """Whether the value is a Q-function."""
+        return self.has_value and reads_action(self.value_network, self.tensor_keys.action)
+
+    @property
+    def slice_len(self) -> int:
+        """``T``, the steps of a slice that the loss reads."""
+        return self.k_steps + self.n_steps - (0 if self.bootstraps_action else 1)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that :meth:`forward` reads from slices; ``planned`` is optional."""
+        names = self.tensor_keys
+        following = (names.observation, names.reward, names.terminated)
+        return [
+            names.observation,
+            names.action,
+            *(unravel_key(("next", key)) for key in following),
+            names.mask,
+        ]
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Entries that :meth:`forward` returns."""
+        terms = {
+            "loss_reward": self.reward is not None,
+            "loss_value": self.has_value,
+            "value_target_mean": self.has_value,
+            "loss_consistency": True,
+            "nll": True,
+            "term_bce": True,
+            "loss_standardizer": self.standardizer is not None,
+        }
+        return [name for name, applies in terms.items() if applies]
+
+    def forward(
+        self, tensordict: TensorDictBase, transitions: TensorDictBase | None = None
+    ) -> TensorDict:
+        """Compute every term.
+
+        In training mode the running statistics of dynamics and standardizer take the
+        transitions in first.
+
+        Args:
+            tensordict: slices as ``Reads`` says, flat or ``[B, T]``; or targets ``[B, k]`` from
+                :meth:`compute_targets`, which then need ``transitions``.
+            transitions: separate transitions ``[N]`` for the dynamics, from
+                :meth:`encode_transitions`. ``None``: the first steps of the slices.
+
+        Returns:
+            A TensorDict without batch dims (with ``reduction="none"`` each term keeps its shape).
+        """
+        if keys.VALUE_TARGET in tensordict.keys():
+            targets = tensordict
+            if transitions is None:
+                raise ValueError(
+                    "RewardPredictorLoss: targets hold no next observations, so the dynamics need "
+                    "transitions as second argument; or pass slices alone."
+                )
+        else:
+            slices = self._as_slices(tensordict)
+            mask = slices.get(self.tensor_keys.mask).squeeze(-1)
+            targets = self.compute_targets(
+                lambda names, steps: _read_steps(slices, names, steps), mask
+            )
+            if transitions is None:
+                row = torch.arange(mask.shape[0], device=mask.device)
+                # a slice that is nothing but padding gives its place to one that is not
+                row = torch.where(mask[:, 0], row, mask[:, 0].byte().argmax())
+                transitions = self.encode_transitions(slices[row, 0])
+        return TensorDict(
+            {**self._head_terms(targets), **self._dynamics_terms(transitions)}, batch_size=[]
+        )
+
+    def compute_targets(
+        self,
+        read: Reader,
+        mask: Tensor,
+        *,
+        k_steps: int | None = None,
+        n_steps: int | None = None,
+        gamma: float | None = None,
+    ) -> TensorDict:
+        r"""Encode the first ``k`` steps of slices and compute their n-step value targets.
+
+        ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l (1 - terminated) V_target`` with ``l`` the
+        smaller of ``n`` and the steps left in the episode.
+
+        Args:
+            read: reads named entries at given steps of the slices; only what is needed is read.
+            mask: bool ``[B, T]``, False on padding.
+            k_steps: instead of the loss's own.
+            n_steps: instead of the loss's own.
+            gamma: instead of the loss's own.
+
+        Returns:
+            TensorDict ``[B, k]``: ``latent``, ``context`` (with gradient if ``learn_encoder``),
+            ``action``, ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
+            ``("collector", "mask")`` and ``planned``. For a Q-function the mask is also False on
+            the last step of an episode that has no action to bootstrap with.
+
+        Raises:
+            ValueError: if a number is out of its range or a shape does not fit.
+        """
+        names = self.tensor_keys
+        k_steps = self.k_steps if k_steps is None else k_steps
+        n_steps = self.n_steps if n_steps is None else n_steps
+        gamma = self.gamma if gamma is None else gamma
+        _check_options(gamma, k_steps, n_steps, self.reduction)
+        reward_key, terminated_key = (
+            unravel_key(("next", key)) for key in (names.reward, names.terminated)
+        )
+        every = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        outcome = read([reward_key, terminated_key], every)
+        for key in (reward_key, terminated_key):
+            _check_per_step(key, outcome.get(key), mask.shape)
+        window = n_step_window(
+            outcome.get(terminated_key).squeeze(-1),
+            mask,
+            k_steps,
+            n_steps,
+            next_action=self.bootstraps_action,
+        )
+        first = every[:, :k_steps]
+        steps = read([names.observation, names.action, names.planned], first)
+        planned = steps.get(names.planned, default=None)
+        if planned is not None:
+            _check_per_step(names.planned, planned, first.shape)
+        observation = _zero_where_not(mask[:, :k_steps], steps.get(names.observation))
+        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
+            latent, context = self.encoder.encode(observation)
+        context = context[:, :1].expand_as(context)
+        end = first + window.steps
+        value = self._bootstrap_value(read, context.detach(), end, mask)
+        reward = outcome.get(reward_key)
+        target = n_step_targets(
+            reward.squeeze(-1), window, value.squeeze(-1), gamma=gamma, n_steps=n_steps
+        )
+        valid = (mask[:, :k_steps] & window.valid).unsqueeze(-1)
+        return TensorDict(
+            {
+                self.encoder.out_keys[0]: latent,
+                self.encoder.out_keys[1]: context,
+                names.action: steps.get(names.action),
+                reward_key: reward[:, :k_steps],
+                terminated_key: outcome.get(terminated_key)[:, :k_steps],
+                keys.VALUE_TARGET: target.unsqueeze(-1),
+                names.mask: valid,
+                names.planned: torch.ones_like(valid) if planned is None else planned,
+            },
+            batch_size=[mask.shape[0], k_steps],
+        )
+
+    @torch.no_grad()
+    def encode_transitions(self, transitions: TensorDictBase) -> TensorDict:
+        """Encode single transitions for the dynamics, without gradient.
+
+        Args:
+            transitions: ``[N]``: ``observation``, ``action``, ``("next", "observation")``,
+                ``("next", "terminated")``.
+
+        Returns:
+            TensorDict ``[N]``: ``latent``, ``context``, ``action``, ``("next", "latent")``,
+            ``("next", "terminated")``.
+        """
+        names = self.tensor_keys
+        latent, context = self.encoder.encode(transitions.get(names.observation))
+        next_key, terminated_key = (
+            unravel_key(("next", key)) for key in (names.observation, names.terminated)
+        )
+        next_latent, _ = self.encoder.encode(transitions.get(next_key))
+        return TensorDict(
+            {
+                self.encoder.out_keys[0]: latent,
+                self.encoder.out_keys[1]: context,
+                names.action: transitions.get(names.action),
+                unravel_key(("next", self.encoder.out_keys[0])): next_latent,
+                terminated_key: transitions.get(terminated_key),
+            },
+            batch_size=transitions.batch_size,
+        )
+
+    def _bootstrap_value(self, read: Reader, context: Tensor, end: Tensor, mask: Tensor) -> Tensor:
+        """Target value ``[B, k, 1]`` behind the last reward of each target.
+
+        Args:
+            read: of the slices.
+            context: ``[B, k, C]``.
+            end: long ``[B, k]``, the first step of the slice that the target does not sum.
+            mask: bool ``[B, T]``.
+        """
+        if not self.has_value:
+            return context.new_zeros(*context.shape[:-1], 1)
+        names = self.tensor_keys
+        with torch.no_grad():
+            if self.bootstraps_action:
+                last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
+                pair = read([names.observation, names.action], end.minimum(last))
+                observation, action = pair.get(names.observation), pair.get(names.action)
+            else:
+                next_key = unravel_key(("next", names.observation))
+                observation = read([next_key], (end - 1).clamp_min(0)).get(next_key)
+                action = None
+            latent, _ = self.encoder.encode(observation)
+            target_params = self.target_value_network_params
+            with target_params.to_module(self.value_network, preserve_module_state=False):
+                return evaluate(self.value_network, self._entries(latent, context, action))
+
+    def _head_terms(self, targets: TensorDictBase) -> dict[str, Tensor]:
+        names = self.tensor_keys
+        latent, context = (targets.get(key) for key in self.encoder.out_keys)
+        action = targets.get(names.action)
+        if not self.learn_encoder:
+            latent, context = latent.detach(), context.detach()
+        valid = targets.get(names.mask)
+        latent, context, action = (
+            _zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
+        )
+        terms = {}
+        if self.reward is not None:
+            reward = targets.get(unravel_key(("next", names.reward)))
+            predicted = evaluate(self.reward, self._entries(latent, context, action))
+            error = _zero_where_not(valid, predicted - reward).square()
+            terms["loss_reward"] = self.rew_loss_weight * self._reduce(error, targets)
+        if self.has_value:
+            entries = self._entries(latent.detach(), context.detach(), action)
+            value_target = targets.get(keys.VALUE_TARGET)
+            planned = targets.get(names.planned)
+            error = evaluate(self.value_network, entries) - value_target
+            error = _zero_where_not(valid & planned, error).square()
+            terms["loss_value"] = self.value_loss_weight * self._reduce(error, targets, planned)
+            terms["value_target_mean"] = self._mean(value_target, targets, planned)
+        return terms
+
+    def _dynamics_terms(self, transitions: TensorDictBase) -> dict[str, Tensor]:
+        names = self.tensor_keys
+        latent_key, context_key = self.encoder.out_keys
+        latent, context = (
+            transitions.get(latent_key).detach(),
+            transitions.get(context_key).detach(),
+        )
+        next_latent = transitions.get(unravel_key(("next", latent_key))).detach()
+        action = transitions.get(names.action)
+        terminated = transitions.get(unravel_key(("next", names.terminated)))
+        delta = next_latent - latent
+        if self.training:
+            self.dynamics.update_statistics(latent, context, action, next_latent)
+            if self.standardizer is not None:
+                self.standardizer.update_statistics(delta)
+        nll, bce = self.dynamics.negative_log_likelihood(
+            latent, context, action, next_latent, terminated
+        )
+        consistency = self._reduce(nll + bce, None) + self.dynamics.regularization()
+        terms = {
+            "loss_consistency": self.consistency_loss_weight * consistency,
+            "nll": nll.detach().mean(),
+            "term_bce": bce.detach().mean(),
+        }
+        if self.standardizer is not None:
+            terms["loss_standardizer"] = self.standardizer.residual(delta)
+        return terms
+
+    def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
+        entries = dict(zip(self.encoder.out_keys, (latent, context), strict=True))
+        if action is not None:
+            entries[self.tensor_keys.action] = action
+        return entries
+
+    def _reduce(
+        self, per_step: Tensor, targets: TensorDictBase | None, extra_mask: Tensor | None = None
+    ) -> Tensor:
+        if self.reduction == "none" and extra_mask is not None:
+            # _reduce_loss would drop the masked entries, and with them the shape.
+            per_step, extra_mask = torch.where(extra_mask, per_step, 0.0), None
+        return self._reduce_loss(per_step, targets, mask=extra_mask)
+
+    def _mean(self, x: Tensor, targets: TensorDictBase, mask: Tensor) -> Tensor:
+        return self._reduce_loss(x.detach(), targets, mask=mask, reduction="mean")
+
+    def _as_slices(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Check the entries and the shape of a sample; return it as ``[B, T]``."""
+        there = set(tensordict.keys(True, True))
+        missing = [key for key in self.in_keys if key not in there]
+        if missing:
+            raise KeyError(
+                f"RewardPredictorLoss: the batch has no {missing}; it has {sorted(map(str, there))}."
+            )
+        mask = tensordict.get(self.tensor_keys.mask)
+        _check_per_step(self.tensor_keys.mask, mask, tensordict.batch_size)
+        if tensordict.ndim == 2 and tensordict.shape[1] >= self.slice_len:
+            return tensordict
+        if tensordict.ndim != 1 or tensordict.shape[0] % self.slice_len:
+            raise ValueError(
+                f"RewardPredictorLoss: expected slices of slice_len={self.slice_len} steps, flat "
+                f"[B * {self.slice_len}] or [B, {self.slice_len}], got batch size "
+                f"{list(tensordict.batch_size)}."
+            )
+        return tensordict.reshape(-1, self.slice_len)
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """Called by ``set_keys``: let ``_reduce_loss`` find the mask under its new name."""
+        self.loss_mask_key = self.tensor_keys.mask
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
+            self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
+
+
+def _read_steps(
+    slices: TensorDictBase, names: Sequence[NestedKey], steps: Tensor
+) -> TensorDictBase:
+    """Read entries of ``slices`` ``[B, T]`` at ``steps`` ``[B, J]``; those not there are left out."""
+    row = torch.arange(steps.shape[0], device=steps.device)[:, None]
+    return slices.select(*names, strict=False)[row, steps]
+
+
+def _zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
+    """Set steps of ``x`` ``[B, k, ...]`` to 0 where ``mask`` ``[B, k(, 1)]`` is False.
+
+    What does not count may hold anything. Masking the loss alone would not do: backward, a
+    gradient of 0 times NaN is NaN.
+    """
+    return torch.where(mask.reshape(*mask.shape[:2], *(1,) * (x.ndim - 2)), x, torch.zeros_like(x))
+
+
+def _check_per_step(key: NestedKey, x: Tensor, batch: torch.Size) -> None:
+    if x.shape != (*batch, 1):
+        raise ValueError(
+            f"{key}: expected shape {[*batch, 1]} (a trailing dim of 1), got {list(x.shape)}."
+        )
+
+
+def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
+    if k_steps < 1 or n_steps < 1:
+        raise ValueError(f"k_steps and n_steps must be at least 1, got {k_steps} and {n_steps}.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")

@@ -1,0 +1,204 @@
+"""What candidate action sequences return in a model-based environment."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+
+from layeredrl_trl import keys
+
+
+class CandidateReturn(nn.Module):
+    """Imagine candidate action sequences and add up what they earn.
+
+    The return of a candidate is ``sum_{t<H} gamma^t r_t + gamma^H V(s_H)``.
+
+    Edge rules: rewards after the first ``done`` do not count; a hard termination stops the
+    bootstrap, a truncation bootstraps from the state it happened in (with the discount of that
+    step). Where the state holds ``alive`` (soft termination), rewards are taken as already weighted
+    by it and the bootstrap is the mean over particles of ``alive * V``. A return that is not finite
+    counts as ``-inf``.
+
+    The environment is stepped open-loop by ``env.step`` and ``env.step_mdp`` or, where its class
+    has ``imagine(tensordict, actions)``, by that. It is never reset, and nothing is read back to
+    the host. An ``imagine`` of an environment under transforms is not used: it would skip them.
+
+    Args:
+        env (EnvBase): the model; must accept any batch size (``batch_locked=False``).
+        gamma (float): discount per step, in [0, 1].
+        terminal_value (TensorDictModuleBase, optional): what comes after the last step is worth,
+            from the last state (``latent``, ``context``) to ``state_value``. It must not read the
+            action. Applied per particle where the state holds ``alive``.
+        reward_key (NestedKey, optional): where the reward of a step is found. Default: ``"next"``
+            and the environment's reward key.
+        state_keys (sequence of NestedKey, optional): what a step of the environment reads.
+            Default: the keys of ``env.state_spec`` or, if that is empty, of
+            ``env.observation_spec``.
+        value_key (NestedKey): the entry that ``terminal_value`` writes.
+        alive_key (NestedKey): the probability that a particle is alive, ``[..., E, P, 1]``.
+
+    Raises:
+        TypeError: if ``env`` is no ``EnvBase`` or ``terminal_value`` no ``TensorDictModule``.
+        ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range, or
+            ``terminal_value`` reads the action or does not write ``value_key``.
+        KeyError: if ``terminal_value`` reads what the environment does not have.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        *,
+        gamma: float = 1.0,
+        terminal_value: TensorDictModuleBase | None = None,
+        reward_key: NestedKey | None = None,
+        state_keys: list[NestedKey] | None = None,
+        value_key: NestedKey = keys.STATE_VALUE,
+        alive_key: NestedKey = keys.ALIVE,
+    ) -> None:
+        if not isinstance(env, EnvBase):
+            raise TypeError(f"A planner needs a torchrl EnvBase, got {type(env).__name__}.")
+        if env.batch_locked:
+            raise ValueError(
+                "A planner steps all candidates at once and needs an environment that accepts any "
+                f"batch size, but {type(env).__name__} is batch-locked (batch size "
+                f"{tuple(env.batch_size)})."
+            )
+        if len(env.action_keys) != 1:
+            raise ValueError(
+                f"A planner plans one action, but {type(env).__name__} has {env.action_keys}."
+            )
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
+        super().__init__()
+        self.env = env
+        self.gamma = gamma
+        self.action_key = unravel_key(env.action_keys[0])
+        self.reward_key = unravel_key(reward_key or ("next", env.reward_keys[0]))
+        self.value_key = unravel_key(value_key)
+        self.alive_key = unravel_key(("next", alive_key))
+        self.done_key = _outermost(env.done_keys, keys.DONE)
+        self.terminated_key = _outermost(env.done_keys, keys.TERMINATED)
+        self._has_imagine = callable(getattr(type(env), "imagine", None))
+
+        shapes = {}
+        for spec in (env.full_observation_spec_unbatched, env.full_state_spec_unbatched):
+            shapes |= {unravel_key(key): spec[key].shape for key in spec.keys(True, True)}
+        state_keys = state_keys or list(spec.keys(True, True)) or list(shapes)
+        self.state_shapes = {unravel_key(k): shapes.get(unravel_key(k)) for k in state_keys}
+        self._check_terminal_value(terminal_value, {*shapes, *self.state_shapes})
+        self.terminal_value = terminal_value
+
+    def forward(self, candidates: TensorDictBase, actions: Tensor) -> Tensor:
+        """Score one action sequence per state.
+
+        Args:
+            candidates (TensorDictBase): the state entries, batch ``[...]``. Not modified.
+            actions (Tensor): ``[..., H, A]``.
+
+        Returns:
+            returns ``[..., 1]``, ``-inf`` where they are not finite.
+        """
+        steps = self._imagine(candidates, actions)
+        reward = steps.get(self.reward_key)
+        done = None if self.done_key is None else steps.get(self.done_key, None)
+        if done is None:
+            running = torch.ones_like(reward, dtype=torch.bool)
+        else:
+            running = done.cumsum(-2) <= done
+            reward = torch.where(running, reward, 0.0)
+        step = torch.arange(reward.shape[-2], dtype=reward.dtype, device=reward.device)
+        total = (self.gamma ** step.unsqueeze(-1) * reward).sum(-2)
+        if self.terminal_value is not None:
+            length = running.sum(-2)
+            value = self._bootstrap(candidates, steps, length - 1)
+            total = total + self.gamma ** length.to(value.dtype) * value
+        return torch.where(total.isfinite(), total, -torch.inf)
+
+    def _imagine(self, candidates: TensorDictBase, actions: Tensor) -> TensorDictBase:
+        """Step through the actions: batch ``[...]`` to ``[..., H]``."""
+        if self._has_imagine:
+            return self.env.imagine(candidates, actions)
+        # Not env.rollout: it resets finished candidates, which draws random numbers and syncs.
+        tensordict = candidates.copy()
+        steps = []
+        for action in actions.unbind(-2):
+            tensordict.set(self.action_key, action)
+            tensordict = self.env.step(tensordict)
+            steps.append(tensordict.select("next"))
+            # The state only: ModelBasedEnvBase takes a stale `done` of the input for the step's.
+            tensordict = self.env.step_mdp(tensordict).select(*self.state_shapes)
+        return torch.stack(steps, -1)
+
+    def _bootstrap(self, candidates: TensorDictBase, steps: TensorDictBase, last: Tensor) -> Tensor:
+        """Value ``[..., 1]`` of the state after step number ``last`` ``[..., 1]``."""
+        time = candidates.ndim
+
+        def at_last(key: NestedKey | None) -> Tensor | None:
+            value = None if key is None else steps.get(key, None)
+            if value is None:
+                return None
+            index = last.reshape(*last.shape, *[1] * (value.ndim - last.ndim))
+            return value.take_along_dim(index, time).squeeze(time)
+
+        alive = at_last(self.alive_key)
+        batch_size = candidates.batch_size if alive is None else alive.shape[:-1]
+        state = TensorDict({}, batch_size=batch_size, device=candidates.device)
+        for key in self.terminal_value.in_keys:
+            value = at_last(unravel_key(("next", key)))
+            value = candidates.get(key) if value is None else value
+            for _ in range(len(batch_size) + 1 - value.ndim):  # context: the same in all particles
+                value = value.unsqueeze(time)
+            state.set(key, value.expand(*batch_size, *value.shape[len(batch_size) :]))
+        value = self.terminal_value(state).get(self.value_key)
+        if alive is not None:
+            value = torch.where(alive > 0, alive * value, 0.0)
+        value = value.reshape(*candidates.batch_size, -1, 1).mean(-2)
+        terminated = at_last(self.terminated_key)
+        return value if terminated is None else torch.where(terminated, 0.0, value)
+
+    def _check_terminal_value(
+        self, terminal_value: TensorDictModuleBase | None, known: set[NestedKey]
+    ) -> None:
+        if terminal_value is None:
+            return
+        if not isinstance(terminal_value, TensorDictModuleBase):
+            raise TypeError(
+                "terminal_value must be a TensorDictModule with in_keys and out_keys, got "
+                f"{type(terminal_value).__name__}."
+            )
+        in_keys = [unravel_key(key) for key in terminal_value.in_keys]
+        out_keys = [unravel_key(key) for key in terminal_value.out_keys]
+        if self.action_key in in_keys:
+            raise ValueError(
+                f"terminal_value must be a state value, but it reads {in_keys}: the last state of "
+                "a plan has no action. Give a module that reads no action."
+            )
+        if self.value_key not in out_keys:
+            raise ValueError(
+                f"terminal_value must write {self.value_key!r} (value_key), it writes {out_keys}."
+            )
+        if missing := {*in_keys} - known:
+            raise KeyError(
+                f"terminal_value reads {sorted(map(str, missing))}, but the state of "
+                f"{type(self.env).__name__} has {sorted(map(str, known))}."
+            )
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move the environment's specs along: they are no buffers."""
+        before = self.env.device
+        super()._apply(fn, recurse)
+        if before is not None:
+            device = fn(torch.empty(0, device=before)).device
+            if device != before:
+                self.env.to(device)
+        return self
+
+
+def _outermost(done_keys: list[NestedKey], name: str) -> NestedKey | None:
+    """Where the flag ``name`` of a step is found; TorchRL gives outer done groups precedence."""
+    found = [unravel_key(("next", key)) for key in done_keys]
+    return min((key for key in found if key[-1] == name), key=len, default=None)

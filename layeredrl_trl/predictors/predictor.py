@@ -1,0 +1,293 @@
+"""The interface of a predictor: encode, predict, value, imagine, learn."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
+
+from layeredrl_trl import keys
+from layeredrl_trl.data import TransitionSliceSampler
+from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.modules import (
+    DynamicsModel,
+    Encoder,
+    as_reward_module,
+    as_value_module,
+    evaluate,
+    reads_action,
+)
+from layeredrl_trl.predictors.logging import check_writer
+
+
+class Predictor(nn.Module, abc.ABC):
+    """Predict what the next latent state, the reward, the termination and the value will be.
+
+    Args:
+        model: of the dynamics.
+        val_func: state value or Q-function; a plain ``f(latent, context)`` or
+            ``f(latent, context, action)`` is wrapped; ``None`` if there is none.
+        rew_func: of the reward; a plain ``f(latent, context, action)`` is wrapped; ``None`` if there
+            is none.
+        encoder: of observations.
+        latent_state_dim: ``D``.
+        context_dim: ``C``.
+        device: where all parts are moved to.
+        writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` to log nothing.
+        log_interval: of logging, in calls to :meth:`learn`.
+
+    Attributes:
+        model, val_func, rew_func, encoder: the parts, each a ``TensorDictModule``.
+
+    Raises:
+        ValueError: if sizes of the parts differ from ``latent_state_dim`` and ``context_dim``.
+        TypeError: if ``writer`` or a part is of an unknown kind.
+    """
+
+    def __init__(
+        self,
+        model: DynamicsModel,
+        val_func: nn.Module | None,
+        rew_func: nn.Module | None,
+        encoder: Encoder,
+        latent_state_dim: int,
+        context_dim: int,
+        device: torch.device | str = torch.device("cpu"),
+        writer: Any = None,
+        log_interval: int = 10,
+    ) -> None:
+        super().__init__()
+        _check_parts(model, encoder, latent_state_dim, context_dim)
+        if log_interval < 1:
+            raise ValueError(f"log_interval must be at least 1, got {log_interval}.")
+        self.writer = check_writer(writer)
+        self.log_interval = log_interval
+        self.latent_state_dim = latent_state_dim
+        self.context_dim = context_dim
+        self.encoder = encoder
+        self.model = model
+        self.rew_func = as_reward_module(rew_func)
+        self.val_func = as_value_module(val_func)
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        tensor = next(self.parameters(), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def encode(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Encode observations.
+
+        Args:
+            obs: ``[..., O]``; float64 is cast.
+
+        Returns:
+            ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
+
+        Raises:
+            ValueError: if the last dims are not those of the encoder.
+        """
+        return self.encoder.encode(self._tensor(obs))
+
+    def predict(
+        self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Predict one step with every member.
+
+        Args:
+            obs: ``[B, O]``.
+            act: ``[B, A]``, or indices ``[B]`` of discrete actions.
+
+        Returns:
+            ``s_mean`` of the next latent state ``[B, E, M, D]``, ``weights`` ``[B, E, M]``,
+            ``s_std`` ``[B, E, M, D]``, ``reward`` ``[B]`` (0 without ``rew_func``), ``term_prob``
+            ``[B]``.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        latent, context = self.encode(obs)
+        act = self._tensor(act)
+        mean, weights, std, term_prob = self.model.predict(latent, context, act)
+        reward = torch.zeros_like(term_prob)
+        if self.rew_func is not None:
+            reward = self._evaluate(self.rew_func, latent, context, act)
+        return mean, weights, std, reward, term_prob
+
+    def predict_reward(self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray) -> Tensor:
+        """Predict the reward of taking ``act`` ``[B, A]`` at ``obs`` ``[B, O]``; returns ``[B]``.
+
+        Raises:
+            ValueError: if there is no ``rew_func``, or a shape does not fit.
+        """
+        if self.rew_func is None:
+            raise ValueError("predict_reward: this predictor has no rew_func.")
+        latent, context = self.encode(obs)
+        return self._evaluate(self.rew_func, latent, context, self._tensor(act))
+
+    def value(self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray | None = None) -> Tensor:
+        """Predict the value of ``obs`` ``[B, O]``; returns ``[B]``.
+
+        Args:
+            obs: ``[B, O]``.
+            act: ``[B, A]``; a state value ignores it, a Q-function needs it.
+
+        Raises:
+            ValueError: if there is no ``val_func``, a Q-function gets no action, or a shape does
+                not fit.
+        """
+        if self.val_func is None:
+            raise ValueError("value: this predictor has no val_func.")
+        if act is None and reads_action(self.val_func):
+            raise ValueError("value: val_func is a Q-function and needs act.")
+        latent, context = self.encode(obs)
+        return self._evaluate(
+            self.val_func, latent, context, None if act is None else self._tensor(act)
+        )
+
+    def rollout(
+        self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray, deterministic: bool = False
+    ) -> tuple[TensorDictBase, Tensor]:
+        """Imagine what given actions lead to.
+
+        Args:
+            obs: where to start, ``[B, O]``.
+            act: ``[B, H, A]``, or indices ``[B, H]`` of discrete actions.
+            deterministic: move particles to the mean of their mixture instead of drawing.
+
+        Returns:
+            TorchRL's rollout layout, batch size ``[B, H]``: ``latent`` ``[B, H, E, P, D]`` before the
+            step, ``action``, and under ``"next"`` ``latent``, ``alive``, ``particle_reward``,
+            ``term_prob`` (each ``[B, H, E, P, .]``), ``reward`` ``[B, H, 1]`` and done flags;
+            and the context ``[B, C]``.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        obs, act = self._tensor(obs), self._tensor(act)
+        if act.shape[:1] != obs.shape[:1]:
+            raise ValueError(f"rollout: obs is for {obs.shape[0]} envs, act for {act.shape[0]}.")
+        discrete = act.ndim == 2 and not act.is_floating_point()
+        env = self._rollout_env(deterministic, discrete)
+        start = TensorDict({self.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
+        out = env.imagine(env.initial_state(start), act)
+        return out, out.get(keys.CONTEXT)[:, 0]
+
+    def env(self, action_spec: TensorSpec, **options: Any) -> PredictorEnv:
+        """Make the model an environment.
+
+        Args:
+            action_spec: of one env, without batch dims.
+            options: of :class:`~layeredrl_trl.envs.PredictorEnv`.
+
+        Returns:
+            An env that shares the parts of this predictor: what these learn, it knows.
+        """
+        return PredictorEnv(self.encoder, self.model, self.rew_func, action_spec, **options)
+
+    @abc.abstractmethod
+    def loss(self, batch: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
+        """Return the loss on ``batch`` and its terms by name."""
+
+    @abc.abstractmethod
+    def learn(
+        self,
+        buffer: TensorDictReplayBuffer,
+        n_steps: int,
+        batch_size: int,
+        model_batch_size: int,
+        n_total_env_steps: int,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Take ``n_steps`` optimisation steps on data from ``buffer``."""
+
+    @staticmethod
+    def sample_partial_trajectories(
+        buffer: TensorDictReplayBuffer,
+        batch_size: int,
+        n_steps: int,
+        device: torch.device | str = torch.device("cpu"),
+    ) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Draw slices whose starts are uniform over the stored transitions.
+
+        Past the end of the episode the last real step repeats and the mask is 0.
+
+        Args:
+            buffer: to draw from.
+            batch_size: number of slices.
+            n_steps: steps of a slice.
+            device: of the returned tensors.
+
+        Returns:
+            ``indices``, storage positions as an int64 ndarray ``[n_steps, batch_size]`` (for a
+            storage of two dims counted row by row, as ``np.ravel_multi_index`` does);
+            ``lengths``, real steps of each slice, ``[batch_size]``; ``mask``
+            ``[batch_size, n_steps]``, 1.0 on real steps.
+
+        Raises:
+            ValueError: if the buffer is empty or a number is below 1.
+        """
+        check_counts(batch_size=batch_size, n_steps=n_steps)
+        storage = buffer.storage
+        sampler = TransitionSliceSampler(slice_len=n_steps)
+        index, mask = sampler.sample_slices(storage, batch_size, n_steps)
+        position = index[0]
+        for other, size in zip(index[1:], storage.shape[1:], strict=True):
+            position = position * size + other
+        mask = mask.to(device)
+        return position.mT.cpu().numpy(), mask.sum(-1), mask.to(torch.float32)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Predictor:
+        self.__dict__.pop("_envs", None)
+        return super()._apply(fn, recurse)
+
+    def _rollout_env(self, deterministic: bool, discrete: bool) -> PredictorEnv:
+        """An env for :meth:`rollout`; kept, because making specs takes longer than a step."""
+        envs = self.__dict__.setdefault("_envs", {})
+        if (deterministic, discrete) not in envs:
+            n = self.model.action_dim
+            spec = Categorical(n) if discrete else Unbounded((n,))
+            envs[deterministic, discrete] = self.env(spec, deterministic=deterministic)
+        return envs[deterministic, discrete]
+
+    def _evaluate(
+        self, module: nn.Module, latent: Tensor, context: Tensor, act: Tensor | None
+    ) -> Tensor:
+        entries = dict(zip(self.encoder.out_keys, (latent, context), strict=True))
+        if act is not None:
+            entries[keys.ACTION] = act
+        return evaluate(module, entries).squeeze(-1)
+
+    def _tensor(self, x: Tensor | np.ndarray) -> Tensor:
+        x = torch.as_tensor(x, device=self.device)
+        return x.float() if x.dtype == torch.float64 else x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_envs"}
+
+
+def check_counts(**counts: int) -> None:
+    """Raise a ValueError that names the first of ``counts`` below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+
+
+def _check_parts(
+    model: DynamicsModel, encoder: Encoder, latent_state_dim: int, context_dim: int
+) -> None:
+    for name, part, kind in (("model", model, DynamicsModel), ("encoder", encoder, Encoder)):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(part).__name__}.")
+    for name, part in (("model", model), ("encoder", encoder)):
+        sizes = (part.latent_state_dim, part.context_dim)
+        if sizes != (latent_state_dim, context_dim):
+            raise ValueError(
+                f"{name} has {sizes[0]} latent and {sizes[1]} context dims, but latent_state_dim="
+                f"{latent_state_dim} and context_dim={context_dim}."
+            )

@@ -1,0 +1,447 @@
+"""A predictor that learns everything from a replay buffer, the encoder through the reward."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.objectives import SoftUpdate
+
+from layeredrl_trl import keys
+from layeredrl_trl.data import TransitionSliceSampler, read_transitions, stack_index
+from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
+from layeredrl_trl.objectives import RewardPredictorLoss, Update
+from layeredrl_trl.predictors.logging import log_scalars
+from layeredrl_trl.predictors.predictor import Predictor, check_counts
+
+LearningRate = float | Callable[[int], float]
+
+
+class RewardPredictor(Predictor):
+    """Learn encoder, dynamics, reward and value together from partial trajectories.
+
+    The gradient of the reward loss is what shapes the encoder. See
+    :class:`~layeredrl_trl.objectives.RewardPredictorLoss` for the terms of the loss and what
+    happens at terminated, truncated, unfinished and padded steps.
+
+    Args:
+        model: of the dynamics.
+        val_func: state value or Q-function; ``None``: no value is learned.
+        rew_func: of the reward; ``None``: no reward is learned.
+        encoder: of observations.
+        latent_state_dim: ``D``.
+        context_dim: ``C``.
+        gamma: discount, in [0, 1].
+        tau: how far the value's target moves to the value after each step, in [0, 1].
+        k_steps: steps of a slice that train reward and value.
+        n_steps: most rewards in a value target.
+        learn_encoder: let the reward loss train the encoder.
+        consistency_loss_weight: factor of the dynamics' loss.
+        value_loss_weight: factor of the value's loss.
+        rew_loss_weight: factor of the reward's loss.
+        delta_standardizer_lr: learning rate; this and the following four take a float or a
+            function of the total number of env steps.
+        encoder_lr: learning rate.
+        reward_lr: learning rate.
+        model_lr: learning rate.
+        value_lr: learning rate.
+        encoder_warm_up: for so many optimiser steps only encoder and reward learn; with
+            ``learn_encoder=False`` there is nothing to warm up.
+        delta_standardizer: learn a matrix that whitens changes of the latent state.
+        clip_grad_max_norm: largest global norm of the gradients; ``None`` for no clipping.
+        device: where all parts are moved to.
+        writer: a ``SummaryWriter`` or TorchRL ``Logger``.
+        log_interval: of logging, in calls to :meth:`learn`.
+
+    Attributes:
+        loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own loops.
+        standardizer: the :class:`~layeredrl_trl.modules.DeltaStandardizer`, or ``None``.
+
+    Raises:
+        ValueError: if a number is out of its range or sizes of the parts differ.
+
+    Example:
+        >>> from torchrl.data import LazyTensorStorage
+        >>> from layeredrl_trl.modules import (
+        ...     IdentityEncoder,
+        ...     ProbabilisticEnsemble,
+        ...     RewardNet,
+        ...     ValueNet,
+        ... )
+        >>> predictor = RewardPredictor(
+        ...     ProbabilisticEnsemble(3, 0, 1, n_models=5),
+        ...     ValueNet(3, 0),
+        ...     RewardNet(3, 0, 1),
+        ...     IdentityEncoder(3),
+        ...     latent_state_dim=3,
+        ...     context_dim=0,
+        ...     n_steps=3,
+        ... )
+        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
+        >>> flags = {key: torch.zeros(100, 1).bool() for key in ("terminated", "truncated", "done")}
+        >>> following = {"observation": torch.randn(100, 3), "reward": torch.randn(100, 1), **flags}
+        >>> data = {"observation": torch.randn(100, 3), "action": torch.randn(100, 1)}
+        >>> _ = buffer.extend(TensorDict({**data, "next": following}, batch_size=[100]))
+        >>> loss, info = predictor.learn(
+        ...     buffer, n_steps=2, batch_size=16, model_batch_size=16, n_total_env_steps=100
+        ... )
+        >>> predictor.value(torch.zeros(4, 3)).shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        model: DynamicsModel,
+        val_func: nn.Module | None,
+        rew_func: nn.Module | None,
+        encoder: Encoder,
+        latent_state_dim: int,
+        context_dim: int,
+        gamma: float = 0.99,
+        tau: float = 0.005,
+        k_steps: int = 1,
+        n_steps: int = 1,
+        learn_encoder: bool = True,
+        consistency_loss_weight: float = 1.0,
+        value_loss_weight: float = 1.0,
+        rew_loss_weight: float = 1.0,
+        delta_standardizer_lr: LearningRate = 1e-3,
+        encoder_lr: LearningRate = 3e-4,
+        reward_lr: LearningRate = 3e-4,
+        model_lr: LearningRate = 3e-4,
+        value_lr: LearningRate = 3e-4,
+        encoder_warm_up: int = 20,
+        delta_standardizer: bool = True,
+        clip_grad_max_norm: float | None = 20.0,
+        device: torch.device | str = torch.device("cpu"),
+        writer: Any = None,
+        log_interval: int = 10,
+    ) -> None:
+        super().__init__(
+            model,
+            val_func,
+            rew_func,
+            encoder,
+            latent_state_dim,
+            context_dim,
+            device,
+            writer,
+            log_interval,
+        )
+        if not 0 <= tau <= 1:
+            raise ValueError(f"tau must be in [0, 1], got {tau}.")
+        self.standardizer = DeltaStandardizer(latent_state_dim) if delta_standardizer else None
+        self.to(device)
+        loss_module = RewardPredictorLoss(
+            self.encoder,
+            self.model,
+            self.rew_func,
+            self.val_func,
+            standardizer=self.standardizer,
+            gamma=gamma,
+            k_steps=k_steps,
+            n_steps=n_steps,
+            learn_encoder=learn_encoder,
+            consistency_loss_weight=consistency_loss_weight,
+            value_loss_weight=value_loss_weight,
+            rew_loss_weight=rew_loss_weight,
+        )
+        # The loss holds the same parts: registering it too would put each into the state twice.
+        # Its target parameters are the only state of its own.
+        self.__dict__["loss_module"] = loss_module
+        self._rates: dict[str, LearningRate] = {
+            "model": model_lr,
+            "value": value_lr,
+            "reward": reward_lr,
+            "encoder": encoder_lr,
+            "delta_standardizer": delta_standardizer_lr,
+        }
+        self._update_options = {
+            "tau": tau,
+            "clip_grad_max_norm": clip_grad_max_norm,
+            "encoder_warm_up": encoder_warm_up,
+        }
+        self.n_learn_calls = 0
+        self.update = self._make_update(**self._update_options)
+        if loss_module.has_value:
+            self.target_val_params = loss_module.target_value_network_params
+        self._sampler = TransitionSliceSampler(slice_len=loss_module.slice_len)
+
+    def compute_targets(
+        self,
+        buffer: TensorDictReplayBuffer,
+        batch_size: int,
+        k_steps: int,
+        n_steps: int,
+        gamma: float = 0.99,
+    ) -> TensorDict:
+        """Draw slices and compute their n-step value targets.
+
+        Args:
+            buffer: to draw from; slice starts are uniform over what it stores.
+            batch_size: ``B``, number of slices.
+            k_steps: steps of a slice that get a target.
+            n_steps: most rewards in a target.
+            gamma: discount, in [0, 1].
+
+        Returns:
+            TensorDict ``[B, k_steps]``: ``latent``, ``context``, ``action``,
+            ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
+            ``("collector", "mask")``, ``planned`` and ``index`` (storage positions). ``latent`` and
+            ``context`` carry gradient if ``learn_encoder``.
+
+        Raises:
+            KeyError: if the buffer lacks an entry.
+            ValueError: if it is empty, or a shape or number does not fit.
+        """
+        check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
+        loss = self.loss_module
+        length = k_steps + n_steps - (0 if loss.bootstraps_action else 1)
+        index, mask = self._sampler.sample_slices(buffer.storage, batch_size, length)
+
+        def read(names: Sequence[NestedKey], steps: Tensor) -> TensorDictBase:
+            steps = steps.to(index[0].device)
+            return self._read(buffer, tuple(i.gather(1, steps) for i in index), names)
+
+        targets = loss.compute_targets(
+            read, mask.to(self.device), k_steps=k_steps, n_steps=n_steps, gamma=gamma
+        )
+        first = stack_index(tuple(i[:, :k_steps] for i in index))
+        return targets.set(keys.INDEX, first.to(self.device))
+
+    def sample_model_batch(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDict:
+        """Draw single transitions, uniform over what the buffer stores, for the dynamics.
+
+        Args:
+            buffer: to draw from.
+            batch_size: ``B``.
+
+        Returns:
+            TensorDict ``[B]``, without gradient: ``latent``, ``context``, ``action``,
+            ``("next", "latent")``, ``("next", "terminated")``.
+
+        Raises:
+            KeyError: if the buffer lacks an entry.
+            ValueError: if it is empty, or a shape or number does not fit.
+        """
+        names = self.loss_module.tensor_keys
+        check_counts(batch_size=batch_size)
+        index, mask = self._sampler.sample_slices(buffer.storage, batch_size, 1)
+        # stored padding gives its place to a real transition
+        real = mask[:, 0].byte()
+        row = torch.where(mask[:, 0], torch.arange(batch_size, device=mask.device), real.argmax())
+        wanted = [
+            names.observation,
+            names.action,
+            ("next", names.observation),
+            ("next", names.terminated),
+        ]
+        transitions = self._read(buffer, tuple(i[row, 0] for i in index), wanted)
+        return self.loss_module.encode_transitions(transitions)
+
+    def loss(
+        self, batch: TensorDictBase, model_batch: TensorDictBase | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss.
+
+        Args:
+            batch: from :meth:`compute_targets`; or slices, see
+                :class:`~layeredrl_trl.objectives.RewardPredictorLoss`.
+            model_batch: from :meth:`sample_model_batch`; ``None`` only with slices.
+
+        Returns:
+            The sum of the terms, a scalar with gradient, and all terms by name.
+        """
+        terms = self.loss_module(batch, model_batch)
+        total = sum(x for key, x in terms.items() if key.startswith("loss_"))
+        return total, dict(terms.items())
+
+    def learn(
+        self,
+        buffer: TensorDictReplayBuffer,
+        n_steps: int,
+        batch_size: int,
+        model_batch_size: int,
+        n_total_env_steps: int,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Take optimisation steps on data from a replay buffer.
+
+        Args:
+            buffer: with ``observation``, ``action``, ``("next", "observation")``,
+                ``("next", "reward")``, ``("next", "terminated")``, ``("next", "done")`` and
+                optionally ``planned``.
+            n_steps: optimisation steps.
+            batch_size: slices in a batch, for reward and value.
+            model_batch_size: transitions in a batch, for the dynamics.
+            n_total_env_steps: steps taken in the real env so far; what learning rates that are
+                functions get.
+
+        Returns:
+            The loss, mean over the steps, and an info dictionary of floats: every term, ``loss``,
+            ``grad_norm`` (before clipping), ``target_scale`` (mean over dims; of a model that has
+            it), a ``lr_...`` for each part, ``skipped`` (batches skipped so far for non-finite
+            gradients).
+
+        Raises:
+            KeyError: if the buffer lacks an entry.
+            ValueError: if it is empty, or a shape or number does not fit.
+        """
+        for name, number in (("n_steps", n_steps), ("n_total_env_steps", n_total_env_steps)):
+            if number < (name == "n_steps"):
+                raise ValueError(f"learn: {name} must not be {number}.")
+        rates = self._set_learning_rates(n_total_env_steps)
+        loss = self.loss_module
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for _ in range(n_steps):
+            batch = self.compute_targets(
+                buffer, batch_size, loss.k_steps, loss.n_steps, gamma=loss.gamma
+            )
+            model_batch = self.sample_model_batch(buffer, model_batch_size)
+            for name, value in self.update(batch, model_batch).items():
+                sums[name] += value
+        mean_loss = sums["loss"] / n_steps
+        info = {name: float(value / n_steps) for name, value in sums.items()}
+        info |= {f"lr_{name}": rate for name, rate in rates.items()}
+        if hasattr(self.model, "target_scale"):
+            info["target_scale"] = float(self.model.target_scale.mean())
+        info["skipped"] = float(self.update.skipped)
+        if self.n_learn_calls % self.log_interval == 0:
+            scalars = {f"predictor/{name}": value for name, value in info.items()}
+            log_scalars(self.writer, scalars, n_total_env_steps)
+        self.n_learn_calls += 1
+        return mean_loss, info
+
+    def get_standardized_log_prob(
+        self,
+        state: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_state: Tensor,
+        fixed_std: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Compute the log density of the whitened change of the latent state: a skill's reward.
+
+        The density is that of ``W (next_state - state)`` under the mixture of all members with means
+        ``W (mean - state)`` and standard deviation ``fixed_std``; ``W`` is the standardizer's
+        matrix, the identity without one.
+
+        Args:
+            state: latent state, ``[B, D]``.
+            context: ``[B, C]``.
+            action: ``[B, A]``.
+            next_state: ``[B, D]``.
+            fixed_std: broadcast to ``[B, E, M, D]``; usually ``[D]`` or a scalar.
+
+        Returns:
+            ``log_prob`` ``[B]`` in nats, ``term_prob`` ``[B]``, and a dictionary with
+            ``standardized_delta`` ``[B, D]``.
+        """
+        if self.standardizer is None:
+            matrix = torch.eye(self.latent_state_dim, device=state.device)
+        else:
+            matrix = self.standardizer.matrix
+        log_prob, term_prob = self.model.log_prob(
+            state, context, action, next_state, std=torch.as_tensor(fixed_std), transform=matrix
+        )
+        return log_prob, term_prob, {"standardized_delta": (next_state - state) @ matrix.mT}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """State beyond parameters and buffers: the optimiser's and the counters."""
+        return {
+            "optimizer": self.update.optimizer.state_dict(),
+            "steps": self.update.steps,
+            "skipped": self.update.skipped,
+            "n_learn_calls": self.n_learn_calls,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`get_extra_state` returned."""
+        # the optimiser would keep the very tensors of the state, and share them with its owner
+        self.update.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        self.update.steps = state["steps"]
+        self.update.skipped = state["skipped"]
+        self.n_learn_calls = state["n_learn_calls"]
+
+    def train(self, mode: bool = True) -> RewardPredictor:
+        """Set training or evaluation mode; in the latter :meth:`loss` changes no statistics."""
+        super().train(mode)
+        self.loss_module.train(mode)
+        return self
+
+    def _make_update(
+        self, tau: float, clip_grad_max_norm: float | None, encoder_warm_up: int
+    ) -> Update:
+        loss = self.loss_module
+        parts = {
+            "model": self.model,
+            "value": self.val_func,
+            "reward": self.rew_func,
+            "encoder": self.encoder if loss.learn_encoder else None,
+            "delta_standardizer": self.standardizer,
+        }
+        params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
+        groups = [{"params": ps, "name": name} for name, ps in params.items() if ps]
+        return Update(
+            loss,
+            torch.optim.Adam(groups, fused=True),
+            target_updater=_soft_update(loss, tau) if loss.has_value else None,
+            clip_grad_max_norm=clip_grad_max_norm,
+            warm_up=encoder_warm_up if loss.learn_encoder else 0,
+            warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
+        )
+
+    def _set_learning_rates(self, n_total_env_steps: int) -> dict[str, float]:
+        rates = {}
+        for group in self.update.optimizer.param_groups:
+            rate = self._rates[group["name"]]
+            group["lr"] = rates[group["name"]] = (
+                float(rate(n_total_env_steps)) if callable(rate) else rate
+            )
+        return rates
+
+    def _read(
+        self,
+        buffer: TensorDictReplayBuffer,
+        index: tuple[Tensor, ...],
+        names: Sequence[NestedKey],
+    ) -> TensorDictBase:
+        planned = self.loss_module.tensor_keys.planned
+        needed = [name for name in names if name != planned]
+        optional = [planned] if planned in names else []
+        return read_transitions(buffer, index, needed, optional).to(self.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RewardPredictor:
+        super()._apply(fn, recurse)
+        if "update" in self.__dict__:
+            self._remake_update(self.get_extra_state())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["update"]
+        return state | {"_extra_state": self.get_extra_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        extra_state = state.pop("_extra_state")
+        super().__setstate__(state)
+        self._remake_update(extra_state)
+
+    def _remake_update(self, extra_state: dict[str, Any]) -> None:
+        """Bind optimiser and target updater to parameters that were moved, copied or unpickled."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
+        self.update = self._make_update(**self._update_options)
+        for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters
+            buffer.copy_(old)
+        self.set_extra_state(extra_state)
+
+
+def _soft_update(loss: RewardPredictorLoss, tau: float) -> SoftUpdate:
+    updater = SoftUpdate(loss, eps=1.0)
+    updater.eps = 1 - tau  # set later: the constructor warns of a tau above 0.5
+    return updater

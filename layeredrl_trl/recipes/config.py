@@ -1,0 +1,109 @@
+"""The options of the recipe, one frozen dataclass; the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learn a world model of an environment and act by planning in it."""
+
+    env: str = "Pendulum-v1"
+    """Id of a Gymnasium environment with a flat observation and continuous actions."""
+    seed: int = 0
+    """Of everything: environment, exploration, networks, planner."""
+    total_frames: int = 3000
+    """Environment steps in all, random exploration included."""
+    init_random_frames: int = 400
+    """Environment steps with random actions at first."""
+    device: str = "cpu"
+    """Of model and planner: cpu or cuda. The environment runs on the CPU."""
+    logdir: Path = Path("runs")
+    """Folder under which the run's own folder is made."""
+    eval_episodes: int = 10
+    """Episodes of the final evaluation."""
+    frames_per_batch: int = 20
+    """Environment steps between two phases of learning."""
+    updates_per_frame: float = 2.0
+    """Optimisation steps per environment step."""
+    batch_size: int = 256
+    """Slices (for reward and value) and transitions (for the dynamics) in a batch."""
+    n_models: int = 5
+    """Members of the ensemble."""
+    hidden_size: int = 128
+    """Width of the two hidden layers of each network."""
+    learning_rate: float = 1e-3
+    """Of every part."""
+    gamma: float = 0.99
+    """Discount of the value and of the planner."""
+    n_steps: int = 3
+    """Most rewards in a value target."""
+    tau: float = 0.005
+    """How far the value's target moves after each optimisation step."""
+    planning_horizon: int = 15
+    """Steps that the planner looks ahead."""
+    num_candidates: int = 128
+    """Action sequences that the planner tries in each of its iterations."""
+    top_k: int = 16
+    """Best candidates that the planner keeps of each iteration."""
+    optim_steps: int = 4
+    """Iterations of the planner per environment step."""
+    terminal_value: bool = True
+    """Let the planner add the learned value of the last state of a plan."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: naming the option, what is expected and what came.
+        """
+        positive = (
+            "total_frames",
+            "init_random_frames",
+            "eval_episodes",
+            "frames_per_batch",
+            "batch_size",
+            "n_models",
+            "hidden_size",
+            "learning_rate",
+            "n_steps",
+            "planning_horizon",
+            "num_candidates",
+            "top_k",
+            "optim_steps",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.updates_per_frame < 0:
+            raise ValueError(
+                f"updates_per_frame must not be negative, got {self.updates_per_frame}."
+            )
+        for name in ("gamma", "tau"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.top_k > self.num_candidates:
+            raise ValueError(
+                f"top_k must not exceed num_candidates={self.num_candidates}, got {self.top_k}."
+            )
+        if self.init_random_frames > self.total_frames:
+            raise ValueError(
+                f"init_random_frames must not exceed total_frames={self.total_frames}, "
+                f"got {self.init_random_frames}."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Let a trained agent act, without exploring or learning."""
+
+    checkpoint: Path
+    """A checkpoint.pt that training has written."""
+    episodes: int = 10
+    """Episodes, run side by side."""
+    seed: int = 10_000
+    """Of environment and planner."""
+    device: str = "cpu"
+    """Of model and planner: cpu or cuda."""

@@ -1,0 +1,115 @@
+"""Problems with known answers, as TorchRL model-based environments with exact dynamics."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import ModelBasedEnvBase
+
+DOUBLE_INTEGRATOR = {
+    "A": torch.tensor([[1.0, 0.2], [0.0, 1.0]]),
+    "B": torch.tensor([[0.02], [0.2]]),
+    "Q": torch.diag(torch.tensor([1.0, 0.1])),
+    "R": torch.tensor([[0.05]]),
+}
+"""A cart ``(position, speed)`` pushed by a force every 0.2 s."""
+
+
+def riccati(
+    A: Tensor,
+    B: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    horizon: int,
+    terminal: Tensor | None = None,
+    gamma: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Solve the finite-horizon linear-quadratic regulator backwards in time.
+
+    With reward ``-(x' Q x + a' R a)`` of the state *before* the step, and ``-x' terminal x`` after
+    the last one, the best return of the steps from t on is ``-x_t' P_t x_t``, with
+    ``a_t = -K_t x_t``.
+
+    Returns:
+        ``P [horizon + 1, D, D]`` and ``K [horizon, A, D]``.
+    """
+    P = [torch.zeros_like(Q) if terminal is None else terminal]
+    K = []
+    for _ in range(horizon):
+        gain = torch.linalg.solve(R + gamma * B.T @ P[0] @ B, gamma * B.T @ P[0] @ A)
+        K.insert(0, gain)
+        P.insert(0, Q + gain.T @ R @ gain + gamma * (A - B @ gain).T @ P[0] @ (A - B @ gain))
+    return torch.stack(P), torch.stack(K)
+
+
+class LQREnv(ModelBasedEnvBase):
+    """Linear dynamics, quadratic cost, no termination: ``latent [..., D]``, ``action [..., A]``.
+
+    ``latent' = A latent + B action``, ``reward = -(latent' Q latent + action' R action)``. Starts
+    from a standard normal state. The best return is :func:`riccati`'s as long as its actions are
+    within ``bound``.
+
+    Args:
+        A, B, Q, R (Tensor): ``[D, D]``, ``[D, A]``, ``[D, D]``, ``[A, A]``.
+        bound (float): the action's, on both sides.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, bound: float = 5.0) -> None:
+        def step(latent: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+            cost = ((latent @ Q) * latent).sum(-1) + ((action @ R) * action).sum(-1)
+            return latent @ A.T + action @ B.T, -cost.unsqueeze(-1)
+
+        super().__init__(TensorDictModule(step, ["latent", "action"], ["latent", "reward"]))
+        self.observation_spec = Composite(latent=Unbounded(A.shape[:1]))
+        self.state_spec = Composite(latent=Unbounded(A.shape[:1]))
+        self.action_spec = Bounded(-bound, bound, B.shape[1:])
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict: TensorDict | None, **kwargs) -> TensorDict:
+        batch_size = self.batch_size if tensordict is None else tensordict.batch_size
+        latent = torch.randn(*batch_size, *self.observation_spec["latent"].shape)
+        return TensorDict({"latent": latent}, batch_size=batch_size)
+
+
+class TwoStepBanditEnv(ModelBasedEnvBase):
+    """Two choices and the end: the arm that costs something first pays most.
+
+    ``latent [..., 1]`` is 0 at the start. The first action chooses an arm by being above or below
+    0.5; the second earns the arm's prize if it is below 0. Then the episode terminates.
+
+    ====== ============ ===== ===========
+    arm    first action first second step
+    ====== ============ ===== ===========
+    greedy <= 0.5       +0.1  0.0
+    patient > 0.5       -0.2  1.0
+    ====== ============ ===== ===========
+
+    Steps taken after the end would earn 10 each: a planner that counts them is found out.
+    """
+
+    best_return = 0.8
+    greedy_return = 0.1
+
+    def __init__(self) -> None:
+        def step(latent: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+            first, over = latent == 0, latent.abs() >= 2
+            patient = action > 0.5
+            arm = torch.where(patient, 1.0, -1.0)
+            prize = torch.where((latent > 0) & (action < 0), 1.0, 0.0)
+            reward = torch.where(first, torch.where(patient, -0.2, 0.1), prize)
+            reward = torch.where(over, 10.0, reward)
+            return torch.where(first, arm, 2 * latent.sign()), reward, ~first, ~first
+
+        out_keys = ["latent", "reward", "terminated", "done"]
+        super().__init__(TensorDictModule(step, ["latent", "action"], out_keys))
+        self.observation_spec = Composite(latent=Unbounded((1,)))
+        self.state_spec = Composite(latent=Unbounded((1,)))
+        self.action_spec = Bounded(-1.0, 1.0, (1,))
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict: TensorDict | None, **kwargs) -> TensorDict:
+        batch_size = self.batch_size if tensordict is None else tensordict.batch_size
+        return TensorDict({"latent": torch.zeros(*batch_size, 1)}, batch_size=batch_size)
