@@ -1,7 +1,7 @@
 """World-model predictors for TorchRL.
 
-Data flows one way: replay buffer -> slices -> loss -> predictor -> imagination -> planner -> action.
-Each folder is a floor and imports only from floors below its own:
+Data flows one way: replay buffer -> slices -> loss -> predictor -> imagination -> planner ->
+action. Each folder is a floor and imports only from floors below its own:
 
 ``functional``, ``keys``
     pure tensor maths; the names of all entries.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
@@ -173,7 +175,7 @@ def filled_buffer(
     planned: bool = False,
     **kwargs,
 ) -> ToyBuffer:
-    """A buffer to which ``n`` steps of one env (``ndim=2``: of two envs) were written in two goes."""
+    """A buffer to which ``n`` steps of one env (``ndim=2``: of each of two) were written."""
     ends = [(7, True), (5, False)] if ends is None else ends
     capacity = n if capacity is None else capacity
     streams = [episodes(n, ends[lane:] + ends[:lane], planned=planned) for lane in range(ndim)]
@@ -265,3 +267,24 @@ def adam_oracle(grads: list[Tensor], lr: float) -> Tensor:
         m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad.square()
         total = total - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
     return total
+
+
+# --- what was logged
+
+
+def read_tensorboard(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """``(step, value)`` of every scalar that a TensorBoard writer left in a folder."""
+    events = EventAccumulator(str(path)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def read_csv(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """``(step, value)`` of every scalar that a ``CSVLogger`` left in a folder."""
+    out = {}
+    for file in path.rglob("*.csv"):
+        name = file.with_suffix("").as_posix().split("/scalars/")[1]
+        rows = [line.split(",") for line in file.read_text().splitlines()]
+        out[name] = [(int(step), float(value)) for step, value in rows]
+    return out

@@ -373,12 +373,12 @@ def _last_rows(storage: TensorStorage, rows: int) -> set[int]:
     """
     if not storage._is_full:
         return {rows - 1}
-    written = {storage._last_cursor_index}
+    cursor = storage._last_cursor_index
+    written = set() if cursor is None else {int(cursor)}
     for buffer in storage._attached_entities:
         writer = getattr(buffer, "_writer", None)
         if isinstance(writer, RoundRobinWriter) and writer._write_count:
             written.add((writer._cursor - 1) % rows)
-    written.discard(None)
     return written or {rows - 1}
 
 

@@ -32,16 +32,18 @@ class ImaginedStep(NamedTuple):
         reward: mean over particles of ``alive`` before the step times ``particle_reward``,
             ``[..., 1]``.
         terminated: bool ``[..., 1]``.
+        member: of the next step, long ``[..., 1]``; ``None`` if each member has its own particles.
         epistemic_var: ``[..., D]``, or ``None`` if not asked for.
         aleatoric_var: ``[..., D]``, or ``None`` if not asked for.
     """
 
     latent: Tensor
     alive: Tensor
-    particle_reward: Tensor
+    particle_reward: Tensor | None
     term_prob: Tensor
-    reward: Tensor
+    reward: Tensor | None
     terminated: Tensor
+    member: Tensor | None
     epistemic_var: Tensor | None
     aleatoric_var: Tensor | None
 
@@ -113,7 +115,65 @@ class Imagination(nn.Module):
         Returns:
             An :class:`ImaginedStep`.
         """
+        after = self._move(latent, context, alive, action, member, deterministic)
         particle_reward = self._particle_reward(latent, context, action)
+        return after._replace(
+            particle_reward=particle_reward, reward=_mean_over_particles(alive * particle_reward)
+        )
+
+    def rollout(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        alive: Tensor,
+        actions: Tensor,
+        member: Tensor | None,
+        *,
+        deterministic: bool,
+    ) -> ImaginedStep:
+        """Imagine ``H`` steps of ``N`` envs; the rewards of all steps are evaluated at once.
+
+        Args:
+            latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
+            context: ``[N, C]``.
+            alive: ``[N, E, P, 1]``.
+            actions: ``[N, H, A]``, or indices ``[N, H]``.
+            member: as in :meth:`step`.
+            deterministic: as in :meth:`step`.
+
+        Returns:
+            An :class:`ImaginedStep` whose entries have a dim ``H`` behind ``N``.
+        """
+        before_latent, before_alive, steps = [], [], []
+        for action in actions.unbind(1):
+            before_latent.append(latent)
+            before_alive.append(alive)
+            after = self._move(latent, context, alive, action, member, deterministic)
+            latent, alive, member = after.latent, after.alive, after.member
+            steps.append(after)
+        stacked = [
+            None if entry[0] is None else torch.stack(entry, 1)
+            for entry in zip(*steps, strict=True)
+        ]
+        n, horizon = actions.shape[:2]
+        particle_reward = self._particle_reward(
+            torch.stack(before_latent, 1).flatten(0, 1),
+            context.repeat_interleave(horizon, 0),
+            actions.flatten(0, 1),
+        ).unflatten(0, (n, horizon))
+        reward = _mean_over_particles(torch.stack(before_alive, 1) * particle_reward)
+        return ImaginedStep(*stacked)._replace(particle_reward=particle_reward, reward=reward)
+
+    def _move(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        alive: Tensor,
+        action: Tensor,
+        member: Tensor | None,
+        deterministic: bool,
+    ) -> ImaginedStep:
+        """Everything of a step but its reward, which nothing that comes after depends on."""
         moves, beliefs = self._predict(latent, context, action, member)
         if self.propagation == "expectation":
             mean = gaussian_mixture_mean(beliefs.mean, beliefs.log_weights.exp())
@@ -131,14 +191,17 @@ class Imagination(nn.Module):
         else:
             next_alive = alive * (torch.rand_like(term_prob) >= term_prob)
             terminated = next_alive.amax((1, 2)) == 0
+        if member is not None and self.propagation == "random_model":
+            member = torch.randint_like(member, self.dynamics.n_models)
         epistemic, aleatoric = _variances(beliefs) if self.uncertainty else (None, None)
         return ImaginedStep(
             latent=next_latent,
             alive=next_alive,
-            particle_reward=particle_reward,
+            particle_reward=None,
             term_prob=term_prob,
-            reward=(alive * particle_reward).mean((1, 2)),
+            reward=None,
             terminated=terminated,
+            member=member,
             epistemic_var=epistemic,
             aleatoric_var=aleatoric,
         )
@@ -173,6 +236,11 @@ class Imagination(nn.Module):
         beliefs = model.predict_particles(_permute(latent, order), context, action)
         back = order.argsort(1)
         return ParticlePrediction(*(_permute(x, back) for x in beliefs)), beliefs
+
+
+def _mean_over_particles(x: Tensor) -> Tensor:
+    """Mean of ``[..., E, P, 1]``; ``[..., 1]``."""
+    return x.mean((-3, -2))
 
 
 def _permute(x: Tensor, order: Tensor) -> Tensor:

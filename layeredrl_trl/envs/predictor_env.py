@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
@@ -13,7 +13,7 @@ from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
-from layeredrl_trl.envs.imagination import ImaginedStep, Imagination, Propagation, Termination
+from layeredrl_trl.envs.imagination import Imagination, ImaginedStep, Propagation, Termination
 from layeredrl_trl.modules import DynamicsModel, Encoder, as_reward_module, space_dim
 
 _DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
@@ -88,10 +88,10 @@ def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Te
 class PredictorEnv(ModelBasedEnvBase):
     """Imagine with a learned model: a TorchRL environment over latent states.
 
-    Each env carries ``E x P`` particles. One step from ``(latent, context, alive, action)`` gives each
-    particle the reward of its *current* latent state, draws its next latent state from its member's
-    mixture, and multiplies ``alive`` by the probability that it did not terminate. The reward is
-    the mean over particles of ``alive * particle_reward``.
+    Each env carries ``E x P`` particles. One step from ``(latent, context, alive, action)`` gives
+    each particle the reward of its *current* latent state, draws its next latent state from its
+    member's mixture, and multiplies ``alive`` by the probability that it did not terminate. The
+    reward is the mean over particles of ``alive * particle_reward``.
 
     It takes TensorDicts of any leading batch shape, on the device of the model.
 
@@ -101,20 +101,20 @@ class PredictorEnv(ModelBasedEnvBase):
         reward: reads ``latent``, ``context``, ``action``, writes ``[..., 1]``; a plain
             ``f(latent, context, action)`` is wrapped; ``None`` for a reward of 0.
         action_spec: of one env, without batch dims.
-        num_particles: particles that an env carries. ``None``: ``E * P`` of the model. From ``E`` on,
-            a multiple of ``E``: a row of particles for each member. Below ``E`` all particles of an env
-            are of one member, and envs are spread evenly over the members: the state is
+        num_particles: particles that an env carries. ``None``: ``E * P`` of the model. From ``E``
+            on, a multiple of ``E``: a row of particles for each member. Below ``E`` all particles
+            of an env are of one member, and envs are spread evenly over the members: the state is
             ``[..., 1, num_particles, D]`` with a ``member`` entry, and a step costs no more with a
             larger ensemble.
         termination: ``"soft"`` never ends a rollout and weights rewards by ``alive``; ``"sample"``
-            draws termination for each particle, and an env is terminated when all its particles are.
+            draws termination for each particle; an env is terminated when all its particles are.
         propagation: ``"fixed_model"`` (TS-inf), ``"random_model"`` (TS-1) or ``"expectation"``.
         deterministic: move particles to the mean of their mixture. ``None``: as TorchRL's
             ``set_exploration_type`` says.
         uncertainty: also give ``epistemic_var`` (variance over members of the member means) and
             ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``.
-        start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from, or
-            a function of a batch shape that returns them. ``None``: latent states drawn from a
+        start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
+            or a function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
 
     Reads:
@@ -125,8 +125,8 @@ class PredictorEnv(ModelBasedEnvBase):
         Under ``"next"``: ``latent``, ``context``, ``alive``, ``particle_reward``
         ``[..., E, P, 1]``, ``term_prob`` ``[..., E, P, 1]``, ``reward`` ``[..., 1]``,
         ``terminated``, ``truncated``, ``done`` ``[..., 1]``; where asked for ``epistemic_var`` and
-        ``aleatoric_var`` ``[..., D]``; where the encoder can decode, ``observation`` ``[..., O]`` of
-        the first particle.
+        ``aleatoric_var`` ``[..., D]``; where the encoder can decode, ``observation`` ``[..., O]``
+        of the first particle.
 
     Raises:
         ValueError: at construction, for an unknown option, sizes of encoder and dynamics that
@@ -206,34 +206,65 @@ class PredictorEnv(ModelBasedEnvBase):
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
-        steps = [self._before_first_step(flat, state)]
-        rewards = []
-        for t in range(horizon):
-            state = self._imagine_step(state, flat_actions[:, t])
-            rewards.append(state.pop(keys.REWARD))
-            steps.append(state)
-        stacked = {key: torch.stack([step[key] for step in steps], 1) for key in state}
-        following = {key: x[:, 1:] for key, x in stacked.items()}
-        following[keys.REWARD] = torch.stack(rewards, 1)
+        outcome: ImaginedStep = self.world_model.rollout(
+            state[keys.LATENT],
+            state[keys.CONTEXT],
+            state[keys.ALIVE],
+            flat_actions,
+            state.get(keys.MEMBER),
+            deterministic=self._is_deterministic(),
+        )
+        context = state[keys.CONTEXT].unsqueeze(1).expand(-1, horizon, -1)
+        following = self._entries(outcome, context)
+        reward = following.pop(keys.REWARD)
+        first = self._before_first_step(flat, state)
+        steps = {key: torch.cat([first[key].unsqueeze(1), x], 1) for key, x in following.items()}
+        batch_size = [flat.shape[0], horizon]
+        following = {key: x[:, 1:] for key, x in steps.items()}
         out = TensorDict(
             {
-                **{key: x[:, :-1] for key, x in stacked.items()},
+                **{key: x[:, :-1] for key, x in steps.items()},
                 keys.ACTION: flat_actions,
-                "next": TensorDict(following, batch_size=[flat.shape[0], horizon]),
+                "next": TensorDict({**following, keys.REWARD: reward}, batch_size=batch_size),
             },
-            batch_size=[flat.shape[0], horizon],
+            batch_size=batch_size,
             device=self.device,
         )
         out = out.reshape(*batch, horizon)
         out.names = [None] * len(batch) + ["time"]
         return out
 
+    def repeat_state(self, tensordict: TensorDictBase, n: int) -> TensorDictBase:
+        """Copy imagined states, for several action sequences from each.
+
+        Args:
+            tensordict: imagined state, batch ``[...]``.
+            n: copies.
+
+        Returns:
+            Batch ``[..., n]``. Where all particles of an env are of one member, members are dealt
+            out anew, so that the copies of a state are spread evenly over them.
+        """
+        out = tensordict.unsqueeze(-1).expand(*tensordict.batch_size, n).clone()
+        if keys.MEMBER in out.keys():
+            n_models = self.world_model.dynamics.n_models
+            out.set(keys.MEMBER, spread_members(out.batch_size, n_models, self.device))
+        return out
+
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         batch = tensordict.batch_size
         flat = tensordict.reshape(-1)
-        outcome = self._imagine_step(self._read_state(flat), flat[keys.ACTION])
-        out = TensorDict(outcome, batch_size=flat.batch_size, device=self.device)
-        return out.reshape(batch)
+        state = self._read_state(flat)
+        outcome: ImaginedStep = self.world_model.step(
+            state[keys.LATENT],
+            state[keys.CONTEXT],
+            state[keys.ALIVE],
+            flat[keys.ACTION],
+            state.get(keys.MEMBER),
+            deterministic=self._is_deterministic(),
+        )
+        entries = self._entries(outcome, state[keys.CONTEXT])
+        return TensorDict(entries, batch_size=flat.batch_size, device=self.device).reshape(batch)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: object) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
@@ -302,20 +333,13 @@ class PredictorEnv(ModelBasedEnvBase):
                 )
         return {name: flat.get(name) for name in names}
 
-    def _imagine_step(self, state: dict[str, Tensor], action: Tensor) -> dict[str, Tensor]:
-        """Step ``N`` envs: all entries under ``"next"``, from the entries of the state."""
-        deterministic = self.deterministic
-        if deterministic is None:
-            deterministic = exploration_type() in _DETERMINISTIC
-        member, context = state.get(keys.MEMBER), state[keys.CONTEXT]
-        outcome: ImaginedStep = self.world_model.step(
-            state[keys.LATENT],
-            context,
-            state[keys.ALIVE],
-            action,
-            member,
-            deterministic=deterministic,
-        )
+    def _is_deterministic(self) -> bool:
+        if self.deterministic is None:
+            return exploration_type() in _DETERMINISTIC
+        return self.deterministic
+
+    def _entries(self, outcome: ImaginedStep, context: Tensor) -> dict[NestedKey, Tensor]:
+        """Everything under ``"next"``, from the outcome of one or several steps."""
         out = {
             keys.LATENT: outcome.latent,
             keys.CONTEXT: context,
@@ -326,21 +350,17 @@ class PredictorEnv(ModelBasedEnvBase):
             keys.TERMINATED: outcome.terminated,
             keys.TRUNCATED: torch.zeros_like(outcome.terminated),
             keys.DONE: outcome.terminated,
+            keys.MEMBER: outcome.member,
+            keys.EPISTEMIC_VAR: outcome.epistemic_var,
+            keys.ALEATORIC_VAR: outcome.aleatoric_var,
         }
-        if member is not None:
-            random = self.world_model.propagation == "random_model"
-            n_models = self.world_model.dynamics.n_models
-            out[keys.MEMBER] = torch.randint_like(member, n_models) if random else member
-        if outcome.epistemic_var is not None and outcome.aleatoric_var is not None:
-            out[keys.EPISTEMIC_VAR] = outcome.epistemic_var
-            out[keys.ALEATORIC_VAR] = outcome.aleatoric_var
         if self._decodes:
             out[self.initial_state.in_keys[0]] = self._decode(outcome.latent, context)
-        return out
+        return {key: x for key, x in out.items() if x is not None}
 
     def _before_first_step(
         self, flat: TensorDictBase, state: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> dict[NestedKey, Tensor]:
         """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
         specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
         zeros = {key: spec.zero().expand(*flat.shape, *spec.shape) for key, spec in specs.items()}
@@ -378,7 +398,8 @@ class PredictorEnv(ModelBasedEnvBase):
         if encoder.can_decode:
             observation[encoder.in_keys[0]] = free(*encoder.obs_shape)
         self.observation_spec = Composite(observation)
-        state = [keys.LATENT, keys.CONTEXT, keys.ALIVE, keys.MEMBER]
+        # The observation is no state, but a TransformedEnv hides all else from `reset`.
+        state = [keys.LATENT, keys.CONTEXT, keys.ALIVE, keys.MEMBER, encoder.in_keys[0]]
         self.state_spec = Composite(
             {key: spec.clone() for key, spec in observation.items() if key in state}
         )

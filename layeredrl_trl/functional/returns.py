@@ -148,7 +148,7 @@ def n_step_targets(
 
 
 def _ahead(x: Tensor, steps: int) -> Tensor:
-    """Shift ``x`` by ``steps`` along time, so that entry ``t`` holds ``x[t + steps]``, 0 at the end."""
+    """Shift ``x`` so that entry ``t`` of time holds ``x[t + steps]``, 0 at the end."""
     if steps == 0:
         return x
     return torch.nn.functional.pad(x[..., steps:], (0, min(steps, x.shape[-1])))

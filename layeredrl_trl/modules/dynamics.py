@@ -249,7 +249,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         names = (*self.in_keys, self.out_keys[0], keys.NEXT_TERMINATED)
         entries = [batch[name] for name in names]
         if mask is not None:
-            # Before the networks: garbage on padding would reach the gradient through a mask behind.
+            # Before the networks, else garbage on padding reaches the gradient (0 * NaN).
             entries = [_blank(x, mask.reshape(batch.shape)) for x in entries]
         nll, bce = self.negative_log_likelihood(*entries)
         per_step = nll + bce
@@ -260,7 +260,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             torch.where(mask, per_step, 0.0).sum() / mask.sum().clamp_min(1) + self.regularization()
         )
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the predicted next latent state and termination probability."""
         latent, context, action = (tensordict[key] for key in self.in_keys)

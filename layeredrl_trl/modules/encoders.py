@@ -89,7 +89,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot decode.")
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``latent`` and ``context`` for the ``observation`` of ``tensordict``."""
         latent, context = self.encode(tensordict[self.in_keys[0]])
@@ -140,4 +140,4 @@ class IdentityEncoder(Encoder):
 
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
         """Return the latent state in the observation's shape."""
-        return latent.reshape(*latent.shape[:-1], *self.obs_shape)
+        return latent.reshape(latent.shape[:-1] + self.obs_shape)

@@ -19,7 +19,7 @@ from layeredrl_trl.modules.spaces import action_features, space_dim
 
 
 class ProbabilisticEnsemble(DynamicsModel):
-    """``E`` networks, each a mixture of ``M`` diagonal Gaussians over the change of the latent state.
+    """``E`` networks, each a mixture of ``M`` diagonal Gaussians over the change of the latent.
 
     Every member also predicts the probability that the step terminates. Inputs are standardised
     and targets scaled by running moments of the transitions seen in training. Members differ by
@@ -146,9 +146,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         if member is None:
             raw = self._by_member(inputs)
         else:
-            everyone = inputs.expand(*inputs.shape[:-3], self.n_models, *inputs.shape[-2:])
-            index = member[..., None, None].expand(*inputs.shape[:-1], self._out_dim)
-            raw = self._by_member(everyone).gather(-3, index)
+            raw = self._by_given_member(inputs, member)
         return self._parse(raw, latent)
 
     def update_statistics(
@@ -173,10 +171,6 @@ class ProbabilisticEnsemble(DynamicsModel):
         """Running standard deviation of what is predicted, ``[D]``, in units of the latent."""
         return self.target_moments.std(floor=1e-4)
 
-    @property
-    def _out_dim(self) -> int:
-        return self.n_modes * (2 * self.latent_state_dim + 1) + 1
-
     def _target(self, latent: Tensor, next_latent: Tensor) -> Tensor:
         return next_latent - latent if self.predict_delta else next_latent
 
@@ -185,7 +179,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         return torch.cat([*seen, action_features(action, latent.shape[:-1], self.action_dim)], -1)
 
     def _inputs(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Standardised network inputs ``[..., E, P, in]`` from ``[..., E, P, D]``, ``[..., C|A]``."""
+        """Standardised network inputs ``[..., E, P, in]``."""
         batch, per_env = latent.shape[:-3], (*latent.shape[-3:-1], -1)
         action = action_features(action, batch, self.action_dim)
         seen = [latent, context] if self.condition_on_context else [latent]
@@ -200,6 +194,27 @@ class ProbabilisticEnsemble(DynamicsModel):
         out = out.unflatten(1, rows.shape[1:3]).transpose(0, 1)
         return out.reshape(*inputs.shape[:-1], out.shape[-1])
 
+    def _by_given_member(self, inputs: Tensor, member: Tensor) -> Tensor:
+        """Send ``[..., 1, P, in]`` through the network of each env's ``member`` ``[..., 1]``.
+
+        Each member gets its envs, padded to the most that any of them has, so that evenly spread
+        envs cost what one network would. That number is data: on a GPU reading it would stall, and
+        all members see all envs instead.
+        """
+        rows, member = inputs.reshape(-1, *inputs.shape[-2:]), member.reshape(-1, 1)
+        if rows.is_cuda:
+            raw = self._by_member(rows.unsqueeze(1).expand(-1, self.n_models, -1, -1))
+            raw = raw[torch.arange(len(rows), device=rows.device), member[:, 0]]
+        else:
+            so_far = torch.nn.functional.one_hot(member[:, 0], self.n_models).cumsum(0)
+            most = int(so_far[-1].max())
+            slot = (member * most + so_far.gather(1, member) - 1)[:, 0]
+            padded = rows.new_zeros(self.n_models * most, *rows.shape[1:])
+            padded = padded.index_copy(0, slot, rows)
+            raw = self.net(padded.reshape(self.n_models, -1, rows.shape[-1]))
+            raw = raw.reshape(-1, rows.shape[1], raw.shape[-1])[slot]
+        return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
+
     def _parse(self, raw: Tensor, latent: Tensor) -> ParticlePrediction:
         gaussians, log_weights, term_logit = raw.split(
             (2 * self.n_modes * self.latent_state_dim, self.n_modes, 1), -1
@@ -212,9 +227,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         mean = self.target_moments.mean + scale * mean
         if self.predict_delta:
             mean = latent.unsqueeze(-2) + mean
-        return ParticlePrediction(
-            mean, scale * log_std.exp(), torch.log_softmax(log_weights, -1), term_logit
-        )
+        if self.n_modes == 1:
+            log_weights = torch.zeros_like(log_weights)
+        else:
+            log_weights = torch.log_softmax(log_weights, -1)
+        return ParticlePrediction(mean, scale * log_std.exp(), log_weights, term_logit)
 
     def _check(self, latent: Tensor, context: Tensor, member: Tensor | None) -> None:
         n_rows = self.n_models if member is None else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ConcatMLP(nn.Module):
         self.in_dims = tuple(in_dims)
         sizes = [sum(self.in_dims), *hidden_sizes]
         layers: list[nn.Module] = []
-        for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for size_in, size_out in pairwise(sizes):
             layers += [nn.Linear(size_in, size_out), activation()]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
 
@@ -77,7 +78,7 @@ class EnsembleMLP(nn.Module):
         sizes = [in_dim, *hidden_sizes, out_dim]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for size_in, size_out in pairwise(sizes):
             bound = size_in**-0.5
             self.weights.append(torch.empty(n_members, size_in, size_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(n_members, 1, size_out).uniform_(-bound, bound))

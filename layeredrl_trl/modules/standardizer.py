@@ -12,8 +12,9 @@ from layeredrl_trl.modules.normalization import RunningMoments
 class DeltaStandardizer(nn.Module):
     """Learn a symmetric matrix ``W`` with ``cov(W delta) = I`` for changes ``delta`` of the latent.
 
-    ``W = S A S`` with ``A`` learned, symmetric, and ``S = diag(std)^{-1/2}`` from running moments, so
-    that ``W`` starts at the right scale of every dim, whatever the units of the latent are.
+    ``W_ij = A_ij / max(std_i, std_j)`` with ``A`` learned, symmetric, and ``std`` from running
+    moments: ``W`` starts at the right scale of every dim, and no entry of ``A`` weighs more than
+    another, whatever the units of the latent are.
 
     Args:
         latent_state_dim: ``D``.
@@ -31,8 +32,8 @@ class DeltaStandardizer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """``W``, ``[D, D]``, symmetric."""
-        scale = self.moments.std(floor=1e-4).rsqrt()
-        return scale[:, None] * (0.5 * (self.raw + self.raw.mT)) * scale
+        std = self.moments.std(floor=1e-4)
+        return 0.5 * (self.raw + self.raw.mT) / torch.maximum(std[:, None], std)
 
     def residual(self, delta: Tensor) -> Tensor:
         """Return ``||cov(W delta) - I||_F`` for ``delta`` ``[..., D]``, a scalar to minimise."""

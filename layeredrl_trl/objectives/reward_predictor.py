@@ -37,9 +37,9 @@ class RewardPredictorLoss(LossModule):
     given. The context of a slice is that of its first step, so that state cannot leak into it.
 
     Terms, each already weighted: ``loss_reward`` (squared error; its gradient reaches the encoder
-    if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from the encoder,
-    only where ``planned``), ``loss_consistency`` (negative log-likelihood of the next latent
-    state plus cross-entropy of termination, latents detached) and ``loss_standardizer``
+    if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from the
+    encoder, only where ``planned``), ``loss_consistency`` (negative log-likelihood of the next
+    latent state plus cross-entropy of termination, latents detached) and ``loss_standardizer``
     (``||cov(W delta) - I||_F``).
 
     A terminated step is bootstrapped by nothing; a truncated or unfinished end by the value of
@@ -214,7 +214,8 @@ class RewardPredictorLoss(LossModule):
         Returns:
             A TensorDict without batch dims (with ``reduction="none"`` each term keeps its shape).
         """
-        if keys.VALUE_TARGET in tensordict.keys():
+        there = tensordict.keys(True)
+        if keys.VALUE_TARGET in there and self.encoder.out_keys[0] in there:
             targets = tensordict
             if transitions is None:
                 raise ValueError(
@@ -224,13 +225,11 @@ class RewardPredictorLoss(LossModule):
         else:
             slices = self._as_slices(tensordict)
             mask = slices.get(self.tensor_keys.mask).squeeze(-1)
+            row = rows_with_data(mask)
             targets = self.compute_targets(
-                lambda names, steps: _read_steps(slices, names, steps), mask
+                lambda names, steps: _read_steps(slices, row, names, steps), mask
             )
             if transitions is None:
-                row = torch.arange(mask.shape[0], device=mask.device)
-                # a slice that is nothing but padding gives its place to one that is not
-                row = torch.where(mask[:, 0], row, mask[:, 0].byte().argmax())
                 transitions = self.encode_transitions(slices[row, 0])
         return TensorDict(
             {**self._head_terms(targets), **self._dynamics_terms(transitions)}, batch_size=[]
@@ -286,13 +285,13 @@ class RewardPredictorLoss(LossModule):
             next_action=self.bootstraps_action,
         )
         first = every[:, :k_steps]
-        steps = read([names.observation, names.action, names.planned], first)
+        last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
+        steps = read([names.observation, names.action, names.planned], first.minimum(last))
         planned = steps.get(names.planned, default=None)
         if planned is not None:
             _check_per_step(names.planned, planned, first.shape)
-        observation = _zero_where_not(mask[:, :k_steps], steps.get(names.observation))
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            latent, context = self.encoder.encode(observation)
+            latent, context = self.encoder.encode(steps.get(names.observation))
         context = context[:, :1].expand_as(context)
         end = first + window.steps
         value = self._bootstrap_value(read, context.detach(), end, mask)
@@ -447,7 +446,8 @@ class RewardPredictorLoss(LossModule):
         missing = [key for key in self.in_keys if key not in there]
         if missing:
             raise KeyError(
-                f"RewardPredictorLoss: the batch has no {missing}; it has {sorted(map(str, there))}."
+                f"RewardPredictorLoss: the batch has no {missing}; "
+                f"it has {sorted(map(str, there))}."
             )
         mask = tensordict.get(self.tensor_keys.mask)
         _check_per_step(self.tensor_keys.mask, mask, tensordict.batch_size)
@@ -471,12 +471,26 @@ class RewardPredictorLoss(LossModule):
             self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
 
 
+def rows_with_data(mask: Tensor) -> Tensor:
+    """Say which slice to read for each: itself, or where it is nothing but padding one that is not.
+
+    It stays masked, but nothing that it holds (NaN, for all one knows) is ever looked at.
+
+    Args:
+        mask: bool ``[B, T]``.
+
+    Returns:
+        long ``[B]``.
+    """
+    real = mask[:, 0]
+    return torch.where(real, torch.arange(len(real), device=real.device), real.byte().argmax())
+
+
 def _read_steps(
-    slices: TensorDictBase, names: Sequence[NestedKey], steps: Tensor
+    slices: TensorDictBase, row: Tensor, names: Sequence[NestedKey], steps: Tensor
 ) -> TensorDictBase:
-    """Read entries of ``slices`` ``[B, T]`` at ``steps`` ``[B, J]``; those not there are left out."""
-    row = torch.arange(steps.shape[0], device=steps.device)[:, None]
-    return slices.select(*names, strict=False)[row, steps]
+    """Read ``slices`` ``[N, T]`` at ``row`` ``[B]`` and ``steps`` ``[B, J]``, where there."""
+    return slices.select(*names, strict=False)[row[:, None], steps]
 
 
 def _zero_where_not(mask: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 
+def total_loss(losses: TensorDictBase) -> Tensor:
+    """Add up all scalars of a loss module whose key begins with ``loss_``."""
+    return torch.stack([x for key, x in losses.items() if key.startswith("loss_")]).sum()
+
+
 class Update:
     """Take optimisation steps on a loss, and leave everything as it was where a step went wrong.
 
@@ -65,7 +70,7 @@ class Update:
         """
         before = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
         losses = self.loss_module(*batch)
-        total: Tensor = sum(x for key, x in losses.items() if key.startswith("loss_"))
+        total = total_loss(losses)
         self.optimizer.zero_grad()
         total.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -220,8 +220,9 @@ class SamplingPlanner(TensorDictModuleBase, ABC):
                 f"The {name} is on {value.device}, but {type(self).__name__} on {self._low.device}."
             )
 
-    @staticmethod
-    def _repeat(state: TensorDictBase, num_candidates: int) -> TensorDictBase:
+    def _repeat(self, state: TensorDictBase, num_candidates: int) -> TensorDictBase:
+        if callable(getattr(type(self.env), "repeat_state", None)):
+            return self.env.repeat_state(state, num_candidates)
         return state.unsqueeze(-1).expand(*state.batch_size, num_candidates).clone()
 
 

@@ -114,7 +114,7 @@ class CandidateReturn(nn.Module):
         total = (self.gamma ** step.unsqueeze(-1) * reward).sum(-2)
         if self.terminal_value is not None:
             length = running.sum(-2)
-            value = self._bootstrap(candidates, steps, length - 1)
+            value = self._bootstrap(self.terminal_value, candidates, steps, length - 1)
             total = total + self.gamma ** length.to(value.dtype) * value
         return torch.where(total.isfinite(), total, -torch.inf)
 
@@ -131,9 +131,15 @@ class CandidateReturn(nn.Module):
             steps.append(tensordict.select("next"))
             # The state only: ModelBasedEnvBase takes a stale `done` of the input for the step's.
             tensordict = self.env.step_mdp(tensordict).select(*self.state_shapes)
-        return torch.stack(steps, -1)
+        return torch.stack(steps, -1)  # pyright: ignore[reportReturnType]
 
-    def _bootstrap(self, candidates: TensorDictBase, steps: TensorDictBase, last: Tensor) -> Tensor:
+    def _bootstrap(
+        self,
+        terminal_value: TensorDictModuleBase,
+        candidates: TensorDictBase,
+        steps: TensorDictBase,
+        last: Tensor,
+    ) -> Tensor:
         """Value ``[..., 1]`` of the state after step number ``last`` ``[..., 1]``."""
         time = candidates.ndim
 
@@ -147,13 +153,13 @@ class CandidateReturn(nn.Module):
         alive = at_last(self.alive_key)
         batch_size = candidates.batch_size if alive is None else alive.shape[:-1]
         state = TensorDict({}, batch_size=batch_size, device=candidates.device)
-        for key in self.terminal_value.in_keys:
+        for key in terminal_value.in_keys:
             value = at_last(unravel_key(("next", key)))
             value = candidates.get(key) if value is None else value
             for _ in range(len(batch_size) + 1 - value.ndim):  # context: the same in all particles
                 value = value.unsqueeze(time)
             state.set(key, value.expand(*batch_size, *value.shape[len(batch_size) :]))
-        value = self.terminal_value(state).get(self.value_key)
+        value = terminal_value(state).get(self.value_key)
         if alive is not None:
             value = torch.where(alive > 0, alive * value, 0.0)
         value = value.reshape(*candidates.batch_size, -1, 1).mean(-2)

@@ -32,8 +32,8 @@ class Predictor(nn.Module, abc.ABC):
         model: of the dynamics.
         val_func: state value or Q-function; a plain ``f(latent, context)`` or
             ``f(latent, context, action)`` is wrapped; ``None`` if there is none.
-        rew_func: of the reward; a plain ``f(latent, context, action)`` is wrapped; ``None`` if there
-            is none.
+        rew_func: of the reward; a plain ``f(latent, context, action)`` is wrapped; ``None`` if
+            there is none.
         encoder: of observations.
         latent_state_dim: ``D``.
         context_dim: ``C``.
@@ -162,8 +162,8 @@ class Predictor(nn.Module, abc.ABC):
             deterministic: move particles to the mean of their mixture instead of drawing.
 
         Returns:
-            TorchRL's rollout layout, batch size ``[B, H]``: ``latent`` ``[B, H, E, P, D]`` before the
-            step, ``action``, and under ``"next"`` ``latent``, ``alive``, ``particle_reward``,
+            TorchRL's rollout layout, batch size ``[B, H]``: ``latent`` ``[B, H, E, P, D]`` before
+            the step, ``action``, and under ``"next"`` ``latent``, ``alive``, ``particle_reward``,
             ``term_prob`` (each ``[B, H, E, P, .]``), ``reward`` ``[B, H, 1]`` and done flags;
             and the context ``[B, C]``.
 

@@ -16,7 +16,8 @@ from torchrl.objectives import SoftUpdate
 from layeredrl_trl import keys
 from layeredrl_trl.data import TransitionSliceSampler, read_transitions, stack_index
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
-from layeredrl_trl.objectives import RewardPredictorLoss, Update
+from layeredrl_trl.objectives import RewardPredictorLoss, Update, total_loss
+from layeredrl_trl.objectives.reward_predictor import rows_with_data
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.predictor import Predictor, check_counts
 
@@ -60,7 +61,8 @@ class RewardPredictor(Predictor):
         log_interval: of logging, in calls to :meth:`learn`.
 
     Attributes:
-        loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own loops.
+        loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
+            loops.
         standardizer: the :class:`~layeredrl_trl.modules.DeltaStandardizer`, or ``None``.
 
     Raises:
@@ -203,7 +205,7 @@ class RewardPredictor(Predictor):
         check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
         loss = self.loss_module
         length = k_steps + n_steps - (0 if loss.bootstraps_action else 1)
-        index, mask = self._sampler.sample_slices(buffer.storage, batch_size, length)
+        index, mask = self._draw_slices(buffer, batch_size, length)
 
         def read(names: Sequence[NestedKey], steps: Tensor) -> TensorDictBase:
             steps = steps.to(index[0].device)
@@ -232,17 +234,14 @@ class RewardPredictor(Predictor):
         """
         names = self.loss_module.tensor_keys
         check_counts(batch_size=batch_size)
-        index, mask = self._sampler.sample_slices(buffer.storage, batch_size, 1)
-        # stored padding gives its place to a real transition
-        real = mask[:, 0].byte()
-        row = torch.where(mask[:, 0], torch.arange(batch_size, device=mask.device), real.argmax())
+        index, _ = self._draw_slices(buffer, batch_size, 1)
         wanted = [
             names.observation,
             names.action,
             ("next", names.observation),
             ("next", names.terminated),
         ]
-        transitions = self._read(buffer, tuple(i[row, 0] for i in index), wanted)
+        transitions = self._read(buffer, tuple(i[:, 0] for i in index), wanted)
         return self.loss_module.encode_transitions(transitions)
 
     def loss(
@@ -259,8 +258,7 @@ class RewardPredictor(Predictor):
             The sum of the terms, a scalar with gradient, and all terms by name.
         """
         terms = self.loss_module(batch, model_batch)
-        total = sum(x for key, x in terms.items() if key.startswith("loss_"))
-        return total, dict(terms.items())
+        return total_loss(terms), dict(terms.items())
 
     def learn(
         self,
@@ -283,7 +281,8 @@ class RewardPredictor(Predictor):
                 functions get.
 
         Returns:
-            The loss, mean over the steps, and an info dictionary of floats: every term, ``loss``,
+            The loss, mean over the steps that were not skipped (NaN if all were), and an info
+            dictionary of floats, likewise: every term, ``loss``,
             ``grad_norm`` (before clipping), ``target_scale`` (mean over dims; of a model that has
             it), a ``lr_...`` for each part, ``skipped`` (batches skipped so far for non-finite
             gradients).
@@ -298,15 +297,18 @@ class RewardPredictor(Predictor):
         rates = self._set_learning_rates(n_total_env_steps)
         loss = self.loss_module
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        skipped_before = self.update.skipped
         for _ in range(n_steps):
             batch = self.compute_targets(
                 buffer, batch_size, loss.k_steps, loss.n_steps, gamma=loss.gamma
             )
-            model_batch = self.sample_model_batch(buffer, model_batch_size)
-            for name, value in self.update(batch, model_batch).items():
+            skipped = self.update.skipped
+            terms = self.update(batch, self.sample_model_batch(buffer, model_batch_size))
+            for name, value in terms.items() if self.update.skipped == skipped else ():
                 sums[name] += value
-        mean_loss = sums["loss"] / n_steps
-        info = {name: float(value / n_steps) for name, value in sums.items()}
+        taken = n_steps - (self.update.skipped - skipped_before)
+        mean_loss = sums["loss"] / taken if taken else sums["loss"] * torch.nan
+        info = {name: float(value) / taken for name, value in sums.items()} if taken else {}
         info |= {f"lr_{name}": rate for name, rate in rates.items()}
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())
@@ -327,8 +329,8 @@ class RewardPredictor(Predictor):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Compute the log density of the whitened change of the latent state: a skill's reward.
 
-        The density is that of ``W (next_state - state)`` under the mixture of all members with means
-        ``W (mean - state)`` and standard deviation ``fixed_std``; ``W`` is the standardizer's
+        The density is that of ``W (next_state - state)`` under the mixture of all members with
+        means ``W (mean - state)`` and standard deviation ``fixed_std``; ``W`` is the standardizer's
         matrix, the identity without one.
 
         Args:
@@ -404,6 +406,13 @@ class RewardPredictor(Predictor):
                 float(rate(n_total_env_steps)) if callable(rate) else rate
             )
         return rates
+
+    def _draw_slices(
+        self, buffer: TensorDictReplayBuffer, batch_size: int, length: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        index, mask = self._sampler.sample_slices(buffer.storage, batch_size, length)
+        row = rows_with_data(mask)
+        return tuple(i[row] for i in index), mask
 
     def _read(
         self,

@@ -48,7 +48,7 @@ def make_policy(
 
     The planner's primer (``make_tensordict_primer``) lets an env carry the plan along.
     """
-    env = predictor.env(action_spec)
+    env = predictor.env(action_spec, num_particles=config.num_particles)
     planner = CrossEntropyPlanner(
         env,
         planning_horizon=config.planning_horizon,

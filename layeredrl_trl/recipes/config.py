@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+
+class RecipeError(ValueError):
+    """Something the user can set right; its text says what, in one line."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -22,6 +28,11 @@ class TrainConfig:
     """Of model and planner: cpu or cuda. The environment runs on the CPU."""
     logdir: Path = Path("runs")
     """Folder under which the run's own folder is made."""
+    resume: Path | None = None
+    """A checkpoint.pt to go on from, in its folder; of all options only total-frames and device
+    are read then, the others are those of the checkpoint."""
+    checkpoint_interval: int = 1000
+    """Environment steps between two checkpoints; one is written at the end in any case."""
     eval_episodes: int = 10
     """Episodes of the final evaluation."""
     frames_per_batch: int = 20
@@ -48,6 +59,9 @@ class TrainConfig:
     """Action sequences that the planner tries in each of its iterations."""
     top_k: int = 16
     """Best candidates that the planner keeps of each iteration."""
+    num_particles: int = 1
+    """Particles per candidate: 1 (candidates are spread over the members), or a multiple of
+    n-models."""
     optim_steps: int = 4
     """Iterations of the planner per environment step."""
     terminal_value: bool = True
@@ -57,11 +71,12 @@ class TrainConfig:
         """Check ranges.
 
         Raises:
-            ValueError: naming the option, what is expected and what came.
+            RecipeError: naming the option, what is expected and what came.
         """
         positive = (
             "total_frames",
             "init_random_frames",
+            "checkpoint_interval",
             "eval_episodes",
             "frames_per_batch",
             "batch_size",
@@ -72,27 +87,47 @@ class TrainConfig:
             "planning_horizon",
             "num_candidates",
             "top_k",
+            "num_particles",
             "optim_steps",
         )
         for name in positive:
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+                raise RecipeError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.updates_per_frame < 0:
-            raise ValueError(
+            raise RecipeError(
                 f"updates_per_frame must not be negative, got {self.updates_per_frame}."
             )
+        check_device(self.device)
         for name in ("gamma", "tau"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+                raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.top_k > self.num_candidates:
-            raise ValueError(
+            raise RecipeError(
                 f"top_k must not exceed num_candidates={self.num_candidates}, got {self.top_k}."
             )
         if self.init_random_frames > self.total_frames:
-            raise ValueError(
+            raise RecipeError(
                 f"init_random_frames must not exceed total_frames={self.total_frames}, "
                 f"got {self.init_random_frames}."
             )
+
+
+def check_device(device: str) -> None:
+    """Check that there is such a device.
+
+    Raises:
+        RecipeError: if the name is unknown or the device is not there.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"device must be cpu, cuda or cuda:N, got {device!r}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            f"device is {device!r}, but torch {torch.__version__} sees no CUDA device."
+        )
 
 
 @dataclass(frozen=True)
@@ -107,3 +142,13 @@ class EvaluateConfig:
     """Of environment and planner."""
     device: str = "cpu"
     """Of model and planner: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            RecipeError: naming the option, what is expected and what came.
+        """
+        if self.episodes < 1:
+            raise RecipeError(f"episodes must be positive, got {self.episodes}.")
+        check_device(self.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import gymnasium
 import torch
 from torchrl.data import Composite
@@ -18,6 +20,7 @@ from torchrl.envs import (
 )
 
 from layeredrl_trl import keys
+from layeredrl_trl.recipes.config import RecipeError
 
 
 def make_env(env_id: str, *, num_envs: int = 1, seed: int = 0) -> EnvBase:
@@ -32,7 +35,7 @@ def make_env(env_id: str, *, num_envs: int = 1, seed: int = 0) -> EnvBase:
         An env with ``is_init``, ``step_count`` and ``episode_reward`` entries.
 
     Raises:
-        ValueError: if the id is unknown, or the observation or the action space is not supported.
+        RecipeError: if the id is unknown, or the observation or the action space is not supported.
     """
     probe = _make_gym_env(env_id)
     _check_spaces(env_id, probe)
@@ -57,12 +60,13 @@ def _make_gym_env(env_id: str) -> GymEnv:
     try:
         return GymEnv(env_id)
     except gymnasium.error.UnregisteredEnv as error:
-        known = sorted({name for name in gymnasium.registry if "/" not in name})
-        raise ValueError(
-            f"env: Gymnasium has no environment {env_id!r} ({error}) Known ids: {', '.join(known)}."
+        similar = difflib.get_close_matches(env_id, gymnasium.registry, n=3)
+        hint = f"similar: {', '.join(similar)}" if similar else "see `gymnasium.pprint_registry()`"
+        raise RecipeError(
+            f"env: Gymnasium has no environment {env_id!r} ({str(error).rstrip('.')}); {hint}."
         ) from error
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise ValueError(
+        raise RecipeError(
             f"env: {env_id!r} needs a package that is not installed: {error} "
             "(pip install 'layeredrl_trl[mujoco]' or '[robotics]')."
         ) from error
@@ -71,16 +75,16 @@ def _make_gym_env(env_id: str) -> GymEnv:
 def _check_spaces(env_id: str, env: EnvBase) -> None:
     observation, action = env.observation_spec.get(keys.OBSERVATION, None), env.action_spec
     if observation is None or isinstance(observation, Composite) or observation.ndim != 1:
-        raise ValueError(
+        raise RecipeError(
             f"env: {env_id!r} has no flat 'observation' vector, but the entries "
             f"{dict((k, list(v.shape)) for k, v in env.observation_spec.items())}; "
             "this recipe does not support it yet."
         )
     if not action.dtype.is_floating_point or action.ndim != 1:
-        raise ValueError(
+        raise RecipeError(
             f"env: {env_id!r} has the action space {type(action).__name__} of shape "
             f"{list(action.shape)}; this recipe supports continuous action vectors only."
         )
     bounds = torch.stack([action.space.low, action.space.high])
     if not bounds.isfinite().all():
-        raise ValueError(f"env: {env_id!r} has unbounded actions, which cannot be explored.")
+        raise RecipeError(f"env: {env_id!r} has unbounded actions, which cannot be explored.")

@@ -1,0 +1,216 @@
+"""The two pictures of a run: the learning curve, and imagined against real rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import TensorDictReplayBuffer, Unbounded
+
+from layeredrl_trl import keys
+from layeredrl_trl.functional import epistemic_variance
+from layeredrl_trl.predictors import RewardPredictor
+from layeredrl_trl.recipes.config import TrainConfig
+
+_REAL, _IMAGINED, _MUTED = "#222222", "#1f6fb4", "#9a9a9a"
+
+
+@dataclass(frozen=True)
+class ImaginationScore:
+    """How well imagined returns follow real ones, on episodes that were not trained on.
+
+    Attributes:
+        real: returns of segments of real episodes, ``[N]``.
+        imagined: returns that the model imagines for the same starts and actions, ``[N]``.
+        horizon: steps of a segment.
+    """
+
+    real: Tensor
+    imagined: Tensor
+    horizon: int
+
+    @property
+    def segments(self) -> int:
+        """Number of segments."""
+        return self.real.numel()
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's correlation; NaN where all real or all imagined returns are equal."""
+        return torch.corrcoef(torch.stack([self.real, self.imagined]))[0, 1].item()
+
+
+@torch.no_grad()
+def score_imagination(
+    predictor: RewardPredictor, rollout: TensorDictBase, *, horizon: int
+) -> ImaginationScore:
+    """Cut real episodes into segments and imagine each from its first observation.
+
+    Args:
+        predictor: to imagine with.
+        rollout: real episodes ``[B, T]`` with ``("collector", "mask")``.
+        horizon: steps of a segment.
+
+    Returns:
+        An :class:`ImaginationScore`; only segments within an episode count.
+    """
+    horizon = min(horizon, rollout.shape[1])
+    n_segments = rollout.shape[1] // horizon
+    segments = rollout[:, : n_segments * horizon].reshape(-1, horizon)
+    segments = segments[segments.get(keys.MASK).all(1).squeeze(-1)]
+    imagined, _ = predictor.rollout(segments.get(keys.OBSERVATION)[:, 0], segments.get(keys.ACTION))
+    return ImaginationScore(
+        real=segments.get(keys.NEXT_REWARD).sum((1, 2)).cpu(),
+        imagined=imagined.get(keys.NEXT_REWARD).sum((1, 2)).cpu(),
+        horizon=horizon,
+    )
+
+
+def draw_learning_curve(
+    path: Path, config: TrainConfig, episodes: list[tuple[int, float]], eval_returns: list[float]
+) -> None:
+    """Draw the return of every training episode and of the final evaluation."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    if episodes:
+        steps, returns = zip(*episodes, strict=True)
+        axes.plot(steps, returns, color=_IMAGINED, marker="o", markersize=3.5, linewidth=1.2)
+    axes.axvspan(0, config.init_random_frames, color=_MUTED, alpha=0.18, linewidth=0)
+    axes.text(
+        config.init_random_frames / 2,
+        0.02,
+        "random\nactions",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        color="#555555",
+    )
+    mean = sum(eval_returns) / len(eval_returns)
+    axes.axhline(mean, color=_REAL, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"evaluation: mean {mean:.0f} of {len(eval_returns)} episodes",
+        (0.99, mean),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=9,
+    )
+    axes.set(
+        xlabel="environment steps",
+        ylabel="return of the episode",
+        title=f"{config.env}, seed {config.seed}: planning in the learned model",
+        xlim=(0, config.total_frames),
+    )
+    _save(figure, path)
+
+
+@torch.no_grad()
+def draw_imagination(
+    path: Path,
+    predictor: RewardPredictor,
+    buffer: TensorDictReplayBuffer,
+    rollout: TensorDictBase,
+    score: ImaginationScore,
+    *,
+    horizon: int = 50,
+) -> None:
+    """Draw one episode imagined open-loop, all segments' returns, and disagreement off the data."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1)
+    dims = min(4, predictor.latent_state_dim)
+    _draw_rollout(list(top.subplots(1, dims, squeeze=False)[0]), predictor, rollout, horizon)
+    top.suptitle(
+        "One episode, imagined from its first observation: mean and 5-95% of the particles"
+    )
+    left, right = bottom.subplots(1, 2)
+    _draw_returns(left, score)
+    _draw_disagreement(right, predictor, buffer)
+    _save(figure, path)
+
+
+def _draw_rollout(
+    rows: list[Axes], predictor: RewardPredictor, rollout: TensorDictBase, horizon: int
+) -> None:
+    episode = rollout[:1, : min(horizon, int(rollout.get(keys.MASK)[0].sum()))]
+    particles = 20
+    env = predictor.env(_free_spec(predictor), num_particles=particles * predictor.model.n_models)
+    observation = episode.get(keys.OBSERVATION)
+    start = env.initial_state(episode[:, 0].select(keys.OBSERVATION).to(env.device))
+    imagined = env.imagine(start, episode.get(keys.ACTION).to(env.device))
+    cloud = imagined.get(keys.LATENT)[0].flatten(1, 2).cpu()
+    real = predictor.encode(observation)[0][0].cpu()
+    quantiles = torch.quantile(cloud, torch.tensor([0.05, 0.95]), dim=1)
+    time = range(real.shape[0])
+    for i, axes in enumerate(rows):
+        axes.fill_between(
+            time, quantiles[0, :, i], quantiles[1, :, i], color=_IMAGINED, alpha=0.25, linewidth=0
+        )
+        axes.plot(time, cloud.mean(1)[:, i], color=_IMAGINED, label="imagined")
+        axes.plot(time, real[:, i], color=_REAL, linewidth=1.2, linestyle="--", label="real")
+        axes.set(title=f"latent dim {i}", xlabel="step")
+    rows[0].legend(frameon=False, fontsize=9)
+
+
+def _draw_returns(axes: Axes, score: ImaginationScore) -> None:
+    ends = torch.stack([score.real, score.imagined]).aminmax()
+    axes.plot(ends, ends, color=_MUTED, linewidth=1)
+    axes.scatter(score.real, score.imagined, s=10, color=_IMAGINED, alpha=0.6, linewidths=0)
+    axes.set(
+        xlabel=f"real return of {score.horizon} steps",
+        ylabel="imagined return",
+        title=f"Imagined returns follow real ones: correlation {score.correlation:.3f}",
+    )
+
+
+def _draw_disagreement(
+    axes: Axes, predictor: RewardPredictor, buffer: TensorDictReplayBuffer
+) -> None:
+    """Move stored states away from their mean and see how far the members part."""
+    stored = buffer[:]
+    index = torch.randperm(len(stored))[:512]
+    latent, context = predictor.encode(stored.get(keys.OBSERVATION)[index])
+    action = stored.get(keys.ACTION)[index].to(latent.device)
+    factors = torch.linspace(0, 4, 33)
+    centre = latent.mean(0)
+    spread = []
+    for factor in factors:
+        moved = centre + factor * (latent - centre)
+        mean, weights, _, _ = predictor.model.predict(moved, context, action)
+        deviation = epistemic_variance(mean, weights).sqrt()
+        spread.append((deviation / predictor.model.target_scale).mean(-1))
+    quantiles = torch.quantile(
+        torch.stack(spread), torch.tensor([0.05, 0.5, 0.95], device=latent.device), dim=1
+    ).cpu()
+    axes.fill_between(factors, quantiles[0], quantiles[2], color=_IMAGINED, alpha=0.25, linewidth=0)
+    axes.plot(factors, quantiles[1], color=_IMAGINED)
+    axes.axvspan(0, 1, color=_MUTED, alpha=0.18, linewidth=0)
+    axes.text(0.5, 0.95, "seen", transform=axes.get_xaxis_transform(), ha="center", va="top")
+    axes.text(2.5, 0.95, "not seen", transform=axes.get_xaxis_transform(), ha="center", va="top")
+    axes.set(
+        xlabel="distance of stored states from their mean, times",
+        ylabel="epistemic std / std of a step",
+        title="The members part where they have seen nothing (median, 5-95%)",
+        xlim=(0, 4),
+        yscale="log",
+    )
+
+
+def _free_spec(predictor: RewardPredictor) -> Unbounded:
+    return Unbounded((predictor.model.action_dim,), device=predictor.device)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.findobj(Axes):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,275 @@
+"""The main job: collect, learn, plan, evaluate."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.record.loggers.tensorboard import TensorboardLogger
+from tqdm import tqdm
+
+from layeredrl_trl import keys
+from layeredrl_trl.predictors import RewardPredictor
+from layeredrl_trl.recipes.agent import RandomThenPlanned, make_policy, make_predictor
+from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
+from layeredrl_trl.recipes.config import RecipeError, TrainConfig
+from layeredrl_trl.recipes.environments import make_env
+from layeredrl_trl.recipes.evaluation import episode_returns, run_episodes
+from layeredrl_trl.recipes.pictures import (
+    ImaginationScore,
+    draw_imagination,
+    draw_learning_curve,
+    score_imagination,
+)
+
+_STORED = (
+    keys.OBSERVATION,
+    keys.ACTION,
+    keys.PLANNED,
+    keys.TRAJ_IDS,
+    keys.NEXT_OBSERVATION,
+    keys.NEXT_REWARD,
+    keys.NEXT_TERMINATED,
+    keys.NEXT_TRUNCATED,
+    keys.NEXT_DONE,
+)
+
+
+@dataclass
+class Run:
+    """What a run has done so far.
+
+    Attributes:
+        folder: of its files.
+        frames: env steps taken.
+        episodes: ``(env steps at its end, return)`` of every finished episode.
+        eval_returns: of the final evaluation, one per episode.
+        imagination: how well imagined returns follow real ones.
+        seconds: wall time of training.
+        interrupted: whether Ctrl-C ended the run.
+    """
+
+    folder: Path
+    frames: int = 0
+    episodes: list[tuple[int, float]] = field(default_factory=list)
+    eval_returns: list[float] = field(default_factory=list)
+    imagination: ImaginationScore | None = None
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the checkpoint."""
+        return self.folder / "checkpoint.pt"
+
+
+def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
+    """Learn a world model of ``config.env`` and act by planning in it.
+
+    Ctrl-C ends the run early: the checkpoint is written, evaluation and pictures are left out.
+
+    Args:
+        config: options of the run.
+        say: gets every line for the user.
+
+    Returns:
+        What the run has done; its files lie in ``run.folder``.
+
+    Raises:
+        RecipeError: if the environment is not supported, the folder is not writable, or
+            ``config.resume`` cannot be gone on from; nothing has been written then.
+    """
+    resumed = None
+    if config.resume is not None:
+        resumed = Checkpoint.load(config.resume, config.device)
+        config = _resumed_config(config, resumed)
+    torch.manual_seed(config.seed if resumed is None else config.seed + resumed.frames)
+    env = make_env(config.env, seed=config.seed)
+    predictor = make_predictor(config, env)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
+    if resumed is None:
+        run = Run(_make_folder(config))
+    else:
+        restore(predictor, resumed.predictor, config.resume)
+        run = Run(config.resume.parent, frames=resumed.frames, episodes=resumed.episodes)
+        buffer.extend(TensorDict(resumed.transitions, batch_size=[resumed.frames]))
+    predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
+    policy, planner = make_policy(config, predictor, env.action_spec)
+    env.append_transform(planner.make_tensordict_primer())
+    explorer = RandomThenPlanned(policy, env.action_spec, config.init_random_frames)
+    collector = Collector(
+        env,
+        explorer,
+        frames_per_batch=config.frames_per_batch,
+        total_frames=config.total_frames - run.frames,
+        auto_register_policy_transforms=False,
+    )
+    explorer.frames = run.frames  # the collector has tried the policy once
+    bar = tqdm(
+        total=config.total_frames,
+        initial=run.frames,
+        unit="step",
+        desc=config.env,
+        dynamic_ncols=True,
+    )
+    started = time.perf_counter()
+    try:
+        for batch in collector:
+            buffer.extend(batch.select(*_STORED).reshape(-1))
+            _note_episodes(run, batch, logger)
+            info = _learn(config, predictor, buffer, run.frames, new_frames=batch.numel())
+            bar.update(batch.numel())
+            bar.set_postfix_str(_status(run, info))
+            if run.frames % config.checkpoint_interval < batch.numel():
+                _save(config, predictor, buffer, run)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    finally:
+        bar.close()
+        collector.shutdown()
+    run.seconds = time.perf_counter() - started
+    _save(config, predictor, buffer, run)
+    if run.interrupted:
+        say(f"Interrupted after {run.frames} steps. Checkpoint: {run.checkpoint}")
+        say(f"  to go on: python -m layeredrl_trl train --resume {run.checkpoint}")
+        return run
+    _evaluate(config, predictor, buffer, run, logger)
+    for line in _summary(config, run):
+        say(line)
+    return run
+
+
+def _resumed_config(config: TrainConfig, resumed: Checkpoint) -> TrainConfig:
+    total_frames = max(config.total_frames, resumed.config.total_frames)
+    if total_frames <= resumed.frames:
+        raise RecipeError(
+            f"resume: the run has taken {resumed.frames} steps already; raise total_frames, "
+            f"which is {total_frames}."
+        )
+    return replace(resumed.config, total_frames=total_frames, resume=config.resume)
+
+
+def _save(
+    config: TrainConfig, predictor: RewardPredictor, buffer: TensorDictReplayBuffer, run: Run
+) -> None:
+    """Write the checkpoint and the table of episodes."""
+    transitions = buffer[:].exclude(keys.INDEX).to_dict() if len(buffer) else {}
+    Checkpoint(
+        replace(config, resume=None), run.frames, run.episodes, predictor.state_dict(), transitions
+    ).save(run.checkpoint)
+    with (run.folder / "episodes.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("env_steps", "return"), *run.episodes])
+
+
+def _learn(
+    config: TrainConfig,
+    predictor: RewardPredictor,
+    buffer: TensorDictReplayBuffer,
+    frames: int,
+    new_frames: int,
+) -> dict[str, float]:
+    """Take the optimisation steps that are due; all those of the random phase at its end."""
+    if frames < config.init_random_frames:
+        return {}
+    due = new_frames if frames - new_frames >= config.init_random_frames else frames
+    n_steps = round(config.updates_per_frame * due)
+    if n_steps == 0:
+        return {}
+    _, info = predictor.learn(
+        buffer,
+        n_steps=n_steps,
+        batch_size=config.batch_size,
+        model_batch_size=config.batch_size,
+        n_total_env_steps=frames,
+    )
+    return info
+
+
+def _evaluate(
+    config: TrainConfig,
+    predictor: RewardPredictor,
+    buffer: TensorDictReplayBuffer,
+    run: Run,
+    logger: TensorboardLogger,
+) -> None:
+    rollout = run_episodes(
+        config, predictor, episodes=config.eval_episodes, seed=10_000 + config.seed
+    )
+    run.eval_returns = episode_returns(rollout).tolist()
+    logger.log_scalar("eval/mean_return", _mean(run.eval_returns), run.frames)
+    run.imagination = score_imagination(predictor, rollout, horizon=config.planning_horizon)
+    logger.log_scalar("eval/imagined_return_correlation", run.imagination.correlation, run.frames)
+    draw_learning_curve(run.folder / "learning_curve.png", config, run.episodes, run.eval_returns)
+    draw_imagination(run.folder / "imagination.png", predictor, buffer, rollout, run.imagination)
+    summary = {
+        "config": {name: str(value) for name, value in asdict(config).items()},
+        "frames": run.frames,
+        "seconds": run.seconds,
+        "eval_returns": run.eval_returns,
+        "imagined_return_correlation": run.imagination.correlation,
+    }
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _make_folder(config: TrainConfig) -> Path:
+    name = f"{config.env.replace('/', '_')}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = config.logdir / name, 1
+    while folder.exists():
+        number += 1
+        folder = config.logdir / f"{name}-{number}"
+    try:
+        folder.mkdir(parents=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RecipeError(
+            f"logdir: cannot write to {str(config.logdir)!r}: {error.strerror}."
+        ) from error
+    return folder
+
+
+def _note_episodes(run: Run, batch: TensorDictBase, logger: TensorboardLogger) -> None:
+    run.frames += batch.numel()
+    done = batch.get(keys.NEXT_DONE).flatten()
+    returns = batch.get(("next", "episode_reward")).flatten()
+    for i in done.nonzero().flatten().tolist():
+        step = run.frames - batch.numel() + i + 1
+        run.episodes.append((step, returns[i].item()))
+        logger.log_scalar("train/episode_return", returns[i].item(), step)
+
+
+def _status(run: Run, info: dict[str, float]) -> str:
+    parts = [f"return {run.episodes[-1][1]:.0f}"] if run.episodes else []
+    for name in ("loss_reward", "loss_value", "nll"):
+        if name in info:
+            parts.append(f"{name} {info[name]:.3g}")
+    return ", ".join(parts)
+
+
+def _summary(config: TrainConfig, run: Run) -> list[str]:
+    returns = torch.tensor(run.eval_returns)
+    return [
+        "",
+        f"{config.env}, seed {config.seed}: {run.frames} env steps in {run.seconds:.0f} s",
+        f"  mean return of {len(returns)} evaluation episodes: {returns.mean():.1f} "
+        f"(worst {returns.min():.1f}, best {returns.max():.1f})",
+        f"  imagined against real {run.imagination.horizon}-step returns: "
+        f"correlation {run.imagination.correlation:.3f} over {run.imagination.segments} segments",
+        f"  learning curve   {run.folder / 'learning_curve.png'}",
+        f"  imagination      {run.folder / 'imagination.png'}",
+        f"  checkpoint       {run.checkpoint}",
+        f"  act with it      python -m layeredrl_trl evaluate --checkpoint {run.checkpoint}",
+        f"  all the scalars  tensorboard --logdir {run.folder}",
+    ]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

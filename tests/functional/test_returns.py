@@ -1,0 +1,179 @@
+"""N-step targets: a loop over whole episodes, garbage on padding, gradients, errors."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layeredrl_trl.functional import discounted_window_sum, n_step_targets, n_step_window
+from tests.oracles import n_step_target
+
+GAMMAS = [0.0, 0.3, 0.9, 0.99, 1.0]
+NAN = float("nan")
+
+
+def episodes(lengths, seed=0):
+    """Episodes as lists: rewards, whether terminated, state values, action values."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randn(3, n, generator=generator).tolist() for n in lengths)
+    return [(rewards, i % 2 == 0, v, q) for i, (rewards, v, q) in enumerate(draws)]
+
+
+def slices_of(episode, k, n, *, next_action, extra=0, garbage=NAN):
+    """A slice from every step of an episode: what a sampler would give, garbage on padding."""
+    rewards, terminated, *values = episode
+    width = k + n - 1 + next_action + extra
+    rows = {"reward": [], "terminated": [], "mask": [], "value": []}
+    for start in range(len(rewards)):
+        real = min(width, len(rewards) - start)
+        pad = width - real
+        flags = [terminated and start + t == len(rewards) - 1 for t in range(real)]
+        rows["reward"].append(rewards[start : start + real] + [garbage] * pad)
+        rows["terminated"].append(flags + [garbage != garbage or not terminated] * pad)
+        rows["mask"].append([True] * real + [False] * pad)
+        rows["value"].append(values[next_action][start : start + real] + [garbage] * pad)
+    return {key: torch.tensor(row) for key, row in rows.items()}
+
+
+def targets_of(slices, k, n, gamma, *, next_action, garbage=NAN):
+    window = n_step_window(slices["terminated"], slices["mask"], k, n, next_action=next_action)
+    at = torch.arange(k) + window.steps - (0 if next_action else 1)
+    value = torch.nn.functional.pad(slices["value"], (0, 1), value=garbage)
+    value = value.gather(-1, at.clamp(0, value.shape[-1] - 1))
+    value = torch.where(window.bootstrap, value, garbage)
+    return n_step_targets(slices["reward"], window, value, gamma=gamma, n_steps=n), window
+
+
+def assert_like_oracle(episode, k, n, gamma, *, next_action, extra=0):
+    slices = slices_of(episode, k, n, next_action=next_action, extra=extra)
+    target, window = targets_of(slices, k, n, gamma, next_action=next_action)
+    rewards, terminated, v, q = (
+        torch.tensor(x).tolist() if isinstance(x, list) else x for x in episode
+    )
+    values = {"action_values": q} if next_action else {"state_values": v}
+    expected, valid = torch.zeros(target.shape).double(), torch.zeros(target.shape).bool()
+    for start in range(len(rewards)):
+        for j in range(min(k, len(rewards) - start)):
+            g = n_step_target(rewards, terminated, start + j, n, gamma, **values)
+            if g is not None:
+                expected[start, j], valid[start, j] = g, True
+    assert torch.equal(window.valid & slices["mask"][:, :k], valid)
+    torch.testing.assert_close(
+        torch.where(valid, target, 0.0).double(), expected, rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_shapes_and_dtypes(batch):
+    mask, terminated = torch.ones(*batch, 6).bool(), torch.zeros(*batch, 6).bool()
+    window = n_step_window(terminated, mask, k_steps=4, n_steps=3)
+    assert window.steps.shape == window.bootstrap.shape == window.valid.shape == (*batch, 4)
+    assert window.summable.shape == (*batch, 6)
+    for dtype in (torch.float32, torch.float64):
+        reward = torch.zeros(*batch, 6, dtype=dtype)
+        target = n_step_targets(reward, window, torch.zeros(*batch, 4), gamma=0.9, n_steps=3)
+        assert target.shape == (*batch, 4) and target.dtype == dtype
+
+
+@pytest.mark.parametrize("next_action", [False, True], ids=["state-value", "q-function"])
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (1, 64), (64, 1), (64, 64), (5, 7), (3, 32)])
+def test_targets_like_a_loop_over_episodes(k, n, gamma, next_action):
+    for episode in episodes([1, 2, 7, 8, 40, 140]):
+        assert_like_oracle(episode, k, n, gamma, next_action=next_action)
+
+
+@given(
+    length=st.integers(1, 30),
+    k=st.integers(1, 12),
+    n=st.integers(1, 12),
+    gamma=st.sampled_from(GAMMAS) | st.floats(0, 1),
+    extra=st.integers(0, 9),
+    next_action=st.booleans(),
+    terminated=st.booleans(),
+)
+def test_any_slice_like_a_loop_over_episodes(length, k, n, gamma, extra, next_action, terminated):
+    (rewards, _, v, q), *_ = episodes([length], seed=length)
+    assert_like_oracle(
+        (rewards, terminated, v, q), k, n, gamma, next_action=next_action, extra=extra
+    )
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 63, 64, 100])
+def test_window_sum_like_a_loop(gamma, n):
+    reward = torch.randn(2, 70, dtype=torch.float64)
+    expected = torch.zeros(2, 70, dtype=torch.float64)
+    for b in range(2):
+        for t in range(70):
+            for i in range(min(n, 70 - t)):
+                expected[b, t] += gamma**i * reward[b, t + i]
+    torch.testing.assert_close(discounted_window_sum(reward, gamma, n), expected)
+
+
+def test_gamma_0_is_the_reward():
+    reward, mask = torch.randn(4, 8), torch.ones(4, 8).bool()
+    window = n_step_window(~mask, mask, k_steps=5, n_steps=4)
+    target = n_step_targets(reward, window, torch.randn(4, 5), gamma=0.0, n_steps=4)
+    assert torch.equal(target, reward[:, :5])
+
+
+@pytest.mark.parametrize("next_action", [False, True])
+def test_garbage_where_nothing_counts_changes_nothing(next_action):
+    for episode in episodes([1, 3, 9]):
+        results = []
+        for garbage in (NAN, float("inf"), 1e30, 0.0):
+            slices = slices_of(episode, 4, 3, next_action=next_action, garbage=garbage)
+            results.append(targets_of(slices, 4, 3, 0.9, next_action=next_action, garbage=garbage))
+        for target, window in results:
+            assert torch.equal(target, results[0][0])
+            assert torch.equal(window.valid, results[0][1].valid)
+
+
+def test_all_padding_has_no_target():
+    mask = torch.zeros(1, 5).bool()
+    window = n_step_window(torch.ones(1, 5).bool(), mask, k_steps=3, n_steps=3)
+    nan = torch.full((1, 5), NAN)
+    target = n_step_targets(nan, window, torch.zeros(1, 3), gamma=0.9, n_steps=3)
+    assert not window.valid.any() and torch.equal(target, torch.zeros(1, 3))
+
+
+def test_flattening_the_batch_changes_nothing():
+    reward, length = torch.randn(2, 3, 7), torch.randint(1, 8, (2, 3, 1))
+    mask, terminated = torch.arange(7) < length, torch.rand(2, 3, 7) < 0.5
+    value = torch.randn(2, 3, 4)
+
+    def target(*tensors):
+        r, m, t, v = tensors
+        return n_step_targets(r, n_step_window(t, m, 4, 4), v, gamma=0.9, n_steps=4)
+
+    together = target(reward, mask, terminated, value)
+    flat = target(*(x.flatten(0, 1) for x in (reward, mask, terminated, value)))
+    assert torch.equal(together.flatten(0, 1), flat)
+
+
+def test_gradient_reaches_what_counts_and_garbage_gets_none():
+    slices = slices_of(([1.0] * 4, False, [1.0] * 4, [1.0] * 4), 2, 2, next_action=0)
+    reward = slices["reward"].requires_grad_()
+    window = n_step_window(slices["terminated"], slices["mask"], 2, 2)
+    value = torch.where(window.bootstrap & window.valid, 1.0, NAN).requires_grad_()
+    n_step_targets(reward, window, value, gamma=0.5, n_steps=2).sum().backward()
+    assert torch.isfinite(reward.grad).all() and torch.isfinite(value.grad).all()
+    assert (reward.grad[~slices["mask"]] == 0).all()
+    # both targets of the first slice sum two rewards and a value
+    assert reward.grad[0].tolist() == [1.0, 1.5, 0.5] and value.grad[0].tolist() == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "steps", "next_action", "message"),
+    [
+        (0, 1, 5, False, "must be at least 1, got 0 and 1"),
+        (1, 0, 5, False, "must be at least 1, got 1 and 0"),
+        (3, 3, 4, False, "need slices of 5 steps, got 4"),
+        (3, 3, 5, True, "need slices of 6 steps, got 5"),
+    ],
+)
+def test_errors(k, n, steps, next_action, message):
+    mask = torch.ones(2, steps).bool()
+    with pytest.raises(ValueError, match=message):
+        n_step_window(mask, mask, k, n, next_action=next_action)

@@ -1,0 +1,235 @@
+"""DynamicsModel: what follows from `predict_particles`, on a model with known answers."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from layeredrl_trl.modules import DynamicsModel, ParticlePrediction
+from tests.oracles import even_mixture, random_ensemble
+
+NAN = float("nan")
+
+
+class Shift(DynamicsModel):
+    """Member e moves the latent state by `shifts[e]`, and terminates with `term_probs[e]`."""
+
+    def __init__(self, shifts, std=0.5, term_probs=None, **keys):
+        super().__init__(**keys)
+        self.n_models, self.n_modes, self.n_particles_per_model = len(shifts), 1, 1
+        self.latent_state_dim, self.context_dim, self.action_dim = 2, 0, 1
+        self.register_buffer("shifts", torch.tensor(shifts))
+        self.register_buffer("term_probs", torch.tensor(term_probs or [0.5] * len(shifts)))
+        self.std = std
+
+    def predict_particles(self, latent, context, action, member=None):
+        mean = (latent + self.shifts[:, None, None]).unsqueeze(-2)
+        logit = self.term_probs.logit()[:, None, None].expand_as(latent[..., :1])
+        return ParticlePrediction(
+            mean, torch.full_like(mean, self.std), torch.zeros_like(mean[..., 0]), logit
+        )
+
+
+def inputs(*batch, d=2, a=1):
+    return torch.randn(*batch, d), torch.zeros(*batch, 0), torch.randn(*batch, a)
+
+
+def batch_of(model, *batch):
+    latent, context, action = inputs(*batch, d=model.latent_state_dim, a=model.action_dim)
+    following = {"latent": torch.randn_like(latent), "terminated": torch.rand(*batch, 1) < 0.5}
+    return TensorDict(
+        {"latent": latent, "context": context, "action": action, "next": following},
+        batch_size=batch,
+    )
+
+
+def test_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        DynamicsModel()
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_a_model_brings_one_method_and_gets_the_others(batch):
+    model, args = Shift([1.0, 3.0], std=0.5, term_probs=[0.2, 0.4]), inputs(*batch)
+    latent = args[0]
+    mean, weights, std, term_prob = model.predict(*args)
+    assert mean.shape == std.shape == (*batch, 2, 1, 2)
+    torch.testing.assert_close(mean[..., 1, 0, :], latent + 3)
+    assert (weights == 1).all() and weights.shape == (*batch, 2, 1)
+    assert (std == 0.5).all()
+    torch.testing.assert_close(term_prob, torch.full(batch, 0.3))
+    log_prob, term_prob = model.log_prob(*args, latent + 1)
+    near = math.exp(-0.0) / (2 * math.pi * 0.25)
+    far = math.exp(-2 * 0.5 * (2 / 0.5) ** 2) / (2 * math.pi * 0.25)
+    torch.testing.assert_close(log_prob, torch.full(batch, math.log((near + far) / 2)))
+    torch.testing.assert_close(term_prob, torch.full(batch, 0.3))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_as_a_module_it_predicts_the_mean_of_the_even_mixture(batch):
+    model, data = Shift([1.0, 3.0], term_probs=[0.2, 0.4]), batch_of(Shift([1.0]), *batch)
+    out = model(data.exclude("next"))
+    torch.testing.assert_close(out["next", "latent"], data["latent"] + 2)
+    torch.testing.assert_close(out["next", "term_prob"], torch.full((*batch, 1), 0.3))
+    latent, term_prob = model(data["latent"], data["context"], data["action"])
+    torch.testing.assert_close(latent, data["latent"] + 2)
+    assert term_prob.shape == (*batch, 1)
+
+
+def test_as_a_module_with_tensors_of_equal_last_dims():
+    # TensorDict would take a last dim that all inputs share for a batch dim
+    latent, term_prob = random_ensemble(2, 2, 2)(*[torch.randn(4, 2)] * 3)
+    assert latent.shape == (4, 2) and term_prob.shape == (4, 1)
+
+
+def test_as_a_module_it_draws_when_exploring():
+    model, n = Shift([1.0, 3.0], std=0.1), 4000
+    data = TensorDict(
+        latent=torch.zeros(n, 2), context=torch.zeros(n, 0), action=torch.zeros(n, 1), batch_size=n
+    )
+    with set_exploration_type(ExplorationType.RANDOM):
+        drawn = model(data)["next", "latent"]
+    assert (drawn[:, 0] < 2).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert ((drawn[:, 0] < 2) == (drawn[:, 1] < 2)).all()  # one member moves all dims
+    assert drawn[drawn < 2].std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_other_and_nested_keys():
+    model = Shift([1.0], in_keys=[("m", "z"), "c", "a"], out_keys=["z_next", ("m", "p")])
+    data = TensorDict(
+        {("m", "z"): torch.zeros(4, 2), "c": torch.zeros(4, 0), "a": torch.zeros(4, 1)}, [4]
+    )
+    out = model(data)
+    assert (out["z_next"] == 1).all() and out["m", "p"].shape == (4, 1)
+
+
+def test_log_prob_with_transform_is_that_of_the_transformed_change():
+    model, args = random_ensemble(3, 0, 2, n_modes=2), inputs(5, d=3, a=2)
+    latent, following = args[0], torch.randn(5, 3)
+    transform, std = torch.randn(3, 3), torch.rand(3) + 0.5
+    mean, weights, _, term_prob = model.predict(*args)
+    means = torch.stack(
+        [
+            torch.stack([torch.stack([transform @ (m - s) for m in modes]) for modes in members])
+            for members, s in zip(mean, latent, strict=True)
+        ]
+    )
+    target = torch.stack([transform @ (f - s) for f, s in zip(following, latent, strict=True)])
+    expected = even_mixture(means, std.expand_as(means), weights).log_prob(target.double())
+    found, probs = model.log_prob(*args, following, std=std, transform=transform)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(probs, term_prob)
+    plain, _ = model.log_prob(*args, following, std=std)
+    eye, _ = model.log_prob(*args, following, std=std, transform=torch.eye(3))
+    torch.testing.assert_close(eye, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_loss_is_the_mean_over_real_steps():
+    model = random_ensemble(2, 0, 1)
+    data, mask = batch_of(model, 4, 3), torch.rand(4, 3, 1) < 0.6
+    mask[0, 0] = True
+    args = [data[key] for key in ("latent", "context", "action")]
+    nll, bce = model.negative_log_likelihood(
+        *args, data["next", "latent"], data["next", "terminated"]
+    )
+    assert nll.shape == bce.shape == (4, 3, 1)
+    torch.testing.assert_close(model.loss(data), (nll + bce).mean())
+    data["collector", "mask"] = mask
+    torch.testing.assert_close(model.loss(data), (nll + bce)[mask].mean())
+
+
+@pytest.mark.parametrize("garbage", [NAN, float("inf"), 1e30])
+def test_garbage_on_padding_changes_neither_loss_nor_gradient(garbage):
+    model = random_ensemble(2, 0, 1)
+    data, mask = batch_of(model, 4, 3), torch.rand(4, 3) < 0.6
+    mask[0, 0] = True
+    model.loss(data[mask]).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for key in ("latent", "action", ("next", "latent")):
+        data[key] = torch.where(mask[..., None], data[key], garbage)
+    data["collector", "mask"] = mask[..., None]
+    loss = model.loss(data)
+    loss.backward()
+    torch.testing.assert_close(loss, model.loss(data.exclude("collector")[mask]))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_loss_of_padding_alone_is_0():
+    model = random_ensemble(2, 0, 1)
+    data = batch_of(model, 4)
+    data["collector", "mask"] = torch.zeros(4, 1).bool()
+    assert model.loss(data) == 0
+
+
+def test_loss_with_indices_of_discrete_actions_and_a_mask():
+    model = random_ensemble(2, 0, 3)
+    data = batch_of(model, 4)
+    data["action"] = torch.randint(3, (4,))
+    expected = model.loss(data)
+    data["collector", "mask"] = torch.ones(4, 1).bool()
+    torch.testing.assert_close(model.loss(data), expected)
+
+
+def test_regularization_is_added():
+    class Regularized(Shift):
+        def regularization(self):
+            return torch.tensor(7.0)
+
+    data = batch_of(Shift([1.0]), 4)
+    torch.testing.assert_close(Regularized([1.0]).loss(data), Shift([1.0]).loss(data) + 7)
+
+
+def test_a_model_without_statistics_takes_them():
+    model, args = Shift([1.0]), inputs(4)
+    assert model.update_statistics(*args, args[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"next_latent": (5, 1)}, r"next_latent: expected shape \[5, 2\], got \[5, 1\]"),
+        ({"next_latent": (1, 2)}, r"next_latent: expected shape \[5, 2\], got \[1, 2\]"),
+        ({"terminated": (5,)}, r"terminated: expected shape \[5, 1\], got \[5\]"),
+        ({"terminated": (1, 1)}, r"terminated: expected shape \[5, 1\], got \[1, 1\]"),
+    ],
+)
+def test_likelihood_does_not_broadcast(changes, message):
+    shapes = {"next_latent": (5, 2), "terminated": (5, 1)} | changes
+    with pytest.raises(ValueError, match=message):
+        Shift([1.0]).negative_log_likelihood(*inputs(5), *map(torch.zeros, shapes.values()))
+
+
+@pytest.mark.parametrize(
+    ("next_latent", "options", "message"),
+    [
+        ((5, 1), {}, r"next_latent: expected shape \[5, 2\], got \[5, 1\]"),
+        ((5, 2), {"transform": torch.eye(2)}, "transform needs a fixed std"),
+        (
+            (5, 2),
+            {"transform": torch.ones(1, 2), "std": torch.ones(2)},
+            r"transform: expected shape \[2, 2\], got \[1, 2\]",
+        ),
+    ],
+)
+def test_log_prob_errors(next_latent, options, message):
+    with pytest.raises(ValueError, match=message):
+        Shift([1.0]).log_prob(*inputs(5), torch.zeros(next_latent), **options)
+
+
+@pytest.mark.parametrize("name", ["latent", "context", "action"])
+def test_missing_entry_names_what_there_is(name):
+    model, data = Shift([1.0]), batch_of(Shift([1.0]), 4).exclude(name)
+    for call in (model, model.loss):
+        with pytest.raises(KeyError, match=f"{name}.* not found .*next"):
+            call(data)
+
+
+@pytest.mark.parametrize("name", ["latent", "terminated"])
+def test_missing_target(name):
+    data = batch_of(Shift([1.0]), 4).exclude(("next", name))
+    with pytest.raises(KeyError, match=f"{name}.* not found"):
+        Shift([1.0]).loss(data)

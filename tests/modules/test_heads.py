@@ -1,0 +1,171 @@
+"""Reward and value: wrapping of plain modules, state value or Q-function, shapes, errors."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from layeredrl_trl.modules import (
+    LatentFunction,
+    RewardNet,
+    ValueNet,
+    as_reward_module,
+    as_value_module,
+    evaluate,
+    reads_action,
+)
+
+
+class StateValue(nn.Module):
+    def forward(self, latent, context):
+        return latent.sum(-1, keepdim=True) + context.sum(-1, keepdim=True)
+
+
+class ActionValue(nn.Module):
+    def forward(self, latent, context, action, scale=1.0):
+        return scale * (latent.sum(-1, keepdim=True) - action.sum(-1, keepdim=True))
+
+
+class Squeezed(nn.Module):
+    def forward(self, latent, context, action):
+        return latent.sum(-1)
+
+
+def entries(*batch, action=2):
+    return {
+        "latent": torch.randn(*batch, 3),
+        "context": torch.randn(*batch, 1),
+        "action": torch.randn(*batch, action),
+    }
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_nets_write_their_entry(batch):
+    data = TensorDict(entries(*batch), batch_size=batch)
+    for net, key in (
+        (RewardNet(3, 1, 2), "reward"),
+        (ValueNet(3, 1), "state_value"),
+        (ValueNet(3, 1, action_dim=2), "state_action_value"),
+    ):
+        out = net(data.clone())
+        assert out[key].shape == (*batch, 1)
+        assert torch.equal(out[key], evaluate(net, dict(data.items())))
+        assert torch.equal(out[key], net(*(data[k] for k in net.in_keys)))
+
+
+def test_nets_take_other_and_nested_keys():
+    data = TensorDict(z=torch.randn(4, 3), c=torch.zeros(4, 0), a=torch.randn(4, 2), batch_size=[4])
+    net = RewardNet(3, 0, 2, in_keys=["z", "c", "a"], out_keys=[("model", "r")])
+    assert net(data)["model", "r"].shape == (4, 1)
+    net = ValueNet(3, 0, in_keys=["z", "c"], out_keys=["v"])
+    assert net(data)["v"].shape == (4, 1)
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 4)])
+def test_discrete_actions_as_index_and_one_hot_agree(batch):
+    index = torch.randint(5, batch)
+    one_hot = nn.functional.one_hot(index, 5)
+    latent, context = torch.randn(*batch, 3), torch.zeros(*batch, 0)
+    for net in (RewardNet(3, 0, 5), ValueNet(3, 0, action_dim=5)):
+        expected = net(latent, context, one_hot.float())
+        for action in (index, index.unsqueeze(-1), one_hot, one_hot.bool()):
+            assert torch.equal(net(latent, context, action), expected)
+
+
+def test_plain_modules_are_wrapped():
+    data = entries(4)
+    reward = as_reward_module(ActionValue())
+    assert reward.in_keys == ["latent", "context", "action"] and reward.out_keys == ["reward"]
+    expected = data["latent"].sum(-1, keepdim=True) - data["action"].sum(-1, keepdim=True)
+    assert torch.equal(evaluate(reward, data), expected)
+    assert torch.equal(reward(TensorDict(data, [4]))["reward"], expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "is_q"), [(StateValue(), False), (ActionValue(), True), (Squeezed(), True)]
+)
+def test_a_value_is_a_q_function_if_it_reads_the_action(module, is_q):
+    wrapped = as_value_module(module)
+    assert isinstance(wrapped, LatentFunction)
+    assert reads_action(wrapped) is is_q
+    assert wrapped.out_keys == ["state_action_value" if is_q else "state_value"]
+
+
+def test_tensordict_modules_and_none_pass_through():
+    module = TensorDictModule(nn.Linear(3, 1), ["z"], ["v"])
+    for wrap in (as_reward_module, as_value_module):
+        assert wrap(module) is module
+        assert wrap(None) is None
+    assert reads_action(ValueNet(3, 0, action_dim=2)) and not reads_action(ValueNet(3, 0))
+    assert reads_action(TensorDictModule(nn.Identity(), [("x", "a")], ["v"]), ("x", "a"))
+
+
+@pytest.mark.parametrize("batch", [(4,), (4, 1, 1)])
+def test_evaluate_any_tensordict_module(batch):
+    module = TensorDictModule(lambda z: z[..., :1], in_keys=["latent"], out_keys=["v"])
+    data = entries(*batch)
+    assert torch.equal(evaluate(module, data), data["latent"][..., :1])
+    assert "v" not in data
+
+
+def test_gradients_reach_parameters_and_inputs():
+    data = {key: x.requires_grad_() for key, x in entries(4).items()}
+    net = RewardNet(3, 1, 2)
+    evaluate(net, data).sum().backward()
+    assert all((x.grad != 0).any() for x in (*data.values(), *net.parameters()))
+
+
+@pytest.mark.parametrize("batch", [(4,), (4, 1, 1), (1, 1)])
+def test_a_reward_without_its_last_dim_is_not_broadcast(batch):
+    # [N, E, 1] times [N, E, 1, 1] would broadcast without a word
+    with pytest.raises(ValueError, match=r"must return \[\.\.\., 1\], here"):
+        evaluate(as_reward_module(Squeezed()), entries(*batch))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda z: z, lambda z: z.sum(), lambda z: z[:1, :1], lambda z: z[..., 0]]
+)
+def test_output_of_another_shape(function):
+    module = TensorDictModule(function, in_keys=["latent"], out_keys=["v"])
+    with pytest.raises((ValueError, RuntimeError), match=r"must return|batch dimension mismatch"):
+        evaluate(module, entries(4))
+    wrapped = LatentFunction(lambda z: function(z), in_keys=["latent"], out_keys=["v"])
+    with pytest.raises(ValueError, match=r"must return \[\.\.\., 1\], here \[4, 1\]"):
+        evaluate(wrapped, entries(4))
+
+
+def test_missing_entry():
+    with pytest.raises(KeyError, match=r"RewardNet reads \['action'\], but there is only"):
+        evaluate(RewardNet(3, 1, 2), {k: v for k, v in entries(4).items() if k != "action"})
+
+
+@pytest.mark.parametrize(
+    ("module", "count"), [(nn.Linear(3, 1), 1), (nn.Bilinear(3, 1, 1), None), (nn.Identity(), 1)]
+)
+def test_plain_value_with_another_signature(module, count):
+    if count is None:
+        assert not reads_action(as_value_module(module))
+        return
+    with pytest.raises(TypeError, match=rf"val_func: .*{type(module).__name__}.* {count} arg"):
+        as_value_module(module)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 2), (4,), (4, 3)])
+def test_action_that_does_not_fit(shape):
+    with pytest.raises(ValueError, match=r"action: expected shape \[4, 2\]"):
+        evaluate(RewardNet(3, 1, 2), entries(4) | {"action": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("key", ["latent", "context"])
+def test_input_that_does_not_fit(key):
+    data = entries(4)
+    data[key] = torch.zeros(4, 7)
+    with pytest.raises(ValueError, match="expected inputs with last dims"):
+        evaluate(RewardNet(3, 1, 2), data)
+
+
+def test_state_dict_round_trip():
+    net, other, data = ValueNet(3, 1), ValueNet(3, 1), entries(4)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(evaluate(net, data), evaluate(other, data))

@@ -1,0 +1,71 @@
+"""ConcatMLP and EnsembleMLP: a loop over nn.Linear, initialisation, gradients, errors."""
+
+import pytest
+import torch
+from torch import nn
+
+from layeredrl_trl.modules import ConcatMLP, EnsembleMLP
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("hidden_sizes", [(), (8,), (8, 4)])
+def test_concat_shapes(batch, hidden_sizes):
+    net = ConcatMLP((3, 0, 2), 4, hidden_sizes)
+    inputs = torch.randn(*batch, 3), torch.zeros(*batch, 0), torch.randn(*batch, 2)
+    assert net(*inputs).shape == (*batch, 4)
+
+
+def test_concat_casts_to_float32():
+    out = ConcatMLP((2, 1), 1)(torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1).long())
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("hidden_sizes", [(), (8,), (8, 4)])
+@pytest.mark.parametrize("members", [1, 3])
+def test_ensemble_like_a_loop_over_linear_layers(members, hidden_sizes):
+    net = EnsembleMLP(members, 3, 2, hidden_sizes, nn.Tanh)
+    x = torch.randn(members, 7, 3)
+    for e in range(members):
+        expected = x[e]
+        for i, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
+            expected = nn.functional.linear(expected, weight[e].T, bias[e, 0])
+            if i < len(hidden_sizes):
+                expected = torch.tanh(expected)
+        torch.testing.assert_close(net(x)[e], expected)
+
+
+def test_members_start_differently_and_like_linear_layers():
+    net, linear = EnsembleMLP(2, 400, 300), nn.Linear(400, 128)
+    for weight in net.weights:
+        assert not torch.equal(weight[0], weight[1])
+    for own, theirs in ((net.weights[0], linear.weight), (net.biases[0], linear.bias)):
+        assert own.std().item() == pytest.approx(theirs.std().item(), rel=0.15)
+        assert own.abs().max() <= 400**-0.5
+
+
+def test_a_member_gets_gradient_from_its_own_row_only():
+    net = EnsembleMLP(3, 2, 1, (4,))
+    net(torch.randn(3, 5, 2))[1].sum().backward()
+    for parameter in net.parameters():
+        assert (parameter.grad[[0, 2]] == 0).all() and (parameter.grad[1] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((5, 3), (5, 1)), r"expected inputs with last dims \(3, 2\), got \(3, 1\)"),
+        (((5, 3),), r"expected inputs with last dims \(3, 2\), got \(3,\)"),
+        (((5, 3), (1, 2)), r"of one leading shape, got \[\[5, 3\], \[1, 2\]\]"),
+        (((5, 3), (2,)), r"of one leading shape, got \[\[5, 3\], \[2\]\]"),
+    ],
+)
+def test_no_broadcasting(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        ConcatMLP((3, 2), 1)(*map(torch.zeros, shapes))
+
+
+def test_state_dict_round_trip():
+    net, other = EnsembleMLP(2, 3, 1, (4,)), EnsembleMLP(2, 3, 1, (4,))
+    other.load_state_dict(net.state_dict())
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(net(x), other(x))

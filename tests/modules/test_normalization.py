@@ -1,0 +1,155 @@
+"""RunningMoments: exact averages of the first batches, masks, non-finite batches, constant dims."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layeredrl_trl.modules import RunningMoments
+from tests.oracles import moments_of
+
+NAN = float("nan")
+
+
+def state_of(moments):
+    return {key: x.clone() for key, x in moments.state_dict().items()}
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_any_batch_shape(batch):
+    moments = RunningMoments(4)
+    samples = torch.randn(*batch, 4)
+    moments.update(samples)
+    assert moments.count == 1 and moments.mean.shape == moments.var.shape == (4,)
+    torch.testing.assert_close(moments.mean, samples.reshape(-1, 4).mean(0))
+    assert moments.standardize(samples).shape == samples.shape
+    assert moments.std(floor=1e-4).shape == (4,)
+
+
+def test_float64_samples_leave_the_buffers_in_float32():
+    moments = RunningMoments(2)
+    moments.update(torch.randn(5, 2, dtype=torch.float64))
+    assert moments.mean.dtype == moments.var.dtype == torch.float32
+
+
+def test_before_the_first_batch_nothing_is_scaled():
+    x = torch.randn(5, 2)
+    assert torch.equal(RunningMoments(2).standardize(x), x)
+
+
+@pytest.mark.parametrize("n_batches", [1, 2, 7, 10])
+def test_first_batches_are_averaged_exactly(n_batches):
+    batches = 5 + 3 * torch.randn(n_batches, 6, 3) + torch.randn(n_batches, 1, 3)
+    moments = RunningMoments(3, rate=0.1)
+    for batch in batches:
+        moments.update(batch)
+    mean, var = moments_of(batches.flatten(0, 1))
+    torch.testing.assert_close(moments.mean.double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.var.double(), var, rtol=1e-5, atol=1e-5)
+
+
+def test_later_batches_are_averaged_exponentially():
+    rate, moments = 0.25, RunningMoments(1, rate=0.25)
+    batches = torch.randn(12, 6, 1)
+    for batch in batches:
+        moments.update(batch)
+    weights = [(1 - rate) ** 8 / 4] * 4 + [rate * (1 - rate) ** (7 - i) for i in range(8)]
+    assert sum(weights) == pytest.approx(1)
+    mean = sum(w * b.double().mean() for w, b in zip(weights, batches, strict=True))
+    square = sum(w * b.double().square().mean() for w, b in zip(weights, batches, strict=True))
+    assert moments.mean.item() == pytest.approx(mean.item(), abs=1e-6)
+    assert moments.var.item() == pytest.approx((square - mean**2).item(), rel=1e-5)
+
+
+def test_far_from_0_no_digits_are_lost():
+    moments = RunningMoments(1)
+    for _ in range(20):
+        moments.update(1000 + torch.randn(4000, 1))
+    assert moments.var.item() == pytest.approx(1, rel=0.02)
+
+
+@given(seed=st.integers(0, 1000), garbage=st.sampled_from([NAN, float("inf"), 1e30]))
+def test_masked_garbage_changes_nothing(seed, garbage):
+    torch.manual_seed(seed)
+    samples, mask = torch.randn(4, 5, 2), torch.rand(4, 5) < 0.6
+    mask[0, 0] = True
+    masked, only = RunningMoments(2), RunningMoments(2)
+    masked.update(torch.where(mask[..., None], samples, garbage), mask)
+    only.update(samples[mask])
+    torch.testing.assert_close(masked.mean, only.mean)
+    torch.testing.assert_close(masked.var, only.var)
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+def test_a_non_finite_batch_changes_nothing(bad):
+    moments = RunningMoments(2)
+    moments.update(torch.randn(5, 2))
+    before = state_of(moments)
+    batch = torch.randn(5, 2)
+    batch[3, 1] = bad
+    moments.update(batch)
+    assert all(torch.equal(x, before[key]) for key, x in moments.state_dict().items())
+
+
+def test_a_batch_without_real_steps_changes_nothing():
+    moments = RunningMoments(2)
+    before = state_of(moments)
+    moments.update(torch.randn(5, 2), torch.zeros(5).bool())
+    assert all(torch.equal(x, before[key]) for key, x in moments.state_dict().items())
+
+
+def test_standardized_samples_have_mean_0_and_deviation_1():
+    samples = torch.tensor([3.0, -10.0]) + torch.tensor([0.01, 50.0]) * torch.randn(500, 2)
+    moments = RunningMoments(2)
+    moments.update(samples)
+    mean, var = moments_of(moments.standardize(samples))
+    torch.testing.assert_close(mean, torch.zeros(2).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(var, torch.ones(2).double(), rtol=1e-3, atol=0)
+
+
+def test_a_constant_dim_is_shifted_but_not_blown_up():
+    moments = RunningMoments(2)
+    moments.update(torch.tensor([[7.0, 0.0], [7.0, 2.0]]))
+    out = moments.standardize(torch.tensor([[7.0, 1.0], [7.5, 3.0]]))
+    torch.testing.assert_close(out, torch.tensor([[0.0, 0.0], [0.5, 2.0]]))
+    assert moments.std(floor=0.1).tolist() == pytest.approx([0.1, 1.0])
+
+
+def test_statistics_carry_no_gradient_but_standardize_does():
+    moments, x = RunningMoments(2), torch.randn(5, 2, requires_grad=True)
+    moments.update(x)
+    assert not moments.mean.requires_grad and not moments.var.requires_grad
+    moments.standardize(x).sum().backward()
+    torch.testing.assert_close(x.grad, (1 / moments.var.sqrt()).expand(5, 2))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, 1.5])
+def test_rate_out_of_range(rate):
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\]"):
+        RunningMoments(2, rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("samples", "mask", "message"),
+    [
+        ((5, 1), None, r"samples: expected shape \[5, 4\], got \[5, 1\]"),
+        ((5, 3), None, r"samples: expected shape \[5, 4\], got \[5, 3\]"),
+        ((5, 4), (1,), r"mask: expected shape \[5\], got \[1\]"),
+        ((5, 4), (5, 1), r"mask: expected shape \[5\], got \[5, 1\]"),
+    ],
+)
+def test_no_broadcasting(samples, mask, message):
+    moments = RunningMoments(4)
+    with pytest.raises(ValueError, match=message):
+        moments.update(torch.zeros(samples), None if mask is None else torch.ones(mask).bool())
+    assert moments.count == 0
+
+
+def test_state_dict_round_trip():
+    moments, other = RunningMoments(2), RunningMoments(2)
+    moments.update(torch.randn(5, 2))
+    other.load_state_dict(moments.state_dict())
+    batch = torch.randn(5, 2)
+    moments.update(batch)
+    other.update(batch)
+    assert all(torch.equal(x, other.state_dict()[key]) for key, x in moments.state_dict().items())

@@ -1,0 +1,292 @@
+"""Update: contract, oracle, property, errors."""
+
+import warnings
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.objectives import SoftUpdate
+
+from layeredrl_trl.modules import DeltaStandardizer
+from layeredrl_trl.objectives import RewardPredictorLoss, Update
+from tests.oracles_predictors import adam_oracle, small_parts
+
+MASK = ("collector", "mask")
+
+
+def make(value="state", lr=1e-2, learn_encoder=True, sgd=False, tau=0.1, **options):
+    """An Update over everything that a predictor has, with the parts of the loss by name."""
+    dynamics, value_net, reward, encoder = small_parts(value)
+    loss = RewardPredictorLoss(
+        encoder,
+        dynamics,
+        reward,
+        value_net,
+        standardizer=DeltaStandardizer(2),
+        k_steps=2,
+        learn_encoder=learn_encoder,
+    )
+    optimizer = (torch.optim.SGD if sgd else torch.optim.Adam)(loss.parameters(), lr)
+    updater = SoftUpdate(loss, tau=tau) if value else None
+    warm = [*encoder.parameters(), *reward.parameters()]
+    update = Update(loss, optimizer, target_updater=updater, warm_up_params=warm, **options)
+    return update, loss
+
+
+def make_slices(n=8, k=2) -> TensorDict:
+    return TensorDict(
+        {
+            "observation": torch.randn(n, k, 3),
+            "action": torch.randn(n, k, 1),
+            "next": {
+                "observation": torch.randn(n, k, 3),
+                "reward": torch.randn(n, k, 1),
+                "terminated": torch.rand(n, k, 1) < 0.1,
+            },
+            "collector": {"mask": torch.ones(n, k, 1, dtype=torch.bool)},
+        },
+        batch_size=[n, k],
+    )
+
+
+def poisoned(key=("next", "reward")) -> TensorDict:
+    slices = make_slices()
+    slices[key][3, 0] = torch.nan
+    return slices
+
+
+def snapshot(update) -> dict:
+    """All that a skipped step must leave alone."""
+    loss = update.loss_module
+    state = {f"param {key}": p.detach().clone() for key, p in loss.named_parameters()}
+    state |= {f"buffer {key}": x.clone() for key, x in loss.named_buffers()}
+    for i, entry in update.optimizer.state_dict()["state"].items():
+        state |= {f"optimiser {i} {key}": x.clone() for key, x in entry.items()}
+    return state
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {key for key in before if not torch.equal(before[key], after[key])}
+
+
+def values(loss) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in loss.value_network_params.values(True, True)]
+
+
+def targets(loss) -> list[torch.Tensor]:
+    return [p.clone() for p in loss.target_value_network_params.values(True, True)]
+
+
+# --- contract
+
+
+@pytest.mark.parametrize("value", ["state", "q", None])
+def test_one_step(value):
+    update, loss = make(value)
+    before = {key: p.detach().clone() for key, p in loss.named_parameters()}
+    info = update(make_slices(k=3 if value == "q" else 2))
+    assert set(info.keys()) == {*loss.out_keys, "loss", "grad_norm"}
+    assert not any(x.requires_grad for x in info.values())
+    terms = [x for key, x in info.items() if key.startswith("loss_")]
+    torch.testing.assert_close(info["loss"], sum(terms))
+    assert all(not torch.equal(p, before[key]) for key, p in loss.named_parameters())
+    assert (update.steps, update.skipped) == (1, 0)
+
+
+def test_gradients_do_not_add_up_over_steps():
+    update, loss = make(lr=0.0)
+    loss.eval()
+    slices = make_slices()
+    norms = [update(slices)["grad_norm"] for _ in range(3)]
+    torch.testing.assert_close(norms[1:], [norms[0]] * 2)
+
+
+# --- oracle
+
+
+def test_clipping_is_by_global_norm():
+    """LayeredRL clipped each parameter group by a norm of its own."""
+    slices = make_slices()
+    changes, norms = [], []
+    for max_norm in (None, 0.05):
+        torch.manual_seed(1)
+        update, loss = make(sgd=True, lr=1.0, clip_grad_max_norm=max_norm)
+        before = {key: p.detach().clone() for key, p in loss.named_parameters()}
+        norms.append(update(slices)["grad_norm"])
+        changes.append({key: p.detach() - before[key] for key, p in loss.named_parameters()})
+    free, clipped = changes
+    norm = torch.cat([x.flatten() for x in free.values()]).norm()
+    assert norm > 0.1
+    torch.testing.assert_close(norms, [norm, norm], rtol=1e-4, atol=0)
+    for key, x in free.items():
+        torch.testing.assert_close(clipped[key], x * 0.05 / norm, rtol=1e-2, atol=1e-6)
+
+
+def test_small_gradients_are_not_clipped():
+    slices = make_slices()
+    results = []
+    for max_norm in (None, 1e6):
+        torch.manual_seed(1)
+        update, _ = make(sgd=True, lr=1.0, clip_grad_max_norm=max_norm)
+        update(slices)
+        results.append(snapshot(update))
+    assert not changed(*results)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
+def test_target_is_the_polyak_average_of_the_values(tau):
+    update, loss = make(tau=tau)
+    expected = values(loss)
+    for _ in range(4):
+        update(make_slices())
+        expected = [
+            (1 - tau) * old + tau * new for old, new in zip(expected, values(loss), strict=True)
+        ]
+        torch.testing.assert_close(targets(loss), expected)
+
+
+def test_parameters_follow_adam():
+    update, loss = make()
+    bias = loss.reward.module.layers[-1].bias
+    before, seen = bias.detach().clone(), []
+    for _ in range(5):
+        update(make_slices())
+        seen.append(bias.grad.clone())
+    torch.testing.assert_close(
+        (bias.detach() - before).double(), adam_oracle(seen, 1e-2), rtol=1e-4, atol=1e-7
+    )
+
+
+# --- property: a bad batch changes nothing
+
+
+@pytest.mark.parametrize(
+    "key", ["observation", "action", ("next", "observation"), ("next", "reward")]
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_batch_with_non_finite_gradients_changes_nothing(key, bad):
+    update, _ = make(clip_grad_max_norm=1.0)
+    update(make_slices())
+    before = snapshot(update)
+    slices = poisoned(key)
+    slices[key][3, 0] = bad
+    with pytest.warns(UserWarning, match="non-finite gradients and was skipped"):
+        info = update(slices)
+    assert not changed(before, snapshot(update))
+    assert not info["grad_norm"].isfinite()
+    assert (update.steps, update.skipped) == (2, 1)
+
+
+def test_a_skipped_batch_is_counted_each_time_and_warned_of_once():
+    update, _ = make()
+    with pytest.warns(UserWarning, match="skipped"):
+        update(poisoned())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            update(poisoned())
+    assert update.skipped == 3
+
+
+def test_learning_goes_on_after_a_skipped_batch():
+    """The same steps with and without a bad batch in between end in the same place."""
+    batches = [make_slices() for _ in range(3)]
+    bad = poisoned()
+    results = []
+    for sequence in (batches, [batches[0], bad, *batches[1:]]):
+        torch.manual_seed(1)
+        update, _ = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for batch in sequence:
+                update(batch)
+        results.append(snapshot(update))
+    assert not changed(*results)
+
+
+def test_target_rests_in_a_skipped_step():
+    update, loss = make()
+    update(make_slices())
+    before = targets(loss)
+    with pytest.warns(UserWarning):
+        update(poisoned())
+    torch.testing.assert_close(targets(loss), before, rtol=0, atol=0)
+    update(make_slices())
+    assert not torch.equal(targets(loss)[0], before[0])
+
+
+# --- gradients: who learns when
+
+
+@pytest.mark.parametrize("warm_up", [1, 3])
+def test_only_encoder_and_reward_learn_in_the_warm_up_and_they_do(warm_up):
+    """LayeredRL's warm-up let nothing learn."""
+    update, loss = make(warm_up=warm_up)
+    for step in range(warm_up + 1):
+        before = {key: p.detach().clone() for key, p in loss.named_parameters()}
+        update(make_slices())
+        learned = {
+            key.split(".")[0]
+            for key, p in loss.named_parameters()
+            if not torch.equal(p, before[key])
+        }
+        everyone = {"encoder", "reward", "dynamics", "standardizer", "value_network_params"}
+        assert learned == ({"encoder", "reward"} if step < warm_up else everyone)
+        untouched = [key for key, p in loss.named_parameters() if torch.equal(p, before[key])]
+        assert not any(key.startswith(("encoder", "reward")) for key in untouched)
+
+
+def test_the_optimiser_of_what_waits_starts_after_the_warm_up():
+    """Zero gradients in the warm-up would have aged Adam's moments."""
+    update, loss = make(warm_up=3)
+    for _ in range(4):
+        update(make_slices())
+    state = update.optimizer.state[loss.standardizer.raw]
+    assert state["step"] == 1
+    assert update.optimizer.state[loss.encoder.net.weight]["step"] == 4
+
+
+def test_clipping_in_the_warm_up_regards_what_learns():
+    torch.manual_seed(1)
+    update, loss = make(warm_up=1, sgd=True, lr=1.0)
+    before = {key: p.detach().clone() for key, p in loss.named_parameters()}
+    norm = update(make_slices())["grad_norm"]
+    moved = torch.cat([(p - before[key]).flatten() for key, p in loss.named_parameters()])
+    torch.testing.assert_close(norm, moved.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_to_learn_from_is_no_error():
+    dynamics, _, _, encoder = small_parts(None)
+    loss = RewardPredictorLoss(encoder, dynamics, None, None)
+    update = Update(loss, torch.optim.Adam(loss.parameters()), warm_up=1, warm_up_params=[])
+    before = snapshot(update)
+    assert update(make_slices(k=1))["grad_norm"] == 0
+    assert all(key.startswith("buffer") for key in changed(before, snapshot(update)))
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"clip_grad_max_norm": 0.0}, "clip_grad_max_norm must be positive, got 0.0"),
+        ({"clip_grad_max_norm": -1.0}, "clip_grad_max_norm"),
+        ({"warm_up": -1}, "warm_up must be at least 0, got -1"),
+    ],
+)
+def test_options_out_of_range(options, text):
+    with pytest.raises(ValueError, match=text):
+        make(**options)
+
+
+def test_an_error_changes_nothing():
+    update, _ = make()
+    before = snapshot(update)
+    with pytest.raises(KeyError, match="reward"):
+        update(make_slices().exclude(("next", "reward")))
+    with pytest.raises(ValueError, match="action"):
+        update(make_slices().set("action", torch.zeros(8, 2, 7)))
+    assert not changed(before, snapshot(update))
+    assert update.steps == 0

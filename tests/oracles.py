@@ -1,0 +1,211 @@
+"""Slow, obvious references: Python loops, torch.distributions, closed forms, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from layeredrl_trl.modules import ProbabilisticEnsemble, RewardNet
+
+
+def n_step_target(
+    rewards: list[float],
+    terminated: bool,
+    j: int,
+    n: int,
+    gamma: float,
+    *,
+    state_values: list[float] | None = None,
+    action_values: list[float] | None = None,
+) -> float | None:
+    """The n-step target of step j of an episode, from the list of all its rewards.
+
+    Args:
+        rewards: of the episode.
+        terminated: whether its last step terminates; else it is truncated or unfinished.
+        j: step of the episode.
+        n: most rewards to sum.
+        gamma: discount.
+        state_values: value of the state *after* each step.
+        action_values: value of each step's own (state, action).
+
+    Returns:
+        None where the step has no target.
+    """
+    length = len(rewards)
+    last_summed = length - 1
+    if action_values is not None and not terminated:
+        last_summed = length - 2  # nothing to bootstrap with behind the last step
+    target, discount, i = 0.0, 1.0, j
+    while i <= last_summed and i < j + n:
+        target += discount * rewards[i]
+        discount *= gamma
+        i += 1
+    if i == j:
+        return None
+    if terminated and i == length:
+        return target
+    bootstrap = state_values[i - 1] if action_values is None else action_values[i]
+    return target + discount * bootstrap
+
+
+def mixture(mean: Tensor, std: Tensor, weights: Tensor) -> MixtureSameFamily:
+    """A mixture of diagonal Gaussians ``[..., K, D]`` in torch.distributions, in float64."""
+    mean, std, weights = mean.double(), std.double(), weights.double()
+    return MixtureSameFamily(
+        Categorical(probs=weights), Independent(Normal(mean, std), 1), validate_args=False
+    )
+
+
+def even_mixture(mean: Tensor, std: Tensor, weights: Tensor) -> MixtureSameFamily:
+    """The even mixture of members: ``mean`` and ``std [..., E, M, D]``, ``weights [..., E, M]``."""
+    n_models = mean.shape[-3]
+    return mixture(mean.flatten(-3, -2), std.flatten(-3, -2), weights.flatten(-2) / n_models)
+
+
+def moments_of(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by N) of ``[N, D]``, one number after the other."""
+    rows = samples.double().tolist()
+    n, dims = len(rows), range(len(rows[0]))
+    mean = [math.fsum(row[d] for row in rows) / n for d in dims]
+    var = [math.fsum((row[d] - mean[d]) ** 2 for row in rows) / n for d in dims]
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(var, dtype=torch.float64)
+
+
+def random_ensemble(
+    latent_dim: int = 3, context_dim: int = 0, action: object = 2, **options: object
+) -> ProbabilisticEnsemble:
+    """An ensemble with spread-out outputs and running moments of their own in every dim."""
+    options = {"n_models": 3, "hidden_sizes": (8,), **options}
+    model = ProbabilisticEnsemble(latent_dim, context_dim, action, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+        for moments in (model.input_moments, model.target_moments):
+            moments.mean.normal_()
+            moments.var.uniform_(0.5, 2.0)
+    return model
+
+
+def random_reward(model: ProbabilisticEnsemble) -> RewardNet:
+    return RewardNet(model.latent_state_dim, model.context_dim, model.action_dim, hidden_sizes=(8,))
+
+
+def member_alone(model: ProbabilisticEnsemble, member: int, **options: object):
+    """An ensemble of one that is a member of another."""
+    alone = ProbabilisticEnsemble(
+        model.latent_state_dim,
+        model.context_dim,
+        model.action_dim,
+        1,
+        model.n_modes,
+        hidden_sizes=[w.shape[-1] for w in model.net.weights][:-1],
+        predict_delta=model.predict_delta,
+        condition_on_context=model.condition_on_context,
+        **options,
+    )
+    state = {
+        key: x[member : member + 1] if key.startswith("net.") else x
+        for key, x in model.state_dict().items()
+    }
+    alone.load_state_dict(state)
+    return alone
+
+
+@torch.no_grad()
+def member_prediction(
+    model: ProbabilisticEnsemble, member: int, latent: Tensor, context: Tensor, action: Tensor
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """What one member says of one transition, by its own weights, in float64.
+
+    Args:
+        model: the ensemble, with SiLU nets.
+        member: which one.
+        latent: ``[D]``.
+        context: ``[C]``.
+        action: ``[A]``, or an index ``[]``.
+
+    Returns:
+        ``mean [M, D]``, ``std [M, D]``, ``weights [M]``, and the termination probability.
+    """
+    if action.ndim == 0:
+        action = torch.eye(model.action_dim)[action.long()]
+    seen = [latent, context, action] if model.condition_on_context else [latent, action]
+    x = torch.cat([part.double() for part in seen])
+    x = (x - model.input_moments.mean.double()) / model.input_moments.var.double().sqrt()
+    for i, (weight, bias) in enumerate(zip(model.net.weights, model.net.biases, strict=True)):
+        x = x @ weight[member].double() + bias[member, 0].double()
+        if i < len(model.net.weights) - 1:
+            x = x / (1 + torch.exp(-x))
+    n_modes, dim = model.n_modes, model.latent_state_dim
+    low, high = (math.exp(bound) for bound in model.log_std_bounds.tolist())
+    scale = model.target_moments.var.double().sqrt()
+    mean, std = torch.zeros(n_modes, dim).double(), torch.zeros(n_modes, dim).double()
+    for m in range(n_modes):
+        for d in range(dim):
+            change = x[m * dim + d] * scale[d] + model.target_moments.mean[d].double()
+            mean[m, d] = change + latent[d].double() if model.predict_delta else change
+            raw = math.exp(x[n_modes * dim + m * dim + d])
+            # both soft bounds without logarithms: 1/(1/raw + 1/high), then + low
+            std[m, d] = scale[d] * (low + 1 / (1 / raw + 1 / high))
+    logits = x[2 * n_modes * dim : 2 * n_modes * dim + n_modes]
+    weights = logits.exp() / logits.exp().sum()
+    return mean, std, weights, 1 / (1 + math.exp(-x[-1]))
+
+
+@torch.no_grad()
+def imagine_one(
+    model: ProbabilisticEnsemble,
+    reward: torch.nn.Module | None,
+    latent: Tensor,
+    context: Tensor,
+    actions: Tensor,
+    members: list[int],
+    propagation: str = "fixed_model",
+) -> list[dict[str, Tensor]]:
+    """Imagine one env deterministically with soft termination, particle by particle.
+
+    Args:
+        model: the ensemble.
+        reward: ``f(latent, context, action)``, or None.
+        latent: where every particle starts, ``[D]``.
+        context: ``[C]``.
+        actions: ``[H, A]`` or indices ``[H]``.
+        members: the member of each particle.
+        propagation: ``"fixed_model"`` or ``"expectation"``.
+
+    Returns:
+        For each step the entries under ``"next"``, each ``[particles, ...]``.
+    """
+    particles = [latent.double()] * len(members)
+    alive = [1.0] * len(members)
+    steps = []
+    for action in actions:
+        rewards, probs, following = [], [], []
+        for particle, own in zip(particles, members, strict=True):
+            r = 0.0 if reward is None else reward(particle.float(), context, action).item()
+            rewards.append(r)
+            asked = range(model.n_models) if propagation == "expectation" else [own]
+            means, terms = [], []
+            for e in asked:
+                mean, _, weights, term = member_prediction(model, e, particle, context, action)
+                means.append(sum(w * m for w, m in zip(weights, mean, strict=True)))
+                terms.append(term)
+            following.append(sum(means) / len(means))
+            probs.append(sum(terms) / len(terms))
+        total = sum(a * r for a, r in zip(alive, rewards, strict=True)) / len(members)
+        alive = [a * (1 - p) for a, p in zip(alive, probs, strict=True)]
+        particles = following
+        steps.append(
+            {
+                "latent": torch.stack(particles),
+                "alive": torch.tensor(alive),
+                "particle_reward": torch.tensor(rewards),
+                "term_prob": torch.tensor(probs),
+                "reward": torch.tensor(total),
+            }
+        )
+    return steps
