@@ -21,6 +21,7 @@ from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.spaces import action_features, space_dim
 from layeredrl_trl.modules.standardizer import DeltaStandardizer
+from layeredrl_trl.modules.symmetry_breaking import SymmetryBreakingStart
 
 __all__ = [
     "ConcatMLP",
@@ -34,6 +35,7 @@ __all__ = [
     "ProbabilisticEnsemble",
     "RewardNet",
     "RunningMoments",
+    "SymmetryBreakingStart",
     "ValueNet",
     "action_features",
     "as_reward_module",

@@ -165,6 +165,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         """Return a scalar that is added to the loss once per batch; 0 by default."""
         return torch.zeros(())
 
+    def advance(self, n_total_env_steps: int, whitening: Tensor | None = None) -> None:
+        """Take note of how far training is; nothing by default.
+
+        Args:
+            n_total_env_steps: steps taken in the real env so far.
+            whitening: matrix of the predictor's delta standardizer, ``[D, D]``.
+        """
+
     def update_statistics(
         self,
         latent: Tensor,

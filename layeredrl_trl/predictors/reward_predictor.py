@@ -296,6 +296,8 @@ class RewardPredictor(Predictor):
                 raise ValueError(f"learn: {name} must not be {number}.")
         rates = self._set_learning_rates(n_total_env_steps)
         loss = self.loss_module
+        whitening = None if self.standardizer is None else self.standardizer.matrix
+        self.model.advance(n_total_env_steps, whitening)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         skipped_before = self.update.skipped
         for _ in range(n_steps):

@@ -33,6 +33,7 @@ def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> 
         tau=config.tau,
         n_steps=config.n_steps,
         learn_encoder=False,
+        clip_grad_max_norm=config.clip_grad_max_norm,
         reward_lr=rate,
         model_lr=rate,
         value_lr=rate,

@@ -47,11 +47,14 @@ class TrainConfig:
     """Width of the two hidden layers of each network."""
     learning_rate: float = 1e-3
     """Of every part."""
-    gamma: float = 0.99
+    clip_grad_max_norm: float = 1000.0
+    """Largest global norm of the gradients. That of the dynamics reaches some hundreds once its
+    standard deviations are small; a low bound would hold back reward and value with it."""
+    gamma: float = 0.97
     """Discount of the value and of the planner."""
     n_steps: int = 3
     """Most rewards in a value target."""
-    tau: float = 0.005
+    tau: float = 0.02
     """How far the value's target moves after each optimisation step."""
     planning_horizon: int = 15
     """Steps that the planner looks ahead."""
@@ -83,6 +86,7 @@ class TrainConfig:
             "n_models",
             "hidden_size",
             "learning_rate",
+            "clip_grad_max_norm",
             "n_steps",
             "planning_horizon",
             "num_candidates",

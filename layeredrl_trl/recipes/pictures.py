@@ -85,11 +85,11 @@ def draw_learning_curve(
     axes.axvspan(0, config.init_random_frames, color=_MUTED, alpha=0.18, linewidth=0)
     axes.text(
         config.init_random_frames / 2,
-        0.02,
+        0.98,
         "random\nactions",
         transform=axes.get_xaxis_transform(),
         ha="center",
-        va="bottom",
+        va="top",
         fontsize=8,
         color="#555555",
     )
@@ -104,6 +104,7 @@ def draw_learning_curve(
         ha="right",
         va="top",
         fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
     )
     axes.set(
         xlabel="environment steps",
@@ -194,13 +195,12 @@ def _draw_disagreement(
     ).cpu()
     axes.fill_between(factors, quantiles[0], quantiles[2], color=_IMAGINED, alpha=0.25, linewidth=0)
     axes.plot(factors, quantiles[1], color=_IMAGINED)
-    axes.axvspan(0, 1, color=_MUTED, alpha=0.18, linewidth=0)
-    axes.text(0.5, 0.95, "seen", transform=axes.get_xaxis_transform(), ha="center", va="top")
-    axes.text(2.5, 0.95, "not seen", transform=axes.get_xaxis_transform(), ha="center", va="top")
+    axes.axvline(1, color=_REAL, linewidth=1, linestyle="--")
+    axes.text(1.05, 0.02, "stored states", transform=axes.get_xaxis_transform(), fontsize=9)
     axes.set(
-        xlabel="distance of stored states from their mean, times",
+        xlabel="stored states moved to so many times their distance from the mean",
         ylabel="epistemic std / std of a step",
-        title="The members part where they have seen nothing (median, 5-95%)",
+        title="The members agree on what they saw and part elsewhere",
         xlim=(0, 4),
         yscale="log",
     )

@@ -119,6 +119,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         unit="step",
         desc=config.env,
         dynamic_ncols=True,
+        mininterval=0.5,
     )
     started = time.perf_counter()
     try:
@@ -126,8 +127,8 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
             buffer.extend(batch.select(*_STORED).reshape(-1))
             _note_episodes(run, batch, logger)
             info = _learn(config, predictor, buffer, run.frames, new_frames=batch.numel())
+            bar.set_postfix_str(_status(run, info), refresh=False)
             bar.update(batch.numel())
-            bar.set_postfix_str(_status(run, info))
             if run.frames % config.checkpoint_interval < batch.numel():
                 _save(config, predictor, buffer, run)
     except KeyboardInterrupt:
