@@ -98,7 +98,7 @@ class Predictor(nn.Module, abc.ABC):
     def predict(
         self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Predict one step with every member.
+        """Predict one step with every member; carries gradient unless under ``torch.no_grad``.
 
         Args:
             obs: ``[B, O]``.
@@ -154,7 +154,7 @@ class Predictor(nn.Module, abc.ABC):
     def rollout(
         self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray, deterministic: bool = False
     ) -> tuple[TensorDictBase, Tensor]:
-        """Imagine what given actions lead to.
+        """Imagine what given actions lead to; carries gradient unless under ``torch.no_grad``.
 
         Args:
             obs: where to start, ``[B, O]``.

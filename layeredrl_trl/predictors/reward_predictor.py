@@ -270,6 +270,9 @@ class RewardPredictor(Predictor):
     ) -> tuple[Tensor, dict[str, float]]:
         """Take optimisation steps on data from a replay buffer.
 
+        Slices and transitions are drawn uniformly from the buffer's storage; the buffer's own
+        sampler and batch size are not used, its transforms are.
+
         Args:
             buffer: with ``observation``, ``action``, ``("next", "observation")``,
                 ``("next", "reward")``, ``("next", "terminated")``, ``("next", "done")`` and

@@ -100,7 +100,10 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     else:
         restore(predictor, resumed.predictor, config.resume)
         run = Run(config.resume.parent, frames=resumed.frames, episodes=resumed.episodes)
-        buffer.extend(TensorDict(resumed.transitions, batch_size=[resumed.frames]))
+        transitions = TensorDict(resumed.transitions, batch_size=[resumed.frames])
+        for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
+            transitions.get(key)[-1] = True
+        buffer.extend(transitions)
     predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
     policy, planner = make_policy(config, predictor, env.action_spec)
     env.append_transform(planner.make_tensordict_primer())

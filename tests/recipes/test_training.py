@@ -94,6 +94,8 @@ def test_ctrl_c_saves_a_checkpoint_that_can_be_gone_on_from(tiny, monkeypatch):
         kept = again.transitions[key][:40]
         torch.testing.assert_close(kept, saved.transitions[key], rtol=0, atol=0)
     assert again.frames == 60
+    ends = again.transitions["next"]["truncated"].squeeze(-1).nonzero().flatten()
+    assert ends.tolist() == [39]  # no slice may go from the interrupted episode into the next
 
 
 def test_a_finished_run_is_not_resumed(tiny):
