@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,13 @@ from layeredrl_trl.modules import (
     evaluate,
     reads_action,
 )
-
-Reader = Callable[[Sequence[NestedKey], Tensor], TensorDictBase]
-"""Reads the named entries at steps ``[B, J]`` of ``B`` slices, as a TensorDict ``[B, J]``."""
+from layeredrl_trl.objectives.slices import (
+    Reader,
+    check_per_step,
+    read_steps,
+    rows_with_data,
+    zero_where_not,
+)
 
 
 class RewardPredictorLoss(LossModule):
@@ -227,7 +230,7 @@ class RewardPredictorLoss(LossModule):
             mask = slices.get(self.tensor_keys.mask).squeeze(-1)
             row = rows_with_data(mask)
             targets = self.compute_targets(
-                lambda names, steps: _read_steps(slices, row, names, steps), mask
+                lambda names, steps: read_steps(slices, row, names, steps), mask
             )
             if transitions is None:
                 transitions = self.encode_transitions(slices[row, 0])
@@ -276,7 +279,7 @@ class RewardPredictorLoss(LossModule):
         every = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         outcome = read([reward_key, terminated_key], every)
         for key in (reward_key, terminated_key):
-            _check_per_step(key, outcome.get(key), mask.shape)
+            check_per_step(key, outcome.get(key), mask.shape)
         window = n_step_window(
             outcome.get(terminated_key).squeeze(-1),
             mask,
@@ -289,7 +292,7 @@ class RewardPredictorLoss(LossModule):
         steps = read([names.observation, names.action, names.planned], first.minimum(last))
         planned = steps.get(names.planned, default=None)
         if planned is not None:
-            _check_per_step(names.planned, planned, first.shape)
+            check_per_step(names.planned, planned, first.shape)
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             latent, context = self.encoder.encode(steps.get(names.observation))
         context = context[:, :1].expand_as(context)
@@ -377,20 +380,20 @@ class RewardPredictorLoss(LossModule):
             latent, context = latent.detach(), context.detach()
         valid = targets.get(names.mask)
         latent, context, action = (
-            _zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
+            zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
         )
         terms = {}
         if self.reward is not None:
             reward = targets.get(unravel_key(("next", names.reward)))
             predicted = evaluate(self.reward, self._entries(latent, context, action))
-            error = _zero_where_not(valid, predicted - reward).square()
+            error = zero_where_not(valid, predicted - reward).square()
             terms["loss_reward"] = self.rew_loss_weight * self._reduce(error, targets)
         if self.has_value:
             entries = self._entries(latent.detach(), context.detach(), action)
             value_target = targets.get(keys.VALUE_TARGET)
             planned = targets.get(names.planned)
             error = evaluate(self.value_network, entries) - value_target
-            error = _zero_where_not(valid & planned, error).square()
+            error = zero_where_not(valid & planned, error).square()
             terms["loss_value"] = self.value_loss_weight * self._reduce(error, targets, planned)
             terms["value_target_mean"] = self._mean(value_target, targets, planned)
         return terms
@@ -450,7 +453,7 @@ class RewardPredictorLoss(LossModule):
                 f"it has {sorted(map(str, there))}."
             )
         mask = tensordict.get(self.tensor_keys.mask)
-        _check_per_step(self.tensor_keys.mask, mask, tensordict.batch_size)
+        check_per_step(self.tensor_keys.mask, mask, tensordict.batch_size)
         if tensordict.ndim == 2 and tensordict.shape[1] >= self.slice_len:
             return tensordict
         if tensordict.ndim != 1 or tensordict.shape[0] % self.slice_len:
@@ -469,44 +472,6 @@ class RewardPredictorLoss(LossModule):
         super().__setstate__(state)
         if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
             self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
-
-
-def rows_with_data(mask: Tensor) -> Tensor:
-    """Say which slice to read for each: itself, or where it is nothing but padding one that is not.
-
-    It stays masked, but nothing that it holds (NaN, for all one knows) is ever looked at.
-
-    Args:
-        mask: bool ``[B, T]``.
-
-    Returns:
-        long ``[B]``.
-    """
-    real = mask[:, 0]
-    return torch.where(real, torch.arange(len(real), device=real.device), real.byte().argmax())
-
-
-def _read_steps(
-    slices: TensorDictBase, row: Tensor, names: Sequence[NestedKey], steps: Tensor
-) -> TensorDictBase:
-    """Read ``slices`` ``[N, T]`` at ``row`` ``[B]`` and ``steps`` ``[B, J]``, where there."""
-    return slices.select(*names, strict=False)[row[:, None], steps]
-
-
-def _zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
-    """Set steps of ``x`` ``[B, k, ...]`` to 0 where ``mask`` ``[B, k(, 1)]`` is False.
-
-    What does not count may hold anything. Masking the loss alone would not do: backward, a
-    gradient of 0 times NaN is NaN.
-    """
-    return torch.where(mask.reshape(*mask.shape[:2], *(1,) * (x.ndim - 2)), x, torch.zeros_like(x))
-
-
-def _check_per_step(key: NestedKey, x: Tensor, batch: torch.Size) -> None:
-    if x.shape != (*batch, 1):
-        raise ValueError(
-            f"{key}: expected shape {[*batch, 1]} (a trailing dim of 1), got {list(x.shape)}."
-        )
 
 
 def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:

@@ -17,7 +17,7 @@ from layeredrl_trl import keys
 from layeredrl_trl.data import TransitionSliceSampler, read_transitions, stack_index
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import RewardPredictorLoss, Update, total_loss
-from layeredrl_trl.objectives.reward_predictor import rows_with_data
+from layeredrl_trl.objectives.slices import rows_with_data
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.predictor import Predictor, check_counts
 

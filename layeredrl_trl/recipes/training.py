@@ -123,6 +123,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         desc=config.env,
         dynamic_ncols=True,
         mininterval=0.5,
+        miniters=1,
     )
     started = time.perf_counter()
     try:
