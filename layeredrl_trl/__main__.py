@@ -13,6 +13,7 @@ except ImportError as error:
     sys.exit(f"error: {error}. The command line needs: pip install 'layeredrl_trl[demo]'")
 
 
+import torch
 import torchrl
 
 from layeredrl_trl.recipes import (
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = tyro.cli(
             Command, args=arguments, prog="python -m layeredrl_trl", description=__doc__
         )
+        torch.set_num_threads(config.num_threads)
         if isinstance(config, EvaluateConfig):
             evaluate(config)
             return 0

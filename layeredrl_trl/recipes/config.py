@@ -26,6 +26,9 @@ class TrainConfig:
     """Environment steps with random actions at first."""
     device: str = "cpu"
     """Of model and planner: cpu or cuda. The environment runs on the CPU."""
+    num_threads: int = 1
+    """Of torch on the CPU. The tensors here are small: a second thread gains little, and loses a lot
+    where the machine is busy with other things."""
     logdir: Path = Path("runs")
     """Folder under which the run's own folder is made."""
     resume: Path | None = None
@@ -79,6 +82,7 @@ class TrainConfig:
         positive = (
             "total_frames",
             "init_random_frames",
+            "num_threads",
             "checkpoint_interval",
             "eval_episodes",
             "frames_per_batch",
@@ -146,6 +150,8 @@ class EvaluateConfig:
     """Of environment and planner."""
     device: str = "cpu"
     """Of model and planner: cpu or cuda."""
+    num_threads: int = 1
+    """Of torch on the CPU."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -153,6 +159,7 @@ class EvaluateConfig:
         Raises:
             RecipeError: naming the option, what is expected and what came.
         """
-        if self.episodes < 1:
-            raise RecipeError(f"episodes must be positive, got {self.episodes}.")
+        for name in ("episodes", "num_threads"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be positive, got {getattr(self, name)}.")
         check_device(self.device)
