@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             Command, args=arguments, prog="python -m layeredrl_trl", description=__doc__
         )
         torch.set_num_threads(config.num_threads)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
         if isinstance(config, EvaluateConfig):
             evaluate(config)
             return 0

@@ -27,7 +27,7 @@ class TrainConfig:
     device: str = "cpu"
     """Of model and planner: cpu or cuda. The environment runs on the CPU."""
     num_threads: int = 1
-    """Of torch on the CPU. The tensors here are small: a second thread gains little, and loses a lot
+    """Of torch on the CPU. The tensors here are small: a second thread gains little and loses much
     where the machine is busy with other things."""
     logdir: Path = Path("runs")
     """Folder under which the run's own folder is made."""

@@ -81,31 +81,23 @@ def draw_learning_curve(
     axes = figure.subplots()
     if episodes:
         steps, returns = zip(*episodes, strict=True)
-        axes.plot(steps, returns, color=_IMAGINED, marker="o", markersize=3.5, linewidth=1.2)
+        style = {"color": _IMAGINED, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
+        axes.plot(steps, returns, label="training episodes", **style)
     axes.axvspan(0, config.init_random_frames, color=_MUTED, alpha=0.18, linewidth=0)
     axes.text(
         config.init_random_frames / 2,
-        0.98,
+        0.5,
         "random\nactions",
         transform=axes.get_xaxis_transform(),
         ha="center",
-        va="top",
+        va="center",
         fontsize=8,
         color="#555555",
     )
     mean = sum(eval_returns) / len(eval_returns)
-    axes.axhline(mean, color=_REAL, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"evaluation: mean {mean:.0f} of {len(eval_returns)} episodes",
-        (0.99, mean),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=9,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
-    )
+    label = f"evaluation: mean {mean:.0f} of {len(eval_returns)} episodes"
+    axes.axhline(mean, color=_REAL, linewidth=1, linestyle="--", label=label)
+    axes.legend(frameon=False, loc="lower right")
     axes.set(
         xlabel="environment steps",
         ylabel="return of the episode",
