@@ -3,8 +3,8 @@
 Data flows one way: replay buffer -> slices -> loss -> predictor -> imagination -> planner ->
 action. Each folder is a floor and imports only from floors below its own:
 
-``functional``, ``keys``
-    pure tensor maths; the names of all entries.
+``functional``, ``keys``, ``schedules``
+    pure tensor maths; the names of all entries; learning rates over env steps.
 ``modules``, ``data``
     the learnable parts; slices from replay buffers.
 ``objectives``
@@ -20,24 +20,51 @@ action. Each folder is a floor and imports only from floors below its own:
 """
 
 from layeredrl_trl.data import TransitionSliceSampler
-from layeredrl_trl.envs import PredictorEnv
-from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
+from layeredrl_trl.envs import PredictorEnv, flatten_observation
+from layeredrl_trl.modules import (
+    DynamicsModel,
+    Encoder,
+    IdentityEncoder,
+    LinearEncoder,
+    MLPEncoder,
+    ProbabilisticEnsemble,
+    RewardNet,
+    SelectEncoder,
+    SymmetryBreakingStart,
+    ValueNet,
+)
 from layeredrl_trl.objectives import RewardPredictorLoss, Update
 from layeredrl_trl.planners import CrossEntropyPlanner
-from layeredrl_trl.predictors import Predictor, RewardPredictor
+from layeredrl_trl.predictors import (
+    Predictor,
+    PredictorFactory,
+    RewardPredictor,
+    StaticPredictor,
+    get_default_predictor_factory,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyPlanner",
+    "DynamicsModel",
+    "Encoder",
     "IdentityEncoder",
+    "LinearEncoder",
+    "MLPEncoder",
     "Predictor",
     "PredictorEnv",
+    "PredictorFactory",
     "ProbabilisticEnsemble",
     "RewardNet",
     "RewardPredictor",
     "RewardPredictorLoss",
+    "SelectEncoder",
+    "StaticPredictor",
+    "SymmetryBreakingStart",
     "TransitionSliceSampler",
     "Update",
     "ValueNet",
+    "flatten_observation",
+    "get_default_predictor_factory",
 ]

@@ -46,6 +46,7 @@ MASK = ("collector", "mask")
 TRAJ_IDS = ("collector", "traj_ids")
 PLANNED = "planned"
 INDEX = "index"
+WEIGHT = "weight"
 IS_INIT = "is_init"
 
 NEXT_OBSERVATION = ("next", OBSERVATION)

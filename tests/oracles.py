@@ -87,6 +87,8 @@ def random_ensemble(
         for moments in (model.input_moments, model.target_moments):
             moments.mean.normal_()
             moments.var.uniform_(0.5, 2.0)
+        if model.n_modes > 1:
+            model.mode_start.normal_()
     return model
 
 
@@ -105,6 +107,7 @@ def member_alone(model: ProbabilisticEnsemble, member: int, **options: object):
         hidden_sizes=[w.shape[-1] for w in model.net.weights][:-1],
         predict_delta=model.predict_delta,
         condition_on_context=model.condition_on_context,
+        learn_std_bounds=model.learn_std_bounds,
         **options,
     )
     state = {
@@ -141,15 +144,17 @@ def member_prediction(
         if i < len(model.net.weights) - 1:
             x = x / (1 + torch.exp(-x))
     n_modes, dim = model.n_modes, model.latent_state_dim
-    low, high = (math.exp(bound) for bound in model.log_std_bounds.tolist())
+    bounds = model.log_std_bounds.double().exp().reshape(2, -1).expand(2, dim)
     scale = model.target_moments.var.double().sqrt()
     mean, std = torch.zeros(n_modes, dim).double(), torch.zeros(n_modes, dim).double()
     for m in range(n_modes):
         for d in range(dim):
-            change = x[m * dim + d] * scale[d] + model.target_moments.mean[d].double()
+            start, log_std_start = model.mode_start[:, m, d].double()
+            change = (start + x[m * dim + d]) * scale[d] + model.target_moments.mean[d].double()
             mean[m, d] = change + latent[d].double() if model.predict_delta else change
-            raw = math.exp(x[n_modes * dim + m * dim + d])
+            raw = math.exp(log_std_start + x[n_modes * dim + m * dim + d])
             # both soft bounds without logarithms: 1/(1/raw + 1/high), then + low
+            low, high = bounds[:, d]
             std[m, d] = scale[d] * (low + 1 / (1 / raw + 1 / high))
     logits = x[2 * n_modes * dim : 2 * n_modes * dim + n_modes]
     weights = logits.exp() / logits.exp().sum()

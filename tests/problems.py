@@ -1,6 +1,8 @@
-"""Problems with known answers, as TorchRL model-based environments with exact dynamics."""
+"""Problems with known answers: model-based environments with exact dynamics, and transitions."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from tensordict import TensorDict
@@ -113,3 +115,79 @@ class TwoStepBanditEnv(ModelBasedEnvBase):
     def _reset(self, tensordict: TensorDict | None, **kwargs) -> TensorDict:
         batch_size = self.batch_size if tensordict is None else tensordict.batch_size
         return TensorDict({"latent": torch.zeros(*batch_size, 1)}, batch_size=batch_size)
+
+
+class LinearGaussian:
+    """Transitions ``s' = A s + B a + noise`` that end with a probability that is known.
+
+    Two latent dims of unlike noise and one action, all standard normal. The step terminates with
+    probability ``0.8 sigmoid(2 s_0 - 1)``.
+    """
+
+    A = torch.tensor([[0.9, 0.2], [-0.1, 0.95]])
+    B = torch.tensor([[0.3], [1.0]])
+    noise = torch.tensor([0.05, 0.4])
+
+    @property
+    def negative_log_likelihood(self) -> float:
+        """The expected one of the true density, in nats: the entropy of the noise."""
+        return sum(0.5 * math.log(2 * math.pi * math.e * s**2) for s in self.noise.tolist())
+
+    def hazard(self, latent: Tensor) -> Tensor:
+        """The true probability of termination ``[..., 1]`` at ``latent`` ``[..., 2]``."""
+        return 0.8 * torch.sigmoid(2 * latent[..., :1] - 1)
+
+    def transitions(self, n: int) -> TensorDict:
+        """Draw ``n``, with the entries that a dynamics model learns from."""
+        latent, action = torch.randn(n, 2), torch.randn(n, 1)
+        mean = latent @ self.A.T + action @ self.B.T
+        following = mean + self.noise * torch.randn(n, 2)
+        return _transitions(latent, action, following, torch.rand(n, 1) < self.hazard(latent))
+
+
+class Branching:
+    """Transitions to one of several outcomes by chance: ``s' = s + outcome_k + noise``.
+
+    Args:
+        outcomes (Tensor): ``[K, D]``.
+        probs (Tensor): of the outcomes, ``[K]``; even by default.
+        noise (float): standard deviation, small against the distance of the outcomes.
+    """
+
+    def __init__(self, outcomes: Tensor, probs: Tensor | None = None, noise: float = 0.1) -> None:
+        self.outcomes, self.noise = outcomes, noise
+        self.probs = torch.full((len(outcomes),), 1 / len(outcomes)) if probs is None else probs
+
+    @property
+    def negative_log_likelihood(self) -> float:
+        """The expected one of the true density, in nats: of the outcome, then of the noise."""
+        of_noise = 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
+        of_outcome = -(self.probs * self.probs.log()).sum().item()
+        return of_outcome + self.outcomes.shape[-1] * of_noise
+
+    def transitions(self, n: int) -> TensorDict:
+        """Draw ``n``, with the entries that a dynamics model learns from."""
+        latent, action = torch.randn(n, self.outcomes.shape[-1]), torch.randn(n, 1)
+        moved = latent + self.outcomes[torch.multinomial(self.probs, n, replacement=True)]
+        following = moved + self.noise * torch.randn_like(latent)
+        return _transitions(latent, action, following, torch.zeros(n, 1).bool())
+
+
+FOUR_WAYS = {
+    "cross": Branching(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])),
+    "corners": Branching(torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])),
+    "lopsided": Branching(torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0], [0.0, -1.0]])),
+    "line": Branching(torch.tensor([[-3.0], [-1.0], [1.0], [3.0]])),
+    "uneven": Branching(
+        torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]),
+        torch.tensor([0.7, 0.1, 0.1, 0.1]),
+    ),
+}
+"""Systems whose every step has one of four outcomes, at least six standard deviations apart."""
+
+
+def _transitions(latent: Tensor, action: Tensor, following: Tensor, end: Tensor) -> TensorDict:
+    entries = {"latent": latent, "context": torch.zeros(len(latent), 0), "action": action}
+    return TensorDict(
+        {**entries, "next": {"latent": following, "terminated": end}}, batch_size=[len(latent)]
+    )

@@ -48,9 +48,9 @@ class TransitionSliceSampler(SliceSampler):
     first step (``init_key``), and behind the last row written. No slice crosses a boundary, nor
     from one env's row into another's (storage ``ndim`` 2: time first, then envs). In a storage of
     one dim that holds the steps of several envs one after the other, only a trajectory id tells
-    where an env's steps stop: have it stored, as TorchRL's collectors do. The same holds for data from which
-    rows were removed: without an id that changes there, the rows around the gap are taken for
-    consecutive steps.
+    where an env's steps stop: have it stored, as TorchRL's collectors do. The same holds for data
+    from which rows were removed: without an id that changes there, the rows around the gap are
+    taken for consecutive steps.
 
     Past the end of the episode the last real step repeats and the mask is False. A slice may start
     on any step, the last of an episode included: then it has one real step. Rows of a stored

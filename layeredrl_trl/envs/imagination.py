@@ -8,7 +8,6 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from layeredrl_trl import keys
 from layeredrl_trl.functional import (
     aleatoric_variance,
     epistemic_variance,
@@ -53,7 +52,8 @@ class Imagination(nn.Module):
 
     Args:
         dynamics: the model.
-        reward: reads ``latent``, ``context``, ``action``; ``None`` for a reward of 0.
+        reward: reads what ``dynamics`` reads (``latent``, ``context``, ``action``, under its
+            ``in_keys``); ``None`` for a reward of 0.
         termination: ``"soft"`` keeps every particle and lowers ``alive`` by the termination
             probability; ``"sample"`` draws, so that ``alive`` is 0 or 1.
         propagation: which member moves a particle. ``"fixed_model"`` (TS-inf): its own, for good.
@@ -209,12 +209,11 @@ class Imagination(nn.Module):
     def _particle_reward(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
         if self.reward is None:
             return torch.zeros_like(latent[..., :1])
-        per_env = {keys.CONTEXT: context, keys.ACTION: action}
-        entries = {
-            key: x[:, None, None].expand(*latent.shape[:3], *x.shape[1:])
-            for key, x in per_env.items()
-        }
-        return evaluate(self.reward, {keys.LATENT: latent, **entries})
+        names = self.dynamics.in_keys
+        per_env = [
+            x[:, None, None].expand(*latent.shape[:3], *x.shape[1:]) for x in (context, action)
+        ]
+        return evaluate(self.reward, dict(zip(names, (latent, *per_env), strict=True)))
 
     def _predict(
         self, latent: Tensor, context: Tensor, action: Tensor, member: Tensor | None

@@ -3,6 +3,8 @@
 Nothing in this folder knows about modules, TensorDicts or devices; it imports torch only.
 """
 
+from layeredrl_trl.functional.bootstrap import bootstrap_weights, fold_index
+from layeredrl_trl.functional.clustering import spread_modes
 from layeredrl_trl.functional.mixtures import (
     gaussian_mixture_log_prob,
     gaussian_mixture_mean,
@@ -21,14 +23,17 @@ from layeredrl_trl.functional.whitening import covariance, whitening_residual
 __all__ = [
     "NStepWindow",
     "aleatoric_variance",
+    "bootstrap_weights",
     "covariance",
     "discounted_window_sum",
     "epistemic_variance",
+    "fold_index",
     "gaussian_mixture_log_prob",
     "gaussian_mixture_mean",
     "gaussian_mixture_variance",
     "n_step_targets",
     "n_step_window",
     "sample_gaussian_mixture",
+    "spread_modes",
     "whitening_residual",
 ]

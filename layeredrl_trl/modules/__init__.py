@@ -17,9 +17,14 @@ from layeredrl_trl.modules.heads import (
     evaluate,
     reads_action,
 )
+from layeredrl_trl.modules.learned_encoder import LearnedEncoder
+from layeredrl_trl.modules.linear_encoder import LinearEncoder
 from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
+from layeredrl_trl.modules.mlp_encoder import MLPEncoder
 from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.select_encoder import SelectEncoder
 from layeredrl_trl.modules.spaces import action_features, space_dim
+from layeredrl_trl.modules.stacking import StackedNetworks
 from layeredrl_trl.modules.standardizer import DeltaStandardizer
 from layeredrl_trl.modules.symmetry_breaking import SymmetryBreakingStart
 
@@ -31,10 +36,15 @@ __all__ = [
     "EnsembleMLP",
     "IdentityEncoder",
     "LatentFunction",
+    "LearnedEncoder",
+    "LinearEncoder",
+    "MLPEncoder",
     "ParticlePrediction",
     "ProbabilisticEnsemble",
     "RewardNet",
     "RunningMoments",
+    "SelectEncoder",
+    "StackedNetworks",
     "SymmetryBreakingStart",
     "ValueNet",
     "action_features",

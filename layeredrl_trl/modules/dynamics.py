@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.functional import (
+    fold_index,
     gaussian_mixture_log_prob,
     gaussian_mixture_mean,
     sample_gaussian_mixture,
@@ -136,8 +137,12 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         action: Tensor,
         next_latent: Tensor,
         terminated: Tensor,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Score real transitions, each member on its own, averaged over members.
+
+        A weight counts once: ``mean_e weight_e nll_e``, not again for each member. The sum over
+        transitions of what is returned is to be divided by that of the weights' mean over members.
 
         Args:
             latent: ``[..., D]``.
@@ -145,6 +150,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             action: ``[..., A]``.
             next_latent: ``[..., D]``.
             terminated: bool ``[..., 1]``.
+            weight: at least 0, of each transition ``[..., 1]`` or for each member ``[..., E]``.
 
         Returns:
             Negative log-likelihood of the next latent state in nats ``[..., 1]``, and binary
@@ -155,11 +161,29 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         """
         _check_shape("next_latent", next_latent, latent.shape)
         _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
+        if weight is not None:
+            self._check_weight(weight, latent.shape[:-1])
         mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
-        log_prob = gaussian_mixture_log_prob(next_latent.unsqueeze(-2), mean, std, log_weights)
+        next_latent = next_latent.to(mean.dtype).unsqueeze(-2)
+        nll = -gaussian_mixture_log_prob(next_latent, mean, std, log_weights)
         target = terminated.to(term_logit.dtype).unsqueeze(-2).expand_as(term_logit)
-        bce = binary_cross_entropy_with_logits(term_logit, target, reduction="none")
-        return -log_prob.mean(-1, keepdim=True), bce.mean(-2)
+        bce = binary_cross_entropy_with_logits(term_logit, target, reduction="none").squeeze(-1)
+        if weight is not None:
+            nll, bce = weight * nll, weight * bce
+        return nll.mean(-1, keepdim=True), bce.mean(-1, keepdim=True)
+
+    def transition_weights(self, index: Tensor) -> Tensor | None:
+        """Weigh stored transitions for every member; ``None``, all alike, by default.
+
+        Args:
+            index: storage positions, integers ``[...]``; of a storage of several dims as one
+                number each, see :func:`~layeredrl_trl.functional.fold_index`.
+
+        Returns:
+            ``[..., E]``, at least 0, a ``weight`` for :meth:`negative_log_likelihood`; or
+            ``None``.
+        """
+        return None
 
     def regularization(self) -> Tensor:
         """Return a scalar that is added to the loss once per batch; 0 by default."""
@@ -228,10 +252,11 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             _check_shape("transform", transform, (latent.shape[-1], latent.shape[-1]))
         mean, std, log_weights, term_logit = self._predict_members(latent, context, action, std)
         if transform is not None:
-            mean = (mean - latent[..., None, None, :]) @ transform.mT
-            next_latent = (next_latent - latent) @ transform.mT
+            transform = transform.to(mean.dtype)
+            mean = (mean - latent.to(mean.dtype)[..., None, None, :]) @ transform.mT
+            next_latent = (next_latent - latent).to(mean.dtype) @ transform.mT
         log_prob = gaussian_mixture_log_prob(
-            next_latent,
+            next_latent.to(mean.dtype),
             mean.flatten(-3, -2),
             std.flatten(-3, -2),
             (log_weights - math.log(self.n_models)).flatten(-2),
@@ -241,10 +266,16 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     def loss(self, batch: TensorDictBase) -> Tensor:
         """Return the mean of negative log-likelihood and termination cross-entropy on ``batch``.
 
+        With weights it is the weighted mean, ``sum_i w_i l_i / sum_i w_i`` over transitions and
+        members: weights that are all equal change nothing, and where all are 0 so is the loss
+        (but for :meth:`regularization`). A transition of weight 0 may hold anything.
+
         Args:
             batch: ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``,
                 ``("next", "latent")`` ``[..., D]``, ``("next", "terminated")`` ``[..., 1]``,
-                and optionally ``("collector", "mask")`` ``[..., 1]``, False on padding.
+                and optionally ``("collector", "mask")`` ``[..., 1]``, False on padding,
+                ``weight`` ``[..., 1]`` or ``[..., E]``, at least 0, and ``index`` ``[...]`` or
+                ``[..., ndim]``, storage positions for :meth:`transition_weights`.
 
         Returns:
             Scalar, in nats.
@@ -253,20 +284,17 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             KeyError: if an entry is missing.
             ValueError: if a shape does not fit.
         """
-        mask = batch.get(keys.MASK, default=None)
-        names = (*self.in_keys, self.out_keys[0], keys.NEXT_TERMINATED)
-        entries = [batch[name] for name in names]
-        if mask is not None:
-            # Before the networks, else garbage on padding reaches the gradient (0 * NaN).
-            entries = [_blank(x, mask.reshape(batch.shape)) for x in entries]
-        nll, bce = self.negative_log_likelihood(*entries)
-        per_step = nll + bce
-        if mask is None:
-            return per_step.mean() + self.regularization()
-        mask = mask.reshape(per_step.shape)
-        return (
-            torch.where(mask, per_step, 0.0).sum() / mask.sum().clamp_min(1) + self.regularization()
-        )
+        entries = [batch[name] for name in (*self.in_keys, self.out_keys[0], keys.NEXT_TERMINATED)]
+        weight = self.batch_weight(batch)
+        if weight is None:
+            nll, bce = self.negative_log_likelihood(*entries)
+            return (nll + bce).mean() + self.regularization()
+        # Before the networks, else garbage on padding reaches the gradient (0 * NaN).
+        counts = (weight > 0).any(-1)
+        entries = [_blank(x, counts) for x in entries]
+        nll, bce = self.negative_log_likelihood(*entries, weight)
+        total = weight.mean(-1).sum()
+        return (nll + bce).sum() / torch.where(total > 0, total, 1.0) + self.regularization()
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -283,6 +311,44 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         tensordict.set(self.out_keys[1], term_logit.sigmoid().mean(-2))
         return tensordict
 
+    def batch_weight(self, batch: TensorDictBase) -> Tensor | None:
+        """Multiply all that weighs the transitions of a batch.
+
+        Args:
+            batch: optionally with ``weight``, ``index`` and ``("collector", "mask")``, as for
+                :meth:`loss`.
+
+        Returns:
+            ``[..., 1]`` or ``[..., E]``, a ``weight`` for :meth:`negative_log_likelihood`; ``None``
+            if nothing weighs.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        factors = []
+        mask, weight, index = (
+            batch.get(key, default=None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
+        )
+        if weight is not None:
+            self._check_weight(weight, batch.shape)
+            factors.append(weight.to(torch.float32))
+        if index is not None:
+            index = index if index.shape == batch.shape else fold_index(index)
+            _check_shape("index", index, batch.shape)
+            own = self.transition_weights(index)
+            factors += [] if own is None else [own]
+        if mask is not None:
+            mask = mask.reshape(*batch.shape, 1)
+            factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
+        return math.prod(factors[1:], start=factors[0]) if factors else None
+
+    def _check_weight(self, weight: Tensor, batch_shape: Sequence[int]) -> None:
+        if weight.shape not in ((*batch_shape, 1), (*batch_shape, self.n_models)):
+            raise ValueError(
+                f"weight: expected shape {[*batch_shape, 1]} or {[*batch_shape, self.n_models]}, "
+                f"got {list(weight.shape)}."
+            )
+
     def _predict_members(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
     ) -> ParticlePrediction:
@@ -292,7 +358,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         )
         mean, own_std, log_weights, term_logit = self.predict_particles(particles, context, action)
         mean = mean.squeeze(-3)
-        own_std = own_std.squeeze(-3) if std is None else std.expand_as(mean)
+        own_std = own_std.squeeze(-3) if std is None else std.to(mean.dtype).expand_as(mean)
         return ParticlePrediction(mean, own_std, log_weights.squeeze(-2), term_logit.squeeze(-2))
 
 

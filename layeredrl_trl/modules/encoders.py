@@ -72,14 +72,26 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if the trailing shape is not ``obs_shape``.
         """
-        n = len(self.obs_shape)
-        if observation.shape[observation.ndim - n :] != self.obs_shape or observation.ndim < n:
-            raise ValueError(
-                f"observation: expected shape [..., {', '.join(map(str, self.obs_shape))}], "
-                f"got {list(observation.shape)}."
-            )
-        flat = (*observation.shape[: observation.ndim - n], self.obs_shape.numel())
-        return self._encode(observation.to(torch.float32).reshape(flat))
+        return self._encode(self._flatten(observation, "observation"))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether :meth:`update_statistics` does anything."""
+        return type(self).update_statistics is not Encoder.update_statistics
+
+    def update_statistics(
+        self, observation: Tensor, next_observation: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Take real transitions into the running statistics; by default there are none.
+
+        The loss calls it once per step in training mode. Whatever it changes must be a buffer, so
+        that a batch with non-finite gradients can be undone, and must not be saved for backward.
+
+        Args:
+            observation: ``[..., *obs_shape]``.
+            next_observation: one step later in the same episode, ``[..., *obs_shape]``.
+            mask: bool ``[...]``; transitions where it is False count for nothing.
+        """
 
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
         """Put an observation ``[..., *obs_shape]`` together again from ``[..., D]``, ``[..., C]``.
@@ -100,6 +112,17 @@ class Encoder(TensorDictModuleBase, abc.ABC):
     @abc.abstractmethod
     def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Encode flattened float32 observations ``[..., O]``."""
+
+    def _flatten(self, observation: Tensor, name: str) -> Tensor:
+        """Check ``[..., *obs_shape]`` and return it as float32 ``[..., O]``."""
+        n = len(self.obs_shape)
+        if observation.shape[observation.ndim - n :] != self.obs_shape or observation.ndim < n:
+            raise ValueError(
+                f"{name}: expected shape [..., {', '.join(map(str, self.obs_shape))}], "
+                f"got {list(observation.shape)}."
+            )
+        flat = (*observation.shape[: observation.ndim - n], self.obs_shape.numel())
+        return observation.to(torch.float32).reshape(flat)
 
 
 class IdentityEncoder(Encoder):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from layeredrl_trl import keys
+from layeredrl_trl.functional import bootstrap_weights, spread_modes
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.spaces import action_features, space_dim
+from layeredrl_trl.modules.stacking import StackedNetworks
+
+_BOUNDS_PENALTY = 0.01
+"""Weight of the distance between learned bounds of the log standard deviation, as in PETS."""
 
 
 class ProbabilisticEnsemble(DynamicsModel):
@@ -23,7 +29,13 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     Every member also predicts the probability that the step terminates. Inputs are standardised
     and targets scaled by running moments of the transitions seen in training. Members differ by
-    their initialisation.
+    their initialisation and, with ``bootstrap``, by the transitions they learn from.
+
+    Modes that start at one place often stay together: two share an outcome and a third one covers
+    two. So the first batch of transitions tells where they start, spread over its targets by
+    :func:`~layeredrl_trl.functional.spread_modes`; the networks learn what to add to that.
+    Where the outcomes themselves turn with the input by as much as lies between them, that start
+    says little, and modes may still stay together.
 
     Args:
         latent_state_space: ``D``, or a space or spec of that many dims.
@@ -32,10 +44,16 @@ class ProbabilisticEnsemble(DynamicsModel):
         n_models: ``E``, members.
         n_modes: ``M``, mixture modes of a member.
         n_particles_per_model: ``P``, particles per member in an imagined rollout.
-        hidden_sizes: width of each hidden layer.
-        activation: class of the nonlinearity.
+        hidden_sizes: width of each hidden layer of the default network.
+        activation: class of the nonlinearity of the default network.
+        network: makes the network of one member from the sizes of its input and output, see
+            :class:`~layeredrl_trl.modules.stacking.StackedNetworks`; ``None``: a perceptron.
         std_bounds: ``(low, high)`` of the standard deviation, in units of the running standard
             deviation of the target. The bound is soft: it is between ``low`` and ``low + high``.
+        learn_std_bounds: learn the bounds of every latent dim, from ``std_bounds`` on;
+            :meth:`regularization` draws them together.
+        bootstrap: let each member learn from its own half of the stored transitions, see
+            :meth:`transition_weights`.
         predict_delta: predict the change of the latent state; else the next latent state itself.
         condition_on_context: let the networks see the context.
         statistics_rate: least weight of a batch in the running moments, see
@@ -55,7 +73,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     Reference:
         Chua et al. 2018, arXiv:1805.12114. Deviations: mixture modes, a termination head, bounds
-        of the standard deviation are given instead of learned.
+        of the standard deviation are given unless asked for, bootstrap by hashed masks.
 
     Example:
         >>> model = ProbabilisticEnsemble(3, 0, 1, n_models=5, n_modes=2)
@@ -76,7 +94,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         hidden_sizes: Sequence[int] = (128, 128),
         *,
         activation: type[nn.Module] = nn.SiLU,
+        network: Callable[[int, int], nn.Module] | None = None,
         std_bounds: tuple[float, float] = (math.exp(-5.0), 2.0),
+        learn_std_bounds: bool = False,
+        bootstrap: bool = False,
         predict_delta: bool = True,
         condition_on_context: bool = False,
         statistics_rate: float = 1e-3,
@@ -106,17 +127,24 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.n_particles_per_model = n_particles_per_model
         self.predict_delta = predict_delta
         self.condition_on_context = condition_on_context
-        seen = self.latent_state_dim + (self.context_dim if condition_on_context else 0)
-        self.net = EnsembleMLP(
-            n_models,
-            seen + self.action_dim,
-            n_modes * (2 * self.latent_state_dim + 1) + 1,
-            hidden_sizes,
-            activation,
-        )
-        self.input_moments = RunningMoments(seen + self.action_dim, rate=statistics_rate)
-        self.target_moments = RunningMoments(self.latent_state_dim, rate=statistics_rate)
-        self.register_buffer("log_std_bounds", torch.tensor(std_bounds).log(), persistent=False)
+        self.bootstrap = bootstrap
+        dim = self.latent_state_dim
+        n_in = dim + (self.context_dim if condition_on_context else 0) + self.action_dim
+        n_out = n_modes * (2 * dim + 1) + 1
+        if network is None:
+            self.net = EnsembleMLP(n_models, n_in, n_out, hidden_sizes, activation)
+        else:
+            self.net = StackedNetworks(n_models, partial(network, n_in, n_out))
+        self.input_moments = RunningMoments(n_in, rate=statistics_rate)
+        self.target_moments = RunningMoments(dim, rate=statistics_rate)
+        # of the means and the log standard deviations, in units of the target scale
+        self.register_buffer("mode_start", torch.zeros(2, n_modes, dim))
+        bounds = torch.tensor(std_bounds).log()
+        self.learn_std_bounds = learn_std_bounds
+        if learn_std_bounds:
+            self.log_std_bounds = nn.Parameter(bounds[:, None].repeat(1, dim))
+        else:
+            self.register_buffer("log_std_bounds", bounds, persistent=False)
 
     def predict_particles(
         self,
@@ -142,6 +170,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             ValueError: if a last dim or a leading shape does not fit.
         """
         self._check(latent, context, member)
+        latent = latent.to(self.target_moments.mean.dtype)
         inputs = self._inputs(latent, context, action)
         if member is None:
             raw = self._by_member(inputs)
@@ -163,13 +192,57 @@ class ProbabilisticEnsemble(DynamicsModel):
                 f"next_latent: expected shape {list(latent.shape)}, got {list(next_latent.shape)}."
             )
         inputs = self._concatenate(latent, context, action)
+        target = self._target(latent, next_latent)
+        is_first = self.target_moments.count == 0
         self.input_moments.update(inputs, mask)
-        self.target_moments.update(self._target(latent, next_latent), mask)
+        self.target_moments.update(target, mask)
+        # Where a number can be had for nothing it decides; a GPU would stall for it.
+        if self.n_modes > 1 and (is_first.is_cuda or bool(is_first)):
+            self._spread_modes(target, mask, is_first & (self.target_moments.count > 0))
+
+    def regularization(self) -> Tensor:
+        """Return ``0.01 sum_d (log high_d - log low_d)`` of learned bounds; 0 of given ones.
+
+        Reference:
+            Chua et al. 2018, arXiv:1805.12114, appendix A.1, on log standard deviations instead of
+            log variances.
+        """
+        if not self.learn_std_bounds:
+            return super().regularization()
+        low, high = self.log_std_bounds
+        return _BOUNDS_PENALTY * (high - low).sum()
+
+    def transition_weights(self, index: Tensor) -> Tensor | None:
+        """Weigh stored transitions for every member: with ``bootstrap`` by 2 or 0.
+
+        ``None``, all alike, without ``bootstrap`` and in evaluation mode. The running moments are
+        those of all transitions, for every member.
+
+        Args:
+            index: storage positions, integers ``[...]``, see
+                :func:`~layeredrl_trl.functional.bootstrap_weights`.
+
+        Returns:
+            ``[..., E]`` or ``None``.
+        """
+        if not (self.bootstrap and self.training):
+            return None
+        return bootstrap_weights(index, self.n_models)
 
     @property
     def target_scale(self) -> Tensor:
         """Running standard deviation of what is predicted, ``[D]``, in units of the latent."""
         return self.target_moments.std(floor=1e-4)
+
+    @torch.no_grad()
+    def _spread_modes(self, target: Tensor, mask: Tensor | None, now: Tensor) -> None:
+        """Start the modes of every member at clusters of ``target`` ``[..., D]``, where ``now``."""
+        target = (target - self.target_moments.mean) / self.target_scale
+        target = target.to(self.mode_start.dtype).reshape(-1, self.latent_state_dim)
+        mask = None if mask is None else mask.reshape(-1)
+        mean, std = spread_modes(target, self.n_modes, mask)
+        start = torch.stack([mean, std.log().maximum(self.log_std_bounds[0])])
+        self.mode_start.copy_(torch.where(now, start, self.mode_start))
 
     def _target(self, latent: Tensor, next_latent: Tensor) -> Tensor:
         return next_latent - latent if self.predict_delta else next_latent
@@ -185,7 +258,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         seen = [latent, context] if self.condition_on_context else [latent]
         seen[1:] = [x[..., None, None, :].expand(*batch, *per_env) for x in seen[1:]]
         action = action[..., None, None, :].expand(*batch, *per_env)
-        return self.input_moments.standardize(torch.cat([*seen, action], -1))
+        inputs = torch.cat([*seen, action], -1).to(latent.dtype)
+        return self.input_moments.standardize(inputs)
 
     def _by_member(self, inputs: Tensor) -> Tensor:
         """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``."""
@@ -216,10 +290,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
 
     def _parse(self, raw: Tensor, latent: Tensor) -> ParticlePrediction:
-        gaussians, log_weights, term_logit = raw.split(
-            (2 * self.n_modes * self.latent_state_dim, self.n_modes, 1), -1
-        )
-        mean, log_std = gaussians.unflatten(-1, (2, self.n_modes, -1)).unbind(-3)
+        parts = (2 * self.n_modes * self.latent_state_dim, self.n_modes, 1)
+        if raw.shape[-1] != sum(parts):
+            raise ValueError(
+                f"network: expected networks of {sum(parts)} outputs, got {raw.shape[-1]}."
+            )
+        gaussians, log_weights, term_logit = raw.split(parts, -1)
+        gaussians = gaussians.unflatten(-1, (2, self.n_modes, -1)) + self.mode_start
+        mean, log_std = gaussians.unbind(-3)
         low, high = self.log_std_bounds
         log_std = high - softplus(high - log_std)
         log_std = low + softplus(log_std - low)

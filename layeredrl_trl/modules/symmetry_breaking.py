@@ -59,8 +59,8 @@ class SymmetryBreakingStart(DynamicsModel):
         super().__init__(in_keys=model.in_keys, out_keys=model.out_keys)
         if sb_start_duration < 0 or factor <= 0 or std <= 0:
             raise ValueError(
-                "SymmetryBreakingStart: sb_start_duration must not be negative, factor and std must "
-                f"be positive, got {sb_start_duration}, {factor} and {std}."
+                "SymmetryBreakingStart: sb_start_duration must not be negative, factor and std "
+                f"must be positive, got {sb_start_duration}, {factor} and {std}."
             )
         self.model = model
         self.sb_start_duration = sb_start_duration
@@ -86,8 +86,8 @@ class SymmetryBreakingStart(DynamicsModel):
 
     @property
     def target_scale(self) -> Tensor:
-        """That of the learned model, ``[D]``."""
-        return self.model.target_scale
+        """That of the learned model, ``[D]``; 1 if it has none."""
+        return getattr(self.model, "target_scale", torch.ones_like(self.unwhiten[0]))
 
     def advance(self, n_total_env_steps: int, whitening: Tensor | None = None) -> None:
         """Set how far the start is.
@@ -129,6 +129,10 @@ class SymmetryBreakingStart(DynamicsModel):
     def negative_log_likelihood(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Score real transitions by the learned model; see :class:`DynamicsModel`."""
         return self.model.negative_log_likelihood(*args, **kwargs)
+
+    def transition_weights(self, index: Tensor) -> Tensor | None:
+        """Return the learned model's, for storage positions ``[...]``."""
+        return self.model.transition_weights(index)
 
     def regularization(self) -> Tensor:
         """Return the learned model's."""

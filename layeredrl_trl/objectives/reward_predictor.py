@@ -68,7 +68,8 @@ class RewardPredictorLoss(LossModule):
     Reads:
         A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices: ``observation``, ``action``,
         ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")``,
-        ``("collector", "mask")`` and optionally ``planned``.
+        ``("collector", "mask")`` and optionally ``planned``, ``weight`` ``[..., 1]`` (of the
+        transition in ``loss_consistency``) and ``index`` (for bootstrap masks).
 
     Writes:
         ``loss_reward``, ``loss_value``, ``loss_consistency``, ``loss_standardizer`` (those that
@@ -323,11 +324,12 @@ class RewardPredictorLoss(LossModule):
 
         Args:
             transitions: ``[N]``: ``observation``, ``action``, ``("next", "observation")``,
-                ``("next", "terminated")``.
+                ``("next", "terminated")``, and optionally ``weight`` ``[N, 1]`` and ``index``.
 
         Returns:
             TensorDict ``[N]``: ``latent``, ``context``, ``action``, ``("next", "latent")``,
-            ``("next", "terminated")``.
+            ``("next", "terminated")``, and those of ``weight``, ``index`` that were there. For an
+            encoder with running statistics also both observations.
         """
         names = self.tensor_keys
         latent, context = self.encoder.encode(transitions.get(names.observation))
@@ -335,16 +337,15 @@ class RewardPredictorLoss(LossModule):
             unravel_key(("next", key)) for key in (names.observation, names.terminated)
         )
         next_latent, _ = self.encoder.encode(transitions.get(next_key))
-        return TensorDict(
-            {
-                self.encoder.out_keys[0]: latent,
-                self.encoder.out_keys[1]: context,
-                names.action: transitions.get(names.action),
-                unravel_key(("next", self.encoder.out_keys[0])): next_latent,
-                terminated_key: transitions.get(terminated_key),
-            },
-            batch_size=transitions.batch_size,
-        )
+        passed_on = [names.action, terminated_key, keys.WEIGHT, keys.INDEX]
+        if self.encoder.has_statistics:
+            passed_on += [names.observation, next_key]
+        encoded = {
+            self.encoder.out_keys[0]: latent,
+            self.encoder.out_keys[1]: context,
+            unravel_key(("next", self.encoder.out_keys[0])): next_latent,
+        }
+        return transitions.select(*passed_on, strict=False).update(encoded)
 
     def _bootstrap_value(self, read: Reader, context: Tensor, end: Tensor, mask: Tensor) -> Tensor:
         """Target value ``[B, k, 1]`` behind the last reward of each target.
@@ -410,12 +411,14 @@ class RewardPredictorLoss(LossModule):
         terminated = transitions.get(unravel_key(("next", names.terminated)))
         delta = next_latent - latent
         if self.training:
-            self.dynamics.update_statistics(latent, context, action, next_latent)
-            if self.standardizer is not None:
-                self.standardizer.update_statistics(delta)
+            self._update_statistics(transitions, latent, context, action, next_latent)
+        weight = self.dynamics.batch_weight(transitions)
         nll, bce = self.dynamics.negative_log_likelihood(
-            latent, context, action, next_latent, terminated
+            latent, context, action, next_latent, terminated, weight
         )
+        if weight is not None and self.reduction == "mean":
+            total = weight.mean()
+            nll, bce = (x / torch.where(total > 0, total, 1.0) for x in (nll, bce))
         consistency = self._reduce(nll + bce, None) + self.dynamics.regularization()
         terms = {
             "loss_consistency": self.consistency_loss_weight * consistency,
@@ -425,6 +428,23 @@ class RewardPredictorLoss(LossModule):
         if self.standardizer is not None:
             terms["loss_standardizer"] = self.standardizer.residual(delta)
         return terms
+
+    def _update_statistics(
+        self,
+        transitions: TensorDictBase,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+    ) -> None:
+        self.dynamics.update_statistics(latent, context, action, next_latent)
+        if self.standardizer is not None:
+            self.standardizer.update_statistics(next_latent - latent)
+        observation_key = self.tensor_keys.observation
+        observation = transitions.get(observation_key, default=None)
+        if self.encoder.has_statistics and observation is not None:
+            next_observation = transitions.get(unravel_key(("next", observation_key)))
+            self.encoder.update_statistics(observation, next_observation)
 
     def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
         entries = dict(zip(self.encoder.out_keys, (latent, context), strict=True))

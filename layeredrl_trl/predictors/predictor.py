@@ -144,7 +144,7 @@ class Predictor(nn.Module, abc.ABC):
         """
         if self.val_func is None:
             raise ValueError("value: this predictor has no val_func.")
-        if act is None and reads_action(self.val_func):
+        if act is None and reads_action(self.val_func, self.model.in_keys[2]):
             raise ValueError("value: val_func is a Q-function and needs act.")
         latent, context = self.encode(obs)
         return self._evaluate(
@@ -173,7 +173,10 @@ class Predictor(nn.Module, abc.ABC):
         obs, act = self._tensor(obs), self._tensor(act)
         if act.shape[:1] != obs.shape[:1]:
             raise ValueError(f"rollout: obs is for {obs.shape[0]} envs, act for {act.shape[0]}.")
-        discrete = act.ndim == 2 and not act.is_floating_point()
+        is_index = not act.is_floating_point() and act.shape[2:] != (self.model.action_dim,)
+        discrete = is_index and act.shape[2:] in ((), (1,))
+        if discrete:
+            act = act.reshape(act.shape[:2])
         env = self._rollout_env(deterministic, discrete)
         start = TensorDict({self.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
         out = env.imagine(env.initial_state(start), act)
@@ -258,9 +261,9 @@ class Predictor(nn.Module, abc.ABC):
     def _evaluate(
         self, module: nn.Module, latent: Tensor, context: Tensor, act: Tensor | None
     ) -> Tensor:
-        entries = dict(zip(self.encoder.out_keys, (latent, context), strict=True))
-        if act is not None:
-            entries[keys.ACTION] = act
+        names = (*self.encoder.out_keys, self.model.in_keys[2])
+        entries = dict(zip(names, (latent, context, act), strict=True))
+        entries = {key: x for key, x in entries.items() if x is not None}
         return evaluate(module, entries).squeeze(-1)
 
     def _tensor(self, x: Tensor | np.ndarray) -> Tensor:

@@ -226,7 +226,8 @@ class RewardPredictor(Predictor):
 
         Returns:
             TensorDict ``[B]``, without gradient: ``latent``, ``context``, ``action``,
-            ``("next", "latent")``, ``("next", "terminated")``.
+            ``("next", "latent")``, ``("next", "terminated")``, ``index``, and ``weight`` if it is
+            stored.
 
         Raises:
             KeyError: if the buffer lacks an entry.
@@ -240,8 +241,11 @@ class RewardPredictor(Predictor):
             names.action,
             ("next", names.observation),
             ("next", names.terminated),
+            keys.WEIGHT,
         ]
-        transitions = self._read(buffer, tuple(i[:, 0] for i in index), wanted)
+        index = tuple(i[:, 0] for i in index)
+        transitions = self._read(buffer, index, wanted)
+        transitions.set(keys.INDEX, stack_index(index).to(self.device))
         return self.loss_module.encode_transitions(transitions)
 
     def loss(
@@ -299,8 +303,6 @@ class RewardPredictor(Predictor):
                 raise ValueError(f"learn: {name} must not be {number}.")
         rates = self._set_learning_rates(n_total_env_steps)
         loss = self.loss_module
-        whitening = None if self.standardizer is None else self.standardizer.matrix
-        self.model.advance(n_total_env_steps, whitening)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         skipped_before = self.update.skipped
         for _ in range(n_steps):
@@ -311,6 +313,8 @@ class RewardPredictor(Predictor):
             terms = self.update(batch, self.sample_model_batch(buffer, model_batch_size))
             for name, value in terms.items() if self.update.skipped == skipped else ():
                 sums[name] += value
+        whitening = None if self.standardizer is None else self.standardizer.matrix
+        self.model.advance(n_total_env_steps, whitening)
         taken = n_steps - (self.update.skipped - skipped_before)
         mean_loss = sums["loss"] / taken if taken else sums["loss"] * torch.nan
         info = {name: float(value) / taken for name, value in sums.items()} if taken else {}
@@ -425,9 +429,9 @@ class RewardPredictor(Predictor):
         index: tuple[Tensor, ...],
         names: Sequence[NestedKey],
     ) -> TensorDictBase:
-        planned = self.loss_module.tensor_keys.planned
-        needed = [name for name in names if name != planned]
-        optional = [planned] if planned in names else []
+        maybe = {self.loss_module.tensor_keys.planned, keys.WEIGHT}
+        needed = [name for name in names if name not in maybe]
+        optional = [name for name in names if name in maybe]
         return read_transitions(buffer, index, needed, optional).to(self.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RewardPredictor:

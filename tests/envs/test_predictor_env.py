@@ -263,7 +263,7 @@ def test_a_terminated_env_goes_on_without_reward():
     env = make_env(n_models=1, particles=1, termination="sample")
     out = env.imagine(env.reset(observations(env, 50)), random_actions(env, 50, 30))
     over, alive = out["next", "terminated"].squeeze(-1), out["next", "alive"].flatten(2)
-    assert over[:, -1].float().mean() > 0.5
+    assert 0.1 < over[:, -1].float().mean() < 0.9
     assert torch.equal(over, (alive == 0).all(-1))
     assert (over[:, 1:] >= over[:, :-1]).all()  # once over, always over
     assert (out["next", "reward"][:, 1:][over[:, :-1]] == 0).all()

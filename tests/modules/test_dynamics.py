@@ -7,8 +7,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from layeredrl_trl.functional import fold_index
 from layeredrl_trl.modules import DynamicsModel, ParticlePrediction
-from tests.oracles import even_mixture, random_ensemble
+from tests.oracles import even_mixture, member_alone, random_ensemble
 
 NAN = float("nan")
 
@@ -140,6 +141,95 @@ def test_loss_is_the_mean_over_real_steps():
     torch.testing.assert_close(model.loss(data), (nll + bce)[mask].mean())
 
 
+def weighted_oracle(model, data, weights):
+    """``sum w l / sum w``, one transition and one member after the other."""
+    total, loss = 0.0, 0.0
+    for b in range(len(data)):
+        row = data[b]
+        for e in range(model.n_models):
+            alone = member_alone(model, e)
+            args = [row[key] for key in ("latent", "context", "action")]
+            nll, bce = alone.negative_log_likelihood(*args, *row["next"].values())
+            weight = weights[b, e % weights.shape[1]].item()
+            loss, total = loss + weight * (nll + bce).item(), total + weight
+    return loss / total
+
+
+@pytest.mark.parametrize("each_member", [False, True])
+def test_weights_count_once_and_not_again_for_each_member(each_member):
+    model = random_ensemble(2, 0, 1)
+    data, weights = batch_of(model, 6), torch.rand(6, 3 if each_member else 1)
+    data["weight"] = weights
+    assert model.loss(data).item() == pytest.approx(weighted_oracle(model, data, weights), rel=1e-4)
+    args = [data[key] for key in ("latent", "context", "action", ("next", "latent"))]
+    plain = model.negative_log_likelihood(*args, data["next", "terminated"])
+    halved = model.negative_log_likelihood(
+        *args, data["next", "terminated"], weight=torch.full_like(weights, 0.5)
+    )
+    for x, y in zip(halved, plain, strict=True):
+        torch.testing.assert_close(x, 0.5 * y)
+
+
+@pytest.mark.parametrize("each_member", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_weights_change_nothing(each_member, masked):
+    model = random_ensemble(2, 0, 1)
+    data = batch_of(model, 4, 3)
+    if masked:
+        data["collector", "mask"] = (torch.arange(12) % 2 == 0).reshape(4, 3, 1)
+    expected = model.loss(data)
+    data["weight"] = torch.full((4, 3, 3 if each_member else 1), 0.7).double()
+    torch.testing.assert_close(model.loss(data), expected)
+
+
+def test_a_weight_of_2_is_a_transition_that_is_there_twice():
+    model = random_ensemble(2, 0, 1)
+    data = batch_of(model, 3)
+    twice = torch.cat([data, data[:1]])
+    data["weight"] = torch.tensor([[2.0], [1.0], [1.0]])
+    torch.testing.assert_close(model.loss(data), model.loss(twice))
+
+
+def test_weights_of_0_alone_give_0_and_no_nan():
+    model = random_ensemble(2, 0, 1)
+    data = batch_of(model, 4)
+    data["weight"] = torch.zeros(4, 3)
+    loss = model.loss(data)
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_a_transition_of_weight_0_may_hold_anything():
+    model = random_ensemble(2, 0, 1)
+    data = batch_of(model, 4)
+    data["weight"] = torch.tensor([[1.0], [0.0], [2.0], [0.0]])
+    expected = model.loss(data[::2])
+    data["latent"][1::2], data["next", "latent"][1::2] = NAN, float("inf")
+    loss = model.loss(data)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_weights_by_storage_position():
+    class Picky(Shift):
+        def transition_weights(self, index):
+            return torch.stack([(index % 2).float(), torch.ones(index.shape)], -1)
+
+    model, data = Picky([1.0, 3.0]), batch_of(Shift([1.0]), 6)
+    plain = Shift([1.0, 3.0])
+    data["index"] = torch.arange(6)
+    torch.testing.assert_close(plain.loss(data), plain.loss(data.exclude("index")))
+    data["weight"] = torch.rand(6, 1)
+    expected = data.exclude("index")
+    expected["weight"] = data["weight"] * model.transition_weights(data["index"])
+    torch.testing.assert_close(model.loss(data), plain.loss(expected))
+    data["index"] = torch.stack([torch.arange(6), torch.arange(6) % 2], -1)  # storage of two dims
+    folded = data.clone().set("index", fold_index(data["index"]))
+    torch.testing.assert_close(model.loss(data), model.loss(folded))
+
+
 @pytest.mark.parametrize("garbage", [NAN, float("inf"), 1e30])
 def test_garbage_on_padding_changes_neither_loss_nor_gradient(garbage):
     model = random_ensemble(2, 0, 1)
@@ -201,6 +291,27 @@ def test_likelihood_does_not_broadcast(changes, message):
     shapes = {"next_latent": (5, 2), "terminated": (5, 1)} | changes
     with pytest.raises(ValueError, match=message):
         Shift([1.0]).negative_log_likelihood(*inputs(5), *map(torch.zeros, shapes.values()))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (5, 3), (5, 2, 1)])
+def test_weights_do_not_broadcast(shape):
+    model, data = Shift([1.0, 3.0]), batch_of(Shift([1.0]), 5)
+    message = r"weight: expected shape \[5, 1\] or \[5, 2\], got"
+    args = data["latent"], data["context"], data["action"], *data["next"].values()
+    with pytest.raises(ValueError, match=message):
+        model.negative_log_likelihood(*args, torch.ones(shape))
+    if shape[0] == 5:
+        data["weight"] = torch.ones(shape)
+        with pytest.raises(ValueError, match=message):
+            model.loss(data)
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2), (5, 1, 1)])
+def test_positions_that_do_not_fit(shape):
+    data = batch_of(Shift([1.0]), 5)
+    data["index"] = torch.zeros(shape).long()
+    with pytest.raises(ValueError, match=r"index: expected shape \[5\], got \[5, "):
+        Shift([1.0]).loss(data)
 
 
 @pytest.mark.parametrize(

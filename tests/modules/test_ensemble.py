@@ -8,8 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot
 
+from layeredrl_trl.functional import bootstrap_weights
 from layeredrl_trl.modules import ProbabilisticEnsemble
 from tests.oracles import (
     even_mixture,
@@ -31,6 +34,11 @@ VARIANTS = {
     "absolute": {"predict_delta": False},
     "deep": {"hidden_sizes": (8, 6, 4)},
     "linear": {"hidden_sizes": ()},
+    "learned-bounds": {"learn_std_bounds": True},
+}
+NETWORKS = {
+    "linear": nn.Linear,
+    "layer-norm": lambda n_in, n_out: nn.Sequential(nn.LayerNorm(n_in), nn.Linear(n_in, n_out)),
 }
 
 
@@ -256,6 +264,124 @@ def test_std_stays_within_the_soft_bounds_and_can_reach_them(bounds):
     assert stds[-1] == pytest.approx(low + high, rel=1e-3)
 
 
+def test_learned_bounds_start_as_given_and_are_each_dims_own():
+    given_bounds = ProbabilisticEnsemble(3, 0, 2, hidden_sizes=(), std_bounds=(0.1, 1.0))
+    learned = ProbabilisticEnsemble(
+        3, 0, 2, hidden_sizes=(), std_bounds=(0.1, 1.0), learn_std_bounds=True
+    )
+    learned.load_state_dict(given_bounds.state_dict(), strict=False)
+    args = inputs(learned, 5)
+    for x, y in zip(learned.predict(*args), given_bounds.predict(*args), strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.no_grad():
+        learned.log_std_bounds[1, 2] += 1
+    wider = learned.predict(*args)[2] > given_bounds.predict(*args)[2] + 1e-6
+    assert wider[..., 2].all() and not wider[..., :2].any()
+
+
+def test_regularization_draws_learned_bounds_together():
+    model = ProbabilisticEnsemble(3, 0, 2, std_bounds=(0.1, 1.0), learn_std_bounds=True)
+    penalty = model.regularization()
+    penalty.backward()
+    assert penalty.item() == pytest.approx(0.01 * 3 * math.log(10))
+    torch.testing.assert_close(
+        model.log_std_bounds.grad, torch.tensor([[-0.01], [0.01]]).expand(2, 3)
+    )
+    assert ProbabilisticEnsemble(3, 0, 2).regularization() == 0
+
+
+@pytest.mark.parametrize("n_modes", [1, 2])
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+def test_any_network_can_be_a_member(network, n_modes):
+    nets = []
+
+    def make(n_in, n_out):
+        nets.append(network(n_in, n_out))
+        return copy.deepcopy(nets[-1])
+
+    model = random_ensemble(2, 1, 2, network=make, n_modes=n_modes, condition_on_context=True)
+    with torch.no_grad():
+        for net in nets:
+            for parameter in net.parameters():
+                parameter.mul_(2.0)
+    plain = random_ensemble(2, 1, 2, n_modes=n_modes, condition_on_context=True)
+    plain.load_state_dict(
+        {k: x for k, x in model.state_dict().items() if k[:4] != "net."}, strict=False
+    )
+    plain.net = SideBySide(nets)  # the oracle: a loop
+    args, results = inputs(model, 6), outcome(model, 6)
+    for x, y in zip(model.predict(*args), plain.predict(*args), strict=True):
+        torch.testing.assert_close(x, y)
+    for m in (model, plain):
+        sum(x.sum() for x in m.negative_log_likelihood(*args, *results)).backward()
+    for name, parameter in model.net.network.named_parameters():
+        expected = torch.stack([net.get_parameter(name).grad for net in nets])
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
+    member = torch.tensor([[2], [0], [0], [1], [2], [2]])
+    latent = args[0][:, None, None]
+    own = model.predict_particles(latent, *args[1:], member).mean[:, 0, 0]
+    torch.testing.assert_close(own, model.predict(*args)[0][torch.arange(6), member[:, 0]])
+
+
+class SideBySide(nn.Module):
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x):
+        return torch.stack([net(row) for net, row in zip(self.nets, x, strict=True)])
+
+
+def test_modes_start_where_the_first_batch_has_its_clusters():
+    model = ProbabilisticEnsemble(2, 0, 1, n_models=2, n_modes=4)
+    centres = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 5.0], [1.0, -5.0]])
+    latent, context, action = inputs(model, 200)
+    following = latent + centres.repeat(50, 1) + 0.1 * torch.randn(200, 2)
+    mask = torch.arange(200) < 160
+    following[160:] = float("nan")
+    model.update_statistics(latent, context, action, following, mask)
+    start = model.target_moments.mean + model.target_scale * model.mode_start[0]
+    distance = torch.cdist(centres, start).min(-1)
+    assert distance.values.max() < 0.5 and distance.indices.unique().numel() == 4
+    assert (model.mode_start[1].exp() < 0.5).all()
+    before = model.mode_start.clone()
+    model.update_statistics(latent, context, action, torch.randn(200, 2))
+    assert torch.equal(model.mode_start, before)
+
+
+def test_one_mode_starts_at_the_mean_and_an_unusable_batch_is_no_first_one():
+    one = ProbabilisticEnsemble(2, 0, 1)
+    one.update_statistics(*inputs(one, 20), torch.randn(20, 2))
+    assert (one.mode_start == 0).all()
+    model = ProbabilisticEnsemble(2, 0, 1, n_modes=3)
+    model.update_statistics(*inputs(model, 20), torch.full((20, 2), float("nan")))
+    assert (model.mode_start == 0).all()
+    model.update_statistics(*inputs(model, 20), torch.randn(20, 2))
+    assert (model.mode_start != 0).all() and torch.isfinite(model.mode_start).all()
+
+
+def test_bootstrap_weighs_by_position_in_training_only():
+    index = torch.arange(50)
+    model = ProbabilisticEnsemble(3, 0, 2, n_models=4, bootstrap=True)
+    assert torch.equal(model.transition_weights(index), bootstrap_weights(index, 4))
+    assert model.eval().transition_weights(index) is None
+    assert ProbabilisticEnsemble(3, 0, 2, n_models=4).transition_weights(index) is None
+
+
+def test_a_member_learns_nothing_from_transitions_it_does_not_keep():
+    model = ProbabilisticEnsemble(3, 0, 2, n_models=4, bootstrap=True, hidden_sizes=(4,))
+    index = torch.arange(100)
+    row = (model.transition_weights(index) == torch.tensor([2.0, 0.0, 2.0, 0.0])).all(-1)
+    index, n = index[row], int(row.sum())
+    latent, context, action = inputs(model, n)
+    following = {"latent": torch.randn(n, 3), "terminated": torch.zeros(n, 1).bool()}
+    batch = {"latent": latent, "context": context, "action": action, "index": index}
+    model.loss(TensorDict({**batch, "next": following}, batch_size=[n])).backward()
+    for parameter in model.parameters():
+        assert (parameter.grad[[1, 3]] == 0).all()
+        assert all((parameter.grad[e] != 0).any() for e in (0, 2))
+
+
 # --- property
 
 
@@ -266,7 +392,7 @@ def test_order_of_members_changes_nothing(order, seed):
     model = random_ensemble(n_models=4, n_modes=2)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in other.net.parameters():
             parameter.copy_(parameter[list(order)])
     args, results = inputs(model, 5), outcome(model, 5)
     for x, y in zip(model.predict(*args)[:3], other.predict(*args)[:3], strict=True):
@@ -315,6 +441,43 @@ def test_a_context_that_is_not_conditioned_on_changes_nothing():
         assert same is not seen
 
 
+def test_float64_is_cast_to_the_dtype_of_the_parameters():
+    model = random_ensemble(context_dim=1, n_modes=2, condition_on_context=True)
+    args, (following, terminated) = inputs(model, 5), outcome(model, 5)
+    wide, std, matrix = [x.double() for x in args], torch.rand(3) + 0.5, torch.randn(3, 3)
+    for name, more, options in (
+        ("predict", (), {}),
+        ("predict", (), {"std": std}),
+        ("log_prob", (following,), {}),
+        ("log_prob", (following,), {"std": std, "transform": matrix}),
+        ("negative_log_likelihood", (following, terminated), {}),
+        ("forward", (), {}),
+    ):
+        call = getattr(model, name)
+        expected = call(*args, *more, **options)
+        wide_more = [x.double() if x.is_floating_point() else x for x in more]
+        wide_options = {key: x.double() for key, x in options.items()}
+        for x, y in zip(call(*wide, *wide_more, **wide_options), expected, strict=True):
+            assert x.dtype == torch.float32
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    other = copy.deepcopy(model)
+    for m, dtype in ((model, torch.float32), (other, torch.float64)):
+        m.update_statistics(*(x.to(dtype) for x in (*args, following)))
+    torch.testing.assert_close(dict(model.named_buffers()), dict(other.named_buffers()))
+
+
+@pytest.mark.parametrize("latent", [torch.float32, torch.float64])
+def test_as_float64_it_predicts_the_same(latent):
+    model = random_ensemble(n_modes=2)
+    args = inputs(model, 5)
+    expected = model.predict(*args)
+    for x, y in zip(
+        copy.deepcopy(model).double().predict(*(a.to(latent) for a in args)), expected, strict=True
+    ):
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x.float(), y, rtol=1e-4, atol=1e-5)
+
+
 # --- learning and gradients
 
 
@@ -344,7 +507,7 @@ def test_likelihood_reaches_every_parameter_and_no_statistic(model):
     sum(x.mean() for x in model.negative_log_likelihood(*args, *results)).backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
-        for e in range(model.n_models):
+        for e in range(model.n_models if name.startswith("net.") else 2):
             assert (parameter.grad[e] != 0).any(), name
     assert not any(buffer.requires_grad for buffer in model.buffers())
 
@@ -447,6 +610,12 @@ def test_options_out_of_range(dims, options, message):
         ProbabilisticEnsemble(*dims, **options)
 
 
+def test_a_network_of_other_sizes():
+    model = ProbabilisticEnsemble(3, 0, 2, network=lambda n_in, n_out: nn.Linear(n_in, 5))
+    with pytest.raises(ValueError, match="network: expected networks of 8 outputs, got 5"):
+        model.predict(*inputs(model, 4))
+
+
 def test_unknown_space():
     with pytest.raises(TypeError, match="action_space: expected"):
         ProbabilisticEnsemble(3, 0, "two")
@@ -461,7 +630,7 @@ def test_state_dict_round_trip(model):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for x in (*other.parameters(), *other.buffers()):
-            if x is not other.log_std_bounds:
+            if isinstance(x, nn.Parameter) or x is not other.log_std_bounds:
                 x.add_(1)
     assert not torch.equal(model.predict(*args)[0], other.predict(*args)[0])
     other.load_state_dict(model.state_dict())
@@ -485,6 +654,18 @@ def test_captured_as_one_graph(action):
         compiled(latent, context, action), model.predict(latent, context, action), strict=True
     ):
         torch.testing.assert_close(x, y)
+
+
+def test_training_captured_as_one_graph():
+    model = random_ensemble(n_modes=2, n_models=2, network=nn.Linear, bootstrap=True)
+    args, results, index = inputs(model, 5), outcome(model, 5), torch.arange(5)
+
+    def loss():
+        weight = model.transition_weights(index)
+        return sum(model.negative_log_likelihood(*args, *results, weight)).mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(), loss())
 
 
 @pytest.mark.slow

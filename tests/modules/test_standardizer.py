@@ -63,6 +63,33 @@ def test_learns_to_whiten_in_any_unit(scale):
     torch.testing.assert_close(covariance, torch.eye(len(scale)), rtol=0, atol=0.05)
 
 
+COVARIANCES = {
+    "one dim": [[4.0]],
+    "correlated": [[2.0, 0.9, -0.3], [0.9, 1.0, 0.2], [-0.3, 0.2, 0.5]],
+    "correlated, other units": [[1e-4, 4e-3, 0.0], [4e-3, 1.0, 30.0], [0.0, 30.0, 1e4]],
+}
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES.values(), ids=COVARIANCES.keys())
+def test_converges_to_the_inverse_square_root_of_a_known_covariance(covariance):
+    covariance = torch.tensor(covariance, dtype=torch.float64)
+    dim = len(covariance)
+    values, vectors = torch.linalg.eigh(covariance)
+    root, expected = (vectors * values**p @ vectors.T for p in (0.5, -0.5))
+    standardizer, mean = DeltaStandardizer(dim), torch.arange(dim)
+    optimizer = torch.optim.Adam(standardizer.parameters())
+    for lr in torch.logspace(-1.5, -3.5, 1500).tolist():
+        delta = (torch.randn(512, dim, dtype=torch.float64) @ root).float() + mean
+        standardizer.update_statistics(delta)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        standardizer.residual(delta).backward()
+        optimizer.step()
+    unit = covariance.diagonal().sqrt()
+    error = (standardizer.matrix.detach().double() - expected) * torch.maximum(unit[:, None], unit)
+    assert error.abs().max() < 0.06
+
+
 def test_only_the_matrix_gets_gradient():
     standardizer, delta = DeltaStandardizer(2), torch.randn(6, 2)
     standardizer.residual(delta).backward()

@@ -107,6 +107,7 @@ def test_keys_and_shapes_of_a_model_batch(ndim):
         "action": (5, 1),
         ("next", "latent"): (5, 2),
         ("next", "terminated"): (5, 1),
+        "index": (5,) if ndim == 1 else (5, 2),
     }
     assert not any(x.requires_grad for x in batch.values(True, True))
 

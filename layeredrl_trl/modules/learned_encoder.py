@@ -1,0 +1,149 @@
+"""Learned encoders: what changes in an episode feeds the latent state, what does not the context.
+
+Which dims change is seen, not learned, from transitions; so no gradient can make state leak into
+the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor, nn
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules.encoders import Encoder
+from layeredrl_trl.modules.normalization import RunningMoments
+
+
+class LearnedEncoder(Encoder):
+    """Two networks: from the changing dims to the latent state, from the others to the context.
+
+    Both read all observation dims, standardised, with 0 in place of those that are not theirs. A
+    dim belongs to the latent state once it was seen to differ between an observation and the next
+    one of the same episode, and stays there; so the context is constant in an episode up to dims
+    that were never seen to change.
+
+    Before any transition was seen, every dim feeds the latent state and none the context, which
+    loses nothing and is constant. With ``context_dim=0`` every dim feeds the latent state for good,
+    since there is no other place for what is constant.
+
+    Args:
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        latent_state_dim: ``D``, at least 1.
+        context_dim: ``C``, at least 0.
+        make_net: ``make_net(O, out_dim)`` makes a network from ``[..., O]`` to ``[..., out_dim]``;
+            it is called for the latent state and, unless ``C`` is 0, for the context.
+        standardize: shift and scale the inputs by running moments of the observations.
+        freeze_after: number of statistics updates after which the moments do not move any more;
+            ``None``: never. Dims are seen to change for ever.
+        in_keys: of the observation.
+        out_keys: of the latent state and the context.
+
+    Attributes:
+        changes: bool ``[O]``, the dims seen to change.
+        moments: the :class:`~layeredrl_trl.modules.RunningMoments` of the inputs, or ``None``.
+
+    Reads:
+        ``observation`` ``[..., *obs_shape]``; cast to float32.
+
+    Writes:
+        ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
+
+    Raises:
+        ValueError: if a dim is out of its range; if ``freeze_after`` is below 1, or given with
+            ``standardize=False``.
+
+    Example:
+        >>> encoder = LearnedEncoder(3, latent_state_dim=2, context_dim=1, make_net=nn.Linear)
+        >>> encoder.update_statistics(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 3.0]))
+        >>> encoder.changes
+        tensor([ True, False, False])
+    """
+
+    changes: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        obs_shape: int | Sequence[int],
+        latent_state_dim: int,
+        context_dim: int,
+        make_net: Callable[[int, int], nn.Module],
+        *,
+        standardize: bool = True,
+        freeze_after: int | None = None,
+        in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
+        out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
+    ) -> None:
+        super().__init__(
+            obs_shape, latent_state_dim, context_dim, in_keys=in_keys, out_keys=out_keys
+        )
+        name = type(self).__name__
+        if freeze_after is not None and freeze_after < 1:
+            raise ValueError(
+                f"{name}: freeze_after must be at least 1 or None, got {freeze_after}."
+            )
+        if freeze_after is not None and not standardize:
+            raise ValueError(
+                f"{name}: freeze_after needs standardize=True, got {freeze_after} and False."
+            )
+        size = self.obs_shape.numel()
+        self.latent_net = make_net(size, latent_state_dim)
+        self.context_net = make_net(size, context_dim) if context_dim > 0 else None
+        self.freeze_after = freeze_after
+        self.moments = RunningMoments(size) if standardize else None
+        self.register_buffer("changes", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def update_statistics(
+        self, observation: Tensor, next_observation: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Look which dims change, and move the moments by ``observation``.
+
+        A batch that holds a non-finite number changes nothing.
+
+        Args:
+            observation: ``[..., *obs_shape]``.
+            next_observation: one step later in the same episode, ``[..., *obs_shape]``.
+            mask: bool ``[...]``; transitions where it is False count for nothing.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        now = self._flatten(observation, "observation")
+        later = self._flatten(next_observation, "next_observation")
+        if now.shape != later.shape:
+            raise ValueError(
+                f"next_observation: expected shape {list(observation.shape)}, "
+                f"got {list(next_observation.shape)}."
+            )
+        if mask is None:
+            mask = torch.ones_like(now[..., 0], dtype=torch.bool)
+        elif mask.shape != now.shape[:-1]:
+            raise ValueError(
+                f"mask: expected shape {list(now.shape[:-1])}, got {list(mask.shape)}."
+            )
+        mask = mask.bool()
+        finite = (now.isfinite() & later.isfinite()).all(-1)
+        mask = mask & (finite | ~mask).all()  # nothing of a batch with a non-finite number counts
+        moved = (now != later) & mask.unsqueeze(-1)
+        self.changes.logical_or_(moved.unsqueeze(0).flatten(0, -2).any(0))
+        self.seen.logical_or_(mask.any())
+        if self.moments is not None:
+            if self.freeze_after is not None:
+                mask = mask & (self.moments.count < self.freeze_after)
+            self.moments.update(now, mask)
+
+    def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        if self.moments is not None:
+            observation = self.moments.standardize(observation)
+        if self.context_net is None:
+            return self.latent_net(observation), observation[..., :0]
+        changes = self.changes | ~self.seen
+        return (
+            self.latent_net(torch.where(changes, observation, 0.0)),
+            self.context_net(torch.where(changes, 0.0, observation)),
+        )

@@ -1,0 +1,72 @@
+"""A linear encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from tensordict import NestedKey
+from torch import nn
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules.learned_encoder import LearnedEncoder
+
+
+class LinearEncoder(LearnedEncoder):
+    """Linear maps: of the changing dims to the latent state, of the others to the context.
+
+    ``latent = A x_changing`` and ``context = B x_constant`` with ``x`` the standardised
+    observation. See :class:`~layeredrl_trl.modules.LearnedEncoder` for which dim is which, also
+    before any data and with ``context_dim=0``.
+
+    Args:
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        latent_state_dim: ``D``, at least 1.
+        context_dim: ``C``, at least 0.
+        standardize: shift and scale the inputs by running moments of the observations.
+        freeze_after: number of statistics updates after which the moments do not move any more;
+            ``None``: never.
+        in_keys: of the observation.
+        out_keys: of the latent state and the context.
+
+    Reads:
+        ``observation`` ``[..., *obs_shape]``; cast to float32.
+
+    Writes:
+        ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
+
+    Raises:
+        ValueError: if a dim or ``freeze_after`` is out of its range.
+
+    Reference:
+        LayeredRL's ``EncoderNet``. Deviations: it standardises by default, and before any data all
+        dims feed the latent state instead of the context.
+
+    Example:
+        >>> import torch
+        >>> latent, context = LinearEncoder(5, 2, 1).encode(torch.zeros(4, 5))
+        >>> latent.shape, context.shape
+        (torch.Size([4, 2]), torch.Size([4, 1]))
+    """
+
+    def __init__(
+        self,
+        obs_shape: int | Sequence[int],
+        latent_state_dim: int,
+        context_dim: int,
+        *,
+        standardize: bool = True,
+        freeze_after: int | None = None,
+        in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
+        out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
+    ) -> None:
+        super().__init__(
+            obs_shape,
+            latent_state_dim,
+            context_dim,
+            partial(nn.Linear, bias=False),
+            standardize=standardize,
+            freeze_after=freeze_after,
+            in_keys=in_keys,
+            out_keys=out_keys,
+        )

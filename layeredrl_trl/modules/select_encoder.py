@@ -1,0 +1,138 @@
+"""An encoder without parameters that picks dims of the observation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules.encoders import Encoder
+
+
+class SelectEncoder(Encoder):
+    """Pick some dims of the observation as the latent state and some as the context.
+
+    Observations of more than one dim are flattened first. A dim may be picked for both; it is
+    then decoded from the latent state, which moves on in imagination, while a context stays.
+
+    Args:
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        latent_state_dims: indices into the flattened observation, at least one, in the order in
+            which they become the latent state.
+        context_dims: indices likewise, possibly none; they should be constant in an episode.
+        in_keys: of the observation.
+        out_keys: of the latent state and the context.
+
+    Attributes:
+        latent_state_dims, context_dims: the indices, as tuples.
+        can_decode: whether every dim of the observation is picked.
+
+    Reads:
+        ``observation`` ``[..., *obs_shape]``.
+
+    Writes:
+        ``latent`` ``[..., D]`` with ``D = len(latent_state_dims)`` and ``context`` ``[..., C]``
+        with ``C = len(context_dims)``.
+
+    Raises:
+        ValueError: if an index is out of range (also if it is negative) or picked twice for the
+            latent state or twice for the context, or if there is no latent dim.
+        TypeError: if an index is no integer.
+
+    Example:
+        >>> encoder = SelectEncoder(4, latent_state_dims=[3, 0], context_dims=[1, 2])
+        >>> latent, context = encoder.encode(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
+        >>> latent.tolist(), context.tolist()
+        ([[3.0, 0.0]], [[1.0, 2.0]])
+        >>> encoder.decode(latent, context).tolist()
+        [[0.0, 1.0, 2.0, 3.0]]
+    """
+
+    def __init__(
+        self,
+        obs_shape: int | Sequence[int],
+        latent_state_dims: Iterable[int],
+        context_dims: Iterable[int],
+        *,
+        in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
+        out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
+    ) -> None:
+        shape = torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)
+        latent_state_dims = _as_indices("latent_state_dims", latent_state_dims, shape)
+        context_dims = _as_indices("context_dims", context_dims, shape)
+        super().__init__(
+            shape, len(latent_state_dims), len(context_dims), in_keys=in_keys, out_keys=out_keys
+        )
+        self.latent_state_dims = latent_state_dims
+        self.context_dims = context_dims
+        # The latent state comes first, so it is what a dim that is picked for both is found in.
+        picked = (*latent_state_dims, *context_dims)
+        every = range(shape.numel())
+        self._missing_dims = tuple(dim for dim in every if dim not in picked)
+        source = [] if self._missing_dims else [picked.index(dim) for dim in every]
+        for name, index in (("latent", latent_state_dims), ("context", context_dims)):
+            index = torch.tensor(index, dtype=torch.long)
+            self.register_buffer(f"_{name}_index", index, persistent=False)
+        self.register_buffer("_source", torch.tensor(source, dtype=torch.long), persistent=False)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether every dim of the observation is picked, so that :meth:`decode` works."""
+        return not self._missing_dims
+
+    def decode(self, latent: Tensor, context: Tensor) -> Tensor:
+        """Put the picked dims back.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+
+        Returns:
+            The observation, ``[..., *obs_shape]``.
+
+        Raises:
+            NotImplementedError: if some dim of the observation is not picked; nothing is invented
+                for it.
+            ValueError: if a shape does not fit.
+        """
+        if self._missing_dims:
+            raise NotImplementedError(
+                f"SelectEncoder cannot decode: the dims {list(self._missing_dims)} of the "
+                "observation are neither in latent_state_dims nor in context_dims."
+            )
+        batch = latent.shape[:-1]
+        for name, x, dim in (
+            ("latent", latent, self.latent_state_dim),
+            ("context", context, self.context_dim),
+        ):
+            if x.shape != (*batch, dim):
+                raise ValueError(f"{name}: expected shape {[*batch, dim]}, got {list(x.shape)}.")
+        flat = torch.cat([latent, context], -1).index_select(-1, self._source)
+        return flat.reshape(batch + self.obs_shape)
+
+    def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            observation.index_select(-1, self._latent_index),
+            observation.index_select(-1, self._context_index),
+        )
+
+
+def _as_indices(name: str, dims: Iterable[int], shape: torch.Size) -> tuple[int, ...]:
+    try:
+        indices = tuple(operator.index(dim) for dim in dims)
+    except TypeError as error:
+        raise TypeError(f"SelectEncoder: {name} must be integers, got {dims!r}.") from error
+    outside = [dim for dim in indices if not 0 <= dim < shape.numel()]
+    if outside:
+        raise ValueError(
+            f"SelectEncoder: {name} must be in [0, {shape.numel()}), the dims of an observation of "
+            f"shape {list(shape)}, got {outside}."
+        )
+    twice = sorted({dim for dim in indices if indices.count(dim) > 1})
+    if twice:
+        raise ValueError(f"SelectEncoder: {name} must not have duplicates, got {twice} twice.")
+    return indices

@@ -1,0 +1,102 @@
+"""The symmetry-breaking start: random linear predictions that give way to the learned model."""
+
+import pytest
+import torch
+
+from layeredrl_trl.modules import ProbabilisticEnsemble, SymmetryBreakingStart
+
+
+def start(latent_dim=2, action_dim=3, duration=100, **options) -> SymmetryBreakingStart:
+    model = ProbabilisticEnsemble(latent_dim, 1, action_dim, n_models=2, n_modes=4)
+    return SymmetryBreakingStart(model, duration, **options)
+
+
+def inputs(model, *batch):
+    return (
+        torch.randn(*batch, model.latent_state_dim),
+        torch.randn(*batch, 1),
+        torch.randn(*batch, model.action_dim),
+    )
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(("latent_dim", "action_dim"), [(1, 1), (1, 4), (3, 2), (2, 5)])
+def test_shapes_with_fewer_and_with_more_actions_than_latent_dims(batch, latent_dim, action_dim):
+    model = start(latent_dim, action_dim)
+    mean, weights, std, term_prob = model.predict(*inputs(model, *batch))
+    assert mean.shape == std.shape == (*batch, 2, 4, latent_dim)
+    assert weights.shape == (*batch, 2, 4) and term_prob.shape == batch
+
+
+def test_predictions_of_the_start_are_linear_in_the_action_and_nothing_else():
+    model = start(factor=2.0, std=0.5)
+    latent, context, action = inputs(model, 5)
+    mean, weights, std, term_prob = model.predict(latent, context, action)
+    change = mean - latent[:, None, None]
+    expected = torch.stack([model.direction @ a for a in action])
+    torch.testing.assert_close(change, expected[:, None, None].expand_as(change))
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.25))
+    torch.testing.assert_close(std, torch.full_like(std, 0.5))
+    assert (term_prob < 1e-5).all()
+    gram = model.direction @ model.direction.mT  # more actions than latent dims: orthonormal rows
+    torch.testing.assert_close(gram, 4 * torch.eye(2))
+
+
+def test_the_inverse_standardizer_brings_changes_to_the_scale_of_real_ones():
+    model = start(factor=1.0, std=1.0)
+    matrix = torch.tensor([[2.0, 0.5], [0.5, 4.0]])
+    model.advance(0, matrix)
+    latent, context, action = inputs(model, 5)
+    mean, _, std, _ = model.predict(latent, context, action)
+    change = (mean - latent[:, None, None])[:, 0, 0]
+    torch.testing.assert_close(change @ matrix.mT, action @ model.direction.mT)
+    torch.testing.assert_close(std[0, 0, 0], matrix.inverse().square().sum(1).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"), [(0, 0.0), (49, 0.0), (50, 0.0), (75, 0.5), (100, 1.0), (999, 1.0)]
+)
+def test_the_learned_model_is_blended_in_over_the_second_half(steps, share):
+    model = start()
+    random = model.predict(*(entries := inputs(model, 5)))
+    learned = model.model.predict(*entries)
+    model.advance(steps)
+    assert model.learned_share == share
+    for got, a, b in zip(model.predict(*entries), random, learned, strict=True):
+        torch.testing.assert_close(got, (1 - share) * a + share * b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_is_always_that_of_the_learned_model():
+    model = start()
+    latent, context, action = inputs(model, 5)
+    transition = (latent, context, action, latent + 1, torch.zeros(5, 1).bool())
+    expected = model.model.negative_log_likelihood(*transition)
+    for got, want in zip(model.negative_log_likelihood(*transition), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    model.update_statistics(latent, context, action, latent + 1)
+    assert model.model.target_moments.count == 1
+
+
+def test_the_random_map_gets_no_gradient_and_stays():
+    model = start()
+    assert all("direction" not in name for name, _ in model.named_parameters())
+    before = model.direction.clone()
+    model.advance(70, torch.eye(2))
+    torch.testing.assert_close(model.direction, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sb_start_duration": -1}, {"factor": 0.0}, {"std": -1.0}], ids=str
+)
+def test_options_out_of_range(options):
+    with pytest.raises(ValueError, match="must"):
+        SymmetryBreakingStart(ProbabilisticEnsemble(2, 0, 1), **{"sb_start_duration": 1} | options)
+
+
+def test_a_state_dict_restores_where_the_start_is():
+    model, other = start(), start()
+    model.advance(75, 2 * torch.eye(2))
+    other.load_state_dict(model.state_dict())
+    entries = inputs(model, 5)
+    for got, want in zip(other.predict(*entries), model.predict(*entries), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
