@@ -111,11 +111,19 @@ def member_alone(model: ProbabilisticEnsemble, member: int, **options: object):
         **options,
     )
     state = {
-        key: x[member : member + 1] if key.startswith("net.") else x
+        key: x[member : member + 1] if key.startswith(("net.", "termination_net.")) else x
         for key, x in model.state_dict().items()
     }
     alone.load_state_dict(state)
     return alone
+
+
+def _perceptron(net, member: int, x: Tensor) -> Tensor:
+    for i, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
+        x = x @ weight[member].double() + bias[member, 0].double()
+        if i < len(net.weights) - 1:
+            x = x / (1 + torch.exp(-x))
+    return x
 
 
 @torch.no_grad()
@@ -139,10 +147,7 @@ def member_prediction(
     seen = [latent, context, action] if model.condition_on_context else [latent, action]
     x = torch.cat([part.double() for part in seen])
     x = (x - model.input_moments.mean.double()) / model.input_moments.var.double().sqrt()
-    for i, (weight, bias) in enumerate(zip(model.net.weights, model.net.biases, strict=True)):
-        x = x @ weight[member].double() + bias[member, 0].double()
-        if i < len(model.net.weights) - 1:
-            x = x / (1 + torch.exp(-x))
+    x = torch.cat([_perceptron(net, member, x) for net in (model.net, model.termination_net)])
     n_modes, dim = model.n_modes, model.latent_state_dim
     bounds = model.log_std_bounds.double().exp().reshape(2, -1).expand(2, dim)
     scale = model.target_moments.var.double().sqrt()

@@ -6,29 +6,36 @@ import torch
 from torch import Tensor
 
 
-def covariance(samples: Tensor) -> Tensor:
+def covariance(samples: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the covariance matrix of a batch.
 
     Args:
         samples: ``[N, D]``.
+        mask: bool ``[N]``; samples where it is False count for nothing, but must be finite.
 
     Returns:
         ``[D, D]``, divided by ``N`` (so one sample gives 0, not NaN).
     """
-    centred = samples - samples.mean(0)
-    return centred.mT @ centred / samples.shape[0]
+    if mask is None:
+        centred = samples - samples.mean(0)
+        return centred.mT @ centred / samples.shape[0]
+    weight = mask.to(samples.dtype).unsqueeze(-1)
+    n = weight.sum().clamp_min(1)
+    centred = (samples - (weight * samples).sum(0) / n) * weight
+    return centred.mT @ centred / n
 
 
-def whitening_residual(matrix: Tensor, samples: Tensor) -> Tensor:
+def whitening_residual(matrix: Tensor, samples: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Measure how far ``matrix`` is from whitening ``samples``: ``||cov(W x) - I||_F``.
 
     Args:
         matrix: ``W``, ``[D, D]``.
         samples: ``x``, ``[N, D]``.
+        mask: bool ``[N]``, see :func:`covariance`.
 
     Returns:
         Scalar, 0 where ``W`` is ``cov(x)^{-1/2}`` up to a rotation.
     """
-    whitened = covariance(samples @ matrix.mT)
+    whitened = covariance(samples @ matrix.mT, mask)
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.matrix_norm(whitened - eye)

@@ -358,7 +358,9 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         )
         mean, own_std, log_weights, term_logit = self.predict_particles(particles, context, action)
         mean = mean.squeeze(-3)
-        own_std = own_std.squeeze(-3) if std is None else std.to(mean.dtype).expand_as(mean)
+        own_std = (
+            own_std.squeeze(-3) if std is None else torch.as_tensor(std).to(mean).expand_as(mean)
+        )
         return ParticlePrediction(mean, own_std, log_weights.squeeze(-2), term_logit.squeeze(-2))
 
 

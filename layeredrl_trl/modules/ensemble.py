@@ -17,11 +17,14 @@ from layeredrl_trl.functional import bootstrap_weights, spread_modes
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
-from layeredrl_trl.modules.spaces import action_features, space_dim
+from layeredrl_trl.modules.spaces import action_features, is_continuous, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
 
 _BOUNDS_PENALTY = 0.01
 """Weight of the distance between learned bounds of the log standard deviation, as in PETS."""
+
+_TERMINATION_WIDTH = 64
+"""Most width of a hidden layer of the default network that predicts termination."""
 
 
 class ProbabilisticEnsemble(DynamicsModel):
@@ -46,8 +49,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         n_particles_per_model: ``P``, particles per member in an imagined rollout.
         hidden_sizes: width of each hidden layer of the default network.
         activation: class of the nonlinearity of the default network.
-        network: makes the network of one member from the sizes of its input and output, see
-            :class:`~layeredrl_trl.modules.stacking.StackedNetworks`; ``None``: a perceptron.
+        network: makes the network of one member from the sizes of its input and output (the last
+            of which is the termination logit), see
+            :class:`~layeredrl_trl.modules.stacking.StackedNetworks`; ``None``: a perceptron, and a
+            small one of its own for termination.
         std_bounds: ``(low, high)`` of the standard deviation, in units of the running standard
             deviation of the target. The bound is soft: it is between ``low`` and ``low + high``.
         learn_std_bounds: learn the bounds of every latent dim, from ``std_bounds`` on;
@@ -120,6 +125,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.latent_state_dim = space_dim(latent_state_space, "latent_state_space")
         self.context_dim = space_dim(context_space, "context_space")
         self.action_dim = space_dim(action_space, "action_space")
+        self.accepts_indices = not is_continuous(action_space)
         if self.latent_state_dim < 1:
             raise ValueError("ProbabilisticEnsemble: latent_state_space has no dims.")
         self.n_models = n_models
@@ -131,8 +137,13 @@ class ProbabilisticEnsemble(DynamicsModel):
         dim = self.latent_state_dim
         n_in = dim + (self.context_dim if condition_on_context else 0) + self.action_dim
         n_out = n_modes * (2 * dim + 1) + 1
+        # Termination has layers of its own: where it is rare, the gradient of its cross-entropy is
+        # some thousand times smaller than that of the Gaussians and would never be heard.
+        self.termination_net = None
         if network is None:
-            self.net = EnsembleMLP(n_models, n_in, n_out, hidden_sizes, activation)
+            self.net = EnsembleMLP(n_models, n_in, n_out - 1, hidden_sizes, activation)
+            sizes = [min(size, _TERMINATION_WIDTH) for size in hidden_sizes[:2]]
+            self.termination_net = EnsembleMLP(n_models, n_in, 1, sizes, activation)
         else:
             self.net = StackedNetworks(n_models, partial(network, n_in, n_out))
         self.input_moments = RunningMoments(n_in, rate=statistics_rate)
@@ -249,22 +260,32 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def _concatenate(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
         seen = [latent, context] if self.condition_on_context else [latent]
-        return torch.cat([*seen, action_features(action, latent.shape[:-1], self.action_dim)], -1)
+        return torch.cat([*seen, self._features(action, latent.shape[:-1])], -1)
+
+    def _features(self, action: Tensor, batch: torch.Size) -> Tensor:
+        return action_features(action, batch, self.action_dim, indices=self.accepts_indices)
 
     def _inputs(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Standardised network inputs ``[..., E, P, in]``."""
         batch, per_env = latent.shape[:-3], (*latent.shape[-3:-1], -1)
-        action = action_features(action, batch, self.action_dim)
+        action = self._features(action, batch)
         seen = [latent, context] if self.condition_on_context else [latent]
         seen[1:] = [x[..., None, None, :].expand(*batch, *per_env) for x in seen[1:]]
         action = action[..., None, None, :].expand(*batch, *per_env)
         inputs = torch.cat([*seen, action], -1).to(latent.dtype)
         return self.input_moments.standardize(inputs)
 
+    def _run(self, inputs: Tensor) -> Tensor:
+        """All outputs ``[E, N, out]`` for ``[E, N, in]``; the last is the termination logit."""
+        out = self.net(inputs)
+        if self.termination_net is None:
+            return out
+        return torch.cat([out, self.termination_net(inputs)], -1)
+
     def _by_member(self, inputs: Tensor) -> Tensor:
         """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``."""
         rows = inputs.reshape(-1, *inputs.shape[-3:]).transpose(0, 1)
-        out = self.net(rows.reshape(self.n_models, -1, inputs.shape[-1]))
+        out = self._run(rows.reshape(self.n_models, -1, inputs.shape[-1]))
         out = out.unflatten(1, rows.shape[1:3]).transpose(0, 1)
         return out.reshape(*inputs.shape[:-1], out.shape[-1])
 
@@ -285,7 +306,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             slot = (member * most + so_far.gather(1, member) - 1)[:, 0]
             padded = rows.new_zeros(self.n_models * most, *rows.shape[1:])
             padded = padded.index_copy(0, slot, rows)
-            raw = self.net(padded.reshape(self.n_models, -1, rows.shape[-1]))
+            raw = self._run(padded.reshape(self.n_models, -1, rows.shape[-1]))
             raw = raw.reshape(-1, rows.shape[1], raw.shape[-1])[slot]
         return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
 

@@ -13,6 +13,8 @@ from layeredrl_trl import keys
 from layeredrl_trl.modules.mlp import ConcatMLP
 from layeredrl_trl.modules.spaces import action_features
 
+_IN_KEYS = (keys.LATENT, keys.CONTEXT, keys.ACTION)
+
 
 class LatentFunction(TensorDictModule):
     """A plain ``f(latent, context)`` or ``f(latent, context, action)`` as a ``TensorDictModule``.
@@ -115,16 +117,18 @@ class ValueNet(LatentFunction):
         )
 
 
-def as_reward_module(module: nn.Module | None) -> TensorDictModuleBase | None:
+def as_reward_module(
+    module: nn.Module | None, in_keys: Sequence[NestedKey] = _IN_KEYS
+) -> TensorDictModuleBase | None:
     """Wrap a plain ``f(latent, context, action) -> [..., 1]``; pass a TensorDict module through."""
     if module is None or isinstance(module, TensorDictModuleBase):
         return module
-    return LatentFunction(
-        module, in_keys=[keys.LATENT, keys.CONTEXT, keys.ACTION], out_keys=[keys.REWARD]
-    )
+    return LatentFunction(module, in_keys=list(in_keys), out_keys=[keys.REWARD])
 
 
-def as_value_module(module: nn.Module | None) -> TensorDictModuleBase | None:
+def as_value_module(
+    module: nn.Module | None, in_keys: Sequence[NestedKey] = _IN_KEYS
+) -> TensorDictModuleBase | None:
     """Wrap a plain ``f(latent, context)`` or ``f(latent, context, action)`` ``-> [..., 1]``.
 
     The number of arguments of its ``forward`` that have no default tells a state value from a
@@ -142,9 +146,8 @@ def as_value_module(module: nn.Module | None) -> TensorDictModuleBase | None:
             f"but {type(module).__name__}.forward takes {n_args} arguments. Wrap it in a "
             "tensordict.nn.TensorDictModule to name what it reads."
         )
-    in_keys = [keys.LATENT, keys.CONTEXT, keys.ACTION][:n_args]
     out_key = keys.STATE_VALUE if n_args == 2 else keys.STATE_ACTION_VALUE
-    return LatentFunction(module, in_keys=in_keys, out_keys=[out_key])
+    return LatentFunction(module, in_keys=list(in_keys[:n_args]), out_keys=[out_key])
 
 
 def reads_action(module: TensorDictModuleBase, action_key: NestedKey = keys.ACTION) -> bool:

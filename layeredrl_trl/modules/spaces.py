@@ -56,25 +56,39 @@ def space_dim(space: Any, name: str) -> int:
     )
 
 
-def action_features(action: Tensor, batch_shape: torch.Size, dim: int) -> Tensor:
+def is_continuous(space: Any) -> bool:
+    """Tell whether ``space`` is known to hold vectors; a bare number of dims says nothing."""
+    return isinstance(space, gymnasium.spaces.Box | Bounded | Unbounded)
+
+
+def action_features(
+    action: Tensor, batch_shape: torch.Size, dim: int, *, indices: bool = True
+) -> Tensor:
     """Turn actions into network inputs ``[*batch_shape, dim]``.
 
     Continuous and one-hot actions are ``[*batch_shape, dim]`` already and are cast. Integers of
     shape ``[*batch_shape]`` (TorchRL's categorical encoding) or ``[*batch_shape, 1]`` are
     indices of ``dim`` actions and become one-hot.
 
+    Args:
+        action: the actions.
+        batch_shape: leading shape.
+        dim: ``A``.
+        indices: whether indices are legal.
+
     Raises:
         ValueError: if the shape fits none of these.
     """
     if action.shape == (*batch_shape, dim):
         return action.to(torch.float32)
-    if not action.is_floating_point():
+    if indices and not action.is_floating_point():
         index = action if action.shape == batch_shape else None
         if action.shape == (*batch_shape, 1):
             index = action.squeeze(-1)
         if index is not None:
             return torch.nn.functional.one_hot(index.long(), dim).to(torch.float32)
+    or_indices = f" or indices (integers) of shape {list(batch_shape)}" if indices else ""
     raise ValueError(
-        f"action: expected shape {[*batch_shape, dim]} or indices (integers) of shape "
-        f"{list(batch_shape)}, got {list(action.shape)} {action.dtype}."
+        f"action: expected shape {[*batch_shape, dim]}{or_indices}, "
+        f"got {list(action.shape)} {action.dtype}."
     )

@@ -35,9 +35,15 @@ class DeltaStandardizer(nn.Module):
         std = self.moments.std(floor=1e-4)
         return 0.5 * (self.raw + self.raw.mT) / torch.maximum(std[:, None], std)
 
-    def residual(self, delta: Tensor) -> Tensor:
-        """Return ``||cov(W delta) - I||_F`` for ``delta`` ``[..., D]``, a scalar to minimise."""
-        return whitening_residual(self.matrix, delta.flatten(0, -2))
+    def residual(self, delta: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Measure ``||cov(W delta) - I||_F``, a scalar to minimise.
+
+        Args:
+            delta: ``[..., D]``.
+            mask: bool ``[...]``; changes where it is False count for nothing.
+        """
+        mask = None if mask is None else mask.reshape(-1)
+        return whitening_residual(self.matrix, delta.flatten(0, -2), mask)
 
     def update_statistics(self, delta: Tensor, mask: Tensor | None = None) -> None:
         """Take changes ``[..., D]`` of real transitions into the running moments."""

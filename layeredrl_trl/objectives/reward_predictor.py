@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from layeredrl_trl.modules import (
     DeltaStandardizer,
     DynamicsModel,
     Encoder,
+    action_features,
     as_reward_module,
     as_value_module,
     evaluate,
@@ -24,7 +26,7 @@ from layeredrl_trl.modules import (
 )
 from layeredrl_trl.objectives.slices import (
     Reader,
-    check_per_step,
+    per_step,
     read_steps,
     rows_with_data,
     zero_where_not,
@@ -66,7 +68,9 @@ class RewardPredictorLoss(LossModule):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Reads:
-        A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices: ``observation``, ``action``,
+        A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices (of a flat one it cannot be
+        told how long its slices are: give the sampler ``slice_len=loss.slice_len``):
+        ``observation``, ``action``,
         ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")``,
         ``("collector", "mask")`` and optionally ``planned``, ``weight`` ``[..., 1]`` (of the
         transition in ``loss_consistency``) and ``index`` (for bootstrap masks).
@@ -148,6 +152,13 @@ class RewardPredictorLoss(LossModule):
     ) -> None:
         super().__init__()
         _check_options(gamma, k_steps, n_steps, reduction)
+        for name, weight in (
+            ("consistency_loss_weight", consistency_loss_weight),
+            ("value_loss_weight", value_loss_weight),
+            ("rew_loss_weight", rew_loss_weight),
+        ):
+            if not weight >= 0:
+                raise ValueError(f"{name} must be at least 0, got {weight}.")
         self.encoder = encoder
         self.dynamics = dynamics
         self.reward = as_reward_module(reward)
@@ -156,6 +167,8 @@ class RewardPredictorLoss(LossModule):
         self.has_value = value is not None
         if value is not None:
             self.convert_to_functional(value, "value_network", create_target_params=True)
+            if not any(True for _ in value.parameters()):  # no target to be warned of
+                self._has_update_associated["value_network"] = True
         self.gamma = gamma
         self.k_steps = k_steps
         self.n_steps = n_steps
@@ -228,13 +241,15 @@ class RewardPredictorLoss(LossModule):
                 )
         else:
             slices = self._as_slices(tensordict)
-            mask = slices.get(self.tensor_keys.mask).squeeze(-1)
+            mask = per_step(slices, self.tensor_keys.mask, slices.batch_size, flag=True)
+            mask = mask.squeeze(-1)
             row = rows_with_data(mask)
             targets = self.compute_targets(
                 lambda names, steps: read_steps(slices, row, names, steps), mask
             )
             if transitions is None:
                 transitions = self.encode_transitions(slices[row, 0])
+                transitions.set(keys.MASK, mask[:, :1])
         return TensorDict(
             {**self._head_terms(targets), **self._dynamics_terms(transitions)}, batch_size=[]
         )
@@ -279,27 +294,22 @@ class RewardPredictorLoss(LossModule):
         )
         every = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         outcome = read([reward_key, terminated_key], every)
-        for key in (reward_key, terminated_key):
-            check_per_step(key, outcome.get(key), mask.shape)
+        reward = per_step(outcome, reward_key, mask.shape)
+        terminated = per_step(outcome, terminated_key, mask.shape, flag=True)
         window = n_step_window(
-            outcome.get(terminated_key).squeeze(-1),
-            mask,
-            k_steps,
-            n_steps,
-            next_action=self.bootstraps_action,
+            terminated.squeeze(-1), mask, k_steps, n_steps, next_action=self.bootstraps_action
         )
         first = every[:, :k_steps]
         last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
         steps = read([names.observation, names.action, names.planned], first.minimum(last))
-        planned = steps.get(names.planned, default=None)
-        if planned is not None:
-            check_per_step(names.planned, planned, first.shape)
+        planned = torch.ones_like(first, dtype=torch.bool).unsqueeze(-1)
+        if names.planned in steps.keys(True):
+            planned = per_step(steps, names.planned, first.shape, flag=True)
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             latent, context = self.encoder.encode(steps.get(names.observation))
         context = context[:, :1].expand_as(context)
         end = first + window.steps
         value = self._bootstrap_value(read, context.detach(), end, mask)
-        reward = outcome.get(reward_key)
         target = n_step_targets(
             reward.squeeze(-1), window, value.squeeze(-1), gamma=gamma, n_steps=n_steps
         )
@@ -310,10 +320,10 @@ class RewardPredictorLoss(LossModule):
                 self.encoder.out_keys[1]: context,
                 names.action: steps.get(names.action),
                 reward_key: reward[:, :k_steps],
-                terminated_key: outcome.get(terminated_key)[:, :k_steps],
+                terminated_key: terminated[:, :k_steps],
                 keys.VALUE_TARGET: target.unsqueeze(-1),
                 names.mask: valid,
-                names.planned: torch.ones_like(valid) if planned is None else planned,
+                names.planned: planned,
             },
             batch_size=[mask.shape[0], k_steps],
         )
@@ -375,24 +385,26 @@ class RewardPredictorLoss(LossModule):
 
     def _head_terms(self, targets: TensorDictBase) -> dict[str, Tensor]:
         names = self.tensor_keys
+        _check_keys(targets, (*self.encoder.out_keys, names.action))
         latent, context = (targets.get(key) for key in self.encoder.out_keys)
         action = targets.get(names.action)
         if not self.learn_encoder:
             latent, context = latent.detach(), context.detach()
-        valid = targets.get(names.mask)
+        shape = targets.batch_size
+        valid = per_step(targets, names.mask, shape, flag=True)
         latent, context, action = (
             zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
         )
         terms = {}
         if self.reward is not None:
-            reward = targets.get(unravel_key(("next", names.reward)))
+            reward = per_step(targets, unravel_key(("next", names.reward)), shape)
             predicted = evaluate(self.reward, self._entries(latent, context, action))
             error = zero_where_not(valid, predicted - reward).square()
             terms["loss_reward"] = self.rew_loss_weight * self._reduce(error, targets)
         if self.has_value:
             entries = self._entries(latent.detach(), context.detach(), action)
-            value_target = targets.get(keys.VALUE_TARGET)
-            planned = targets.get(names.planned)
+            value_target = per_step(targets, keys.VALUE_TARGET, shape)
+            planned = per_step(targets, names.planned, shape, flag=True)
             error = evaluate(self.value_network, entries) - value_target
             error = zero_where_not(valid & planned, error).square()
             terms["loss_value"] = self.value_loss_weight * self._reduce(error, targets, planned)
@@ -402,17 +414,20 @@ class RewardPredictorLoss(LossModule):
     def _dynamics_terms(self, transitions: TensorDictBase) -> dict[str, Tensor]:
         names = self.tensor_keys
         latent_key, context_key = self.encoder.out_keys
-        latent, context = (
-            transitions.get(latent_key).detach(),
-            transitions.get(context_key).detach(),
-        )
-        next_latent = transitions.get(unravel_key(("next", latent_key))).detach()
-        action = transitions.get(names.action)
-        terminated = transitions.get(unravel_key(("next", names.terminated)))
-        delta = next_latent - latent
-        if self.training:
-            self._update_statistics(transitions, latent, context, action, next_latent)
+        next_latent_key = unravel_key(("next", latent_key))
+        inputs = (latent_key, context_key, names.action, next_latent_key)
+        terminated_key = unravel_key(("next", names.terminated))
+        terminated = per_step(transitions, terminated_key, transitions.batch_size, flag=True)
+        _check_keys(transitions, inputs)
         weight = self.dynamics.batch_weight(transitions)
+        latent, context, action, next_latent = (transitions.get(key).detach() for key in inputs)
+        counts = None if weight is None else (weight > 0).any(-1)
+        if counts is not None:
+            latent, context, action, next_latent = (
+                zero_where_not(counts, x) for x in (latent, context, action, next_latent)
+            )
+        if self.training:
+            self._update_statistics(transitions, latent, context, action, next_latent, counts)
         nll, bce = self.dynamics.negative_log_likelihood(
             latent, context, action, next_latent, terminated, weight
         )
@@ -426,7 +441,8 @@ class RewardPredictorLoss(LossModule):
             "term_bce": bce.detach().mean(),
         }
         if self.standardizer is not None:
-            terms["loss_standardizer"] = self.standardizer.residual(delta)
+            delta = next_latent - latent
+            terms["loss_standardizer"] = self.standardizer.residual(delta, counts)
         return terms
 
     def _update_statistics(
@@ -436,19 +452,22 @@ class RewardPredictorLoss(LossModule):
         context: Tensor,
         action: Tensor,
         next_latent: Tensor,
+        counts: Tensor | None,
     ) -> None:
-        self.dynamics.update_statistics(latent, context, action, next_latent)
+        self.dynamics.update_statistics(latent, context, action, next_latent, counts)
         if self.standardizer is not None:
-            self.standardizer.update_statistics(next_latent - latent)
+            self.standardizer.update_statistics(next_latent - latent, counts)
         observation_key = self.tensor_keys.observation
         observation = transitions.get(observation_key, default=None)
         if self.encoder.has_statistics and observation is not None:
             next_observation = transitions.get(unravel_key(("next", observation_key)))
-            self.encoder.update_statistics(observation, next_observation)
+            self.encoder.update_statistics(observation, next_observation, counts)
 
     def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
         entries = dict(zip(self.encoder.out_keys, (latent, context), strict=True))
         if action is not None:
+            # A plain module might broadcast an action of another shape.
+            action_features(action, latent.shape[:-1], self.dynamics.action_dim)
             entries[self.tensor_keys.action] = action
         return entries
 
@@ -465,15 +484,8 @@ class RewardPredictorLoss(LossModule):
 
     def _as_slices(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Check the entries and the shape of a sample; return it as ``[B, T]``."""
-        there = set(tensordict.keys(True, True))
-        missing = [key for key in self.in_keys if key not in there]
-        if missing:
-            raise KeyError(
-                f"RewardPredictorLoss: the batch has no {missing}; "
-                f"it has {sorted(map(str, there))}."
-            )
-        mask = tensordict.get(self.tensor_keys.mask)
-        check_per_step(self.tensor_keys.mask, mask, tensordict.batch_size)
+        _check_keys(tensordict, self.in_keys)
+        per_step(tensordict, self.tensor_keys.mask, tensordict.batch_size)
         if tensordict.ndim == 2 and tensordict.shape[1] >= self.slice_len:
             return tensordict
         if tensordict.ndim != 1 or tensordict.shape[0] % self.slice_len:
@@ -492,6 +504,15 @@ class RewardPredictorLoss(LossModule):
         super().__setstate__(state)
         if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
             self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
+
+
+def _check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
+    there = set(tensordict.keys(True, True))
+    missing = [key for key in needed if key not in there]
+    if missing:
+        raise KeyError(
+            f"RewardPredictorLoss: the batch has no {missing}; it has {sorted(map(str, there))}."
+        )
 
 
 def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:

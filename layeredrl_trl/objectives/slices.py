@@ -35,21 +35,36 @@ def read_steps(
 
 
 def zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
-    """Set steps of ``x`` ``[B, k, ...]`` to 0 where ``mask`` ``[B, k(, 1)]`` is False.
+    """Set ``x`` to 0 where ``mask`` is False; ``mask`` has the leading dims of ``x``.
 
     What does not count may hold anything. Masking the loss alone would not do: backward, a
     gradient of 0 times NaN is NaN.
     """
-    return torch.where(mask.reshape(*mask.shape[:2], *(1,) * (x.ndim - 2)), x, torch.zeros_like(x))
+    mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+    return torch.where(mask, x, torch.zeros_like(x))
 
 
-def check_per_step(key: NestedKey, x: Tensor, batch: torch.Size) -> None:
-    """Refuse an entry that is not ``[*batch, 1]``: it would broadcast into nonsense.
+def per_step(
+    tensordict: TensorDictBase, key: NestedKey, batch: torch.Size, *, flag: bool = False
+) -> Tensor:
+    """Get an entry ``[*batch, 1]`` and refuse any other shape: it would broadcast into nonsense.
+
+    Args:
+        tensordict: holds the entry.
+        key: of the entry.
+        batch: its shape but for the trailing 1.
+        flag: return it as bool; ``~`` of a flag stored as a number would be something else.
 
     Raises:
+        KeyError: if the entry is missing; names it and those that are there.
         ValueError: naming ``key`` and both shapes.
     """
+    x = tensordict.get(key, default=None)
+    if x is None:
+        there = sorted(str(name) for name in tensordict.keys(True, True))
+        raise KeyError(f"The batch has no {key!r}; it has {there}.")
     if x.shape != (*batch, 1):
         raise ValueError(
             f"{key}: expected shape {[*batch, 1]} (a trailing dim of 1), got {list(x.shape)}."
         )
+    return x != 0 if flag and x.dtype is not torch.bool else x

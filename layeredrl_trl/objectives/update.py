@@ -74,14 +74,15 @@ class Update:
         self.optimizer.zero_grad()
         total.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = _norm(params)
+        is_finite = torch.isfinite(norm)
         if self.steps < self.warm_up:
             for p in params:
                 if id(p) not in self._warm_up_params:
                     p.grad = None
-        grads = [p.grad for p in params if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+            norm = _norm(params)
         self.steps += 1
-        if torch.isfinite(norm):
+        if is_finite:
             if self.clip_grad_max_norm is not None:
                 nn.utils.clip_grads_with_norm_(params, self.clip_grad_max_norm, norm)
             self.optimizer.step()
@@ -105,3 +106,8 @@ class Update:
                 "ones are only counted ('skipped').",
                 stacklevel=3,
             )
+
+
+def _norm(params: list[nn.Parameter]) -> Tensor:
+    """Global norm of the gradients that there are."""
+    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])

@@ -17,6 +17,7 @@ from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
+    action_features,
     as_reward_module,
     as_value_module,
     evaluate,
@@ -38,7 +39,8 @@ class Predictor(nn.Module, abc.ABC):
         latent_state_dim: ``D``.
         context_dim: ``C``.
         device: where all parts are moved to.
-        writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` to log nothing.
+        writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` to log nothing. A copied or
+            unpickled predictor has none.
         log_interval: of logging, in calls to :meth:`learn`.
 
     Attributes:
@@ -71,8 +73,9 @@ class Predictor(nn.Module, abc.ABC):
         self.context_dim = context_dim
         self.encoder = encoder
         self.model = model
-        self.rew_func = as_reward_module(rew_func)
-        self.val_func = as_value_module(val_func)
+        names = (*encoder.out_keys, model.in_keys[2])
+        self.rew_func = as_reward_module(rew_func, names)
+        self.val_func = as_value_module(val_func, names)
         self.to(device)
 
     @property
@@ -261,6 +264,8 @@ class Predictor(nn.Module, abc.ABC):
     def _evaluate(
         self, module: nn.Module, latent: Tensor, context: Tensor, act: Tensor | None
     ) -> Tensor:
+        if act is not None:  # a plain module might broadcast it
+            action_features(act, latent.shape[:-1], self.model.action_dim)
         names = (*self.encoder.out_keys, self.model.in_keys[2])
         entries = dict(zip(names, (latent, context, act), strict=True))
         entries = {key: x for key, x in entries.items() if x is not None}
@@ -271,7 +276,8 @@ class Predictor(nn.Module, abc.ABC):
         return x.float() if x.dtype == torch.float64 else x
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_envs"}
+        state = {key: value for key, value in self.__dict__.items() if key != "_envs"}
+        return state | {"writer": None}  # an open file: neither to be copied nor sent elsewhere
 
 
 def check_counts(**counts: int) -> None:

@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
@@ -154,9 +154,23 @@ class RewardPredictor(Predictor):
             value_loss_weight=value_loss_weight,
             rew_loss_weight=rew_loss_weight,
         )
+        loss_module.set_keys(observation=self.encoder.in_keys[0], action=self.model.in_keys[2])
         # The loss holds the same parts: registering it too would put each into the state twice.
         # Its target parameters are the only state of its own.
         self.__dict__["loss_module"] = loss_module
+        rates = {
+            "delta_standardizer_lr": delta_standardizer_lr,
+            "encoder_lr": encoder_lr,
+            "reward_lr": reward_lr,
+            "model_lr": model_lr,
+            "value_lr": value_lr,
+        }
+        for name, rate in rates.items():
+            if not callable(rate) and not (isinstance(rate, float | int) and rate >= 0):
+                raise ValueError(
+                    f"{name} must be a number of at least 0 or a function of env steps, "
+                    f"got {rate!r}."
+                )
         self._rates: dict[str, LearningRate] = {
             "model": model_lr,
             "value": value_lr,
@@ -239,8 +253,8 @@ class RewardPredictor(Predictor):
         wanted = [
             names.observation,
             names.action,
-            ("next", names.observation),
-            ("next", names.terminated),
+            unravel_key(("next", names.observation)),
+            unravel_key(("next", names.terminated)),
             keys.WEIGHT,
         ]
         index = tuple(i[:, 0] for i in index)
@@ -301,7 +315,7 @@ class RewardPredictor(Predictor):
         for name, number in (("n_steps", n_steps), ("n_total_env_steps", n_total_env_steps)):
             if number < (name == "n_steps"):
                 raise ValueError(f"learn: {name} must not be {number}.")
-        rates = self._set_learning_rates(n_total_env_steps)
+        rates = self._learning_rates(n_total_env_steps)
         loss = self.loss_module
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         skipped_before = self.update.skipped
@@ -309,8 +323,11 @@ class RewardPredictor(Predictor):
             batch = self.compute_targets(
                 buffer, batch_size, loss.k_steps, loss.n_steps, gamma=loss.gamma
             )
+            model_batch = self.sample_model_batch(buffer, model_batch_size)
+            for group in self.update.optimizer.param_groups:
+                group["lr"] = rates[group["name"]]
             skipped = self.update.skipped
-            terms = self.update(batch, self.sample_model_batch(buffer, model_batch_size))
+            terms = self.update(batch, model_batch)
             for name, value in terms.items() if self.update.skipped == skipped else ():
                 sums[name] += value
         whitening = None if self.standardizer is None else self.standardizer.matrix
@@ -327,6 +344,27 @@ class RewardPredictor(Predictor):
             log_scalars(self.writer, scalars, n_total_env_steps)
         self.n_learn_calls += 1
         return mean_loss, info
+
+    def set_keys(self, **names: NestedKey) -> None:
+        """Rename the entries that are read from buffers.
+
+        Observation and action are called what ``encoder`` and ``model`` call them, unless named
+        here.
+
+        Args:
+            names: of :class:`~layeredrl_trl.objectives.RewardPredictorLoss`: ``observation``,
+                ``action``, ``reward``, ``terminated``, ``planned``; all but ``observation``,
+                ``action`` and ``planned`` under ``"next"``. ``done`` and ``truncated`` are looked
+                for beside ``terminated``.
+
+        Raises:
+            ValueError: if there is no such entry.
+        """
+        self.loss_module.set_keys(**names)
+        terminated = unravel_key(("next", self.loss_module.tensor_keys.terminated))
+        beside = terminated[:-1]
+        ends = [terminated, *((*beside, key) for key in (keys.DONE, keys.TRUNCATED))]
+        self._sampler = TransitionSliceSampler(slice_len=self.loss_module.slice_len, end_keys=ends)
 
     def get_standardized_log_prob(
         self,
@@ -353,12 +391,17 @@ class RewardPredictor(Predictor):
             ``log_prob`` ``[B]`` in nats, ``term_prob`` ``[B]``, and a dictionary with
             ``standardized_delta`` ``[B, D]``.
         """
+        state, context, action, next_state, fixed_std = (
+            self._tensor(x) for x in (state, context, action, next_state, fixed_std)
+        )
+        if not (fixed_std > 0).all():
+            raise ValueError("fixed_std: every standard deviation must be positive.")
         if self.standardizer is None:
             matrix = torch.eye(self.latent_state_dim, device=state.device)
         else:
             matrix = self.standardizer.matrix
         log_prob, term_prob = self.model.log_prob(
-            state, context, action, next_state, std=torch.as_tensor(fixed_std), transform=matrix
+            state, context, action, next_state, std=fixed_std, transform=matrix
         )
         return log_prob, term_prob, {"standardized_delta": (next_state - state) @ matrix.mT}
 
@@ -401,19 +444,23 @@ class RewardPredictor(Predictor):
         return Update(
             loss,
             torch.optim.Adam(groups, fused=True),
-            target_updater=_soft_update(loss, tau) if loss.has_value else None,
+            target_updater=_soft_update(loss, tau) if params.get("value") else None,
             clip_grad_max_norm=clip_grad_max_norm,
-            warm_up=encoder_warm_up if loss.learn_encoder else 0,
+            # Without a reward nothing would learn in the warm-up.
+            warm_up=encoder_warm_up if loss.learn_encoder and self.rew_func is not None else 0,
             warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
         )
 
-    def _set_learning_rates(self, n_total_env_steps: int) -> dict[str, float]:
+    def _learning_rates(self, n_total_env_steps: int) -> dict[str, float]:
         rates = {}
         for group in self.update.optimizer.param_groups:
-            rate = self._rates[group["name"]]
-            group["lr"] = rates[group["name"]] = (
-                float(rate(n_total_env_steps)) if callable(rate) else rate
-            )
+            name = group["name"]
+            rate = self._rates[name]
+            rates[name] = float(rate(n_total_env_steps)) if callable(rate) else rate
+            if not rates[name] >= 0:
+                raise ValueError(
+                    f"{name}_lr must be at least 0, got {rates[name]} at {n_total_env_steps} steps."
+                )
         return rates
 
     def _draw_slices(

@@ -60,7 +60,7 @@ def make_env(
         **(model_options or {}),
     )
     with torch.no_grad():  # most particles live on for some steps
-        model.net.biases[-1][..., -1] -= 2.0
+        model.termination_net.biases[-1] -= 2.0
     reward = random_reward(model) if with_reward else None
     return PredictorEnv(encoder, model, reward, action_spec, **options)
 
@@ -261,9 +261,9 @@ def test_imagine_is_rollout_until_termination_is_drawn():
 
 def test_a_terminated_env_goes_on_without_reward():
     env = make_env(n_models=1, particles=1, termination="sample")
-    out = env.imagine(env.reset(observations(env, 50)), random_actions(env, 50, 30))
+    out = env.imagine(env.reset(observations(env, 50)), random_actions(env, 50, 5))
     over, alive = out["next", "terminated"].squeeze(-1), out["next", "alive"].flatten(2)
-    assert 0.1 < over[:, -1].float().mean() < 0.9
+    assert 0 < over[:, -1].float().mean() < 1
     assert torch.equal(over, (alive == 0).all(-1))
     assert (over[:, 1:] >= over[:, :-1]).all()  # once over, always over
     assert (out["next", "reward"][:, 1:][over[:, :-1]] == 0).all()
@@ -543,7 +543,7 @@ def test_a_partial_reset_does_not_start_at_the_last_observation():
 def test_when_all_end_at_once_they_do_not_start_where_they_ended():
     env = make_env(n_models=1, particles=1, termination="sample", start=torch.full((1, 3), 9.0))
     with torch.no_grad():
-        env.world_model.dynamics.net.biases[-1][..., -1] = 1e4
+        env.world_model.dynamics.termination_net.biases[-1].fill_(1e4)
     out = env.rollout(
         4, tensordict=env.reset(observations(env, 3)), auto_reset=False, break_when_any_done=False
     )

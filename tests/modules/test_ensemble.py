@@ -308,7 +308,7 @@ def test_any_network_can_be_a_member(network, n_modes):
     plain.load_state_dict(
         {k: x for k, x in model.state_dict().items() if k[:4] != "net."}, strict=False
     )
-    plain.net = SideBySide(nets)  # the oracle: a loop
+    plain.net, plain.termination_net = SideBySide(nets), None  # the oracle: a loop
     args, results = inputs(model, 6), outcome(model, 6)
     for x, y in zip(model.predict(*args), plain.predict(*args), strict=True):
         torch.testing.assert_close(x, y)
@@ -392,7 +392,7 @@ def test_order_of_members_changes_nothing(order, seed):
     model = random_ensemble(n_models=4, n_modes=2)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in other.net.parameters():
+        for parameter in other.parameters():
             parameter.copy_(parameter[list(order)])
     args, results = inputs(model, 5), outcome(model, 5)
     for x, y in zip(model.predict(*args)[:3], other.predict(*args)[:3], strict=True):
@@ -507,7 +507,7 @@ def test_likelihood_reaches_every_parameter_and_no_statistic(model):
     sum(x.mean() for x in model.negative_log_likelihood(*args, *results)).backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
-        for e in range(model.n_models if name.startswith("net.") else 2):
+        for e in range(2 if name == "log_std_bounds" else model.n_models):
             assert (parameter.grad[e] != 0).any(), name
     assert not any(buffer.requires_grad for buffer in model.buffers())
 
@@ -640,7 +640,7 @@ def test_state_dict_round_trip(model):
 
 def test_each_tensor_is_registered_once():
     names = [name for name, _ in random_ensemble().named_parameters(remove_duplicate=False)]
-    assert len(names) == len(set(names)) == 4
+    assert len(names) == len(set(names)) == 8  # two layers of two nets
 
 
 @pytest.mark.parametrize("action", [2, OneHot(4)], ids=["continuous", "index"])

@@ -412,12 +412,42 @@ def test_a_slice_of_nothing_but_padding_counts_for_nothing():
     terms = loss(slices)
     assert all(x.isfinite() for x in terms.values())
     assert all(g.isfinite().all() for g in grads(loss, slices).values())
-    # the dynamics see the first real slice in their place
-    as_seen = loss.encode_transitions(slices[torch.tensor([0, 0, 2, 0, 4]), 0])
-    same(
-        frozen(loss)(slices).select("nll", "loss_standardizer"),
-        loss(compute_targets(loss, slices), as_seen).select("nll", "loss_standardizer"),
-    )
+    as_seen = loss.encode_transitions(slices[torch.tensor([0, 2, 4]), 0])
+    seen, alone = frozen(loss)(slices), loss(compute_targets(loss, slices), as_seen)
+    for key in ("nll", "loss_standardizer"):
+        torch.testing.assert_close(seen[key], alone[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_flags_stored_as_numbers_are_flags(dtype):
+    """``~`` of a flag stored as uint8 bootstrapped every terminated step."""
+    loss = frozen(make_loss(n_steps=2))
+    slices = make_slices(length=2, lengths=[1, 2, 2, 1, 2, 1])
+    slices["planned"] = torch.tensor([True, False]).expand(6, 2).unsqueeze(-1)
+    numbers = slices.clone()
+    for key in (("next", "terminated"), MASK, "planned"):
+        numbers.set(key, slices[key].to(dtype))
+    same(loss(numbers), loss(slices))
+
+
+@pytest.mark.parametrize("key", [("next", "reward"), "value_target", "planned", MASK])
+def test_targets_of_a_wrong_shape_are_refused(key):
+    """A relabelled reward ``[B, k]`` was broadcast to ``[B, B, k]``."""
+    loss = make_loss()
+    targets = compute_targets(loss, make_slices(length=1))
+    targets.set(key, targets[key].squeeze(-1))
+    transitions = loss.encode_transitions(make_slices(length=1)[:, 0])
+    with pytest.raises(ValueError, match=r"expected shape \[6, 1, 1\]"):
+        loss(targets, transitions)
+
+
+@pytest.mark.parametrize("key", ["action", ("next", "latent"), ("next", "terminated")])
+def test_transitions_without_an_entry_name_it(key):
+    loss = make_loss()
+    targets = compute_targets(loss, make_slices(length=1))
+    transitions = loss.encode_transitions(make_slices(length=1)[:, 0]).exclude(key)
+    with pytest.raises(KeyError, match="it has"):
+        loss(targets, transitions)
 
 
 def test_without_planned_every_step_is():

@@ -1,0 +1,151 @@
+"""Input that was once taken silently, or refused without a word of what is wrong."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from gymnasium.spaces import Box
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
+from layeredrl_trl.predictors import RewardPredictor
+from tests.oracles_predictors import filled_buffer
+
+
+class Sum(nn.Module):
+    """Broadcasts whatever it is given."""
+
+    def forward(self, latent, context, action):
+        return (latent.sum(-1, keepdim=True) + action.sum(-1, keepdim=True)) / 2
+
+
+class Plain(nn.Module):
+    """A value without parameters."""
+
+    def forward(self, latent, context):
+        return latent[..., :1]
+
+
+def predictor_of(value=None, reward=None, **options) -> RewardPredictor:
+    options = {"learn_encoder": False} | options
+    model = ProbabilisticEnsemble(3, 0, Box(-1, 1, (1,)))
+    return RewardPredictor(model, value, reward, IdentityEncoder(3), 3, 0, **options)
+
+
+def moved_parts(predictor, before) -> set[str]:
+    now = predictor.state_dict()
+    return {k.split(".")[0] for k, x in before.items() if not torch.equal(x, now[k])}
+
+
+def tensors(predictor) -> dict[str, torch.Tensor]:
+    state = predictor.state_dict()
+    return {k: x.clone() for k, x in state.items() if isinstance(x, torch.Tensor)}
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (1, 1), (4,), (3, 1)])
+def test_a_plain_module_does_not_broadcast_actions(shape):
+    predictor = predictor_of(reward=Sum())
+    with pytest.raises(ValueError, match=r"action: expected shape \[4, 1\]"):
+        predictor.predict_reward(torch.zeros(4, 3), torch.zeros(shape))
+
+
+def test_integers_are_no_indices_where_actions_are_continuous():
+    predictor = predictor_of(reward=RewardNet(3, 0, 1))
+    with pytest.raises(ValueError, match=r"action: expected shape \[4, 1\], got \[4\]"):
+        predictor.predict(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_predictor_without_reward_has_nothing_to_warm_up():
+    """With nothing but the dynamics, the default warm-up of 20 steps learned nothing at all."""
+    predictor = predictor_of(learn_encoder=True)
+    before = tensors(predictor)
+    predictor.learn(filled_buffer().buffer, 1, 8, 8, 0)
+    assert "model" in moved_parts(predictor, before)
+
+
+def test_a_value_without_parameters_has_no_target_to_move():
+    predictor = predictor_of(value=Plain(), reward=RewardNet(3, 0, 1))
+    _, info = predictor.learn(filled_buffer().buffer, 2, 8, 8, 0)
+    assert info["skipped"] == 0 and info["loss_value"] > 0
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), "x", None])
+def test_learning_rates_out_of_range(rate):
+    with pytest.raises(ValueError, match="model_lr must be a number of at least 0"):
+        predictor_of(model_lr=rate)
+
+
+def test_a_schedule_that_turns_negative_changes_nothing():
+    predictor = predictor_of(reward=RewardNet(3, 0, 1), model_lr=lambda steps: 1.0 - steps)
+    before = tensors(predictor)
+    with pytest.raises(ValueError, match=r"model_lr must be at least 0, got -1.0 at 2 steps"):
+        predictor.learn(filled_buffer().buffer, 1, 8, 8, 2)
+    assert moved_parts(predictor, before) == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["consistency_loss_weight", "value_loss_weight", "rew_loss_weight"]
+)
+def test_loss_weights_out_of_range(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+        predictor_of(**{name: -1.0})
+
+
+def test_learning_rates_stay_where_learn_fails():
+    predictor = predictor_of(reward=RewardNet(3, 0, 1), model_lr=lambda steps: 0.1 * steps)
+    before = [group["lr"] for group in predictor.update.optimizer.param_groups]
+    toy = filled_buffer()
+    with pytest.raises(ValueError, match="batch_size"):
+        predictor.learn(toy.buffer, 1, 0, 8, 5)
+    assert [group["lr"] for group in predictor.update.optimizer.param_groups] == before
+
+
+def test_a_predictor_with_a_writer_can_be_copied_and_pickled(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    predictor = predictor_of(reward=RewardNet(3, 0, 1), writer=writer)
+    predictor.learn(filled_buffer().buffer, 1, 8, 8, 0)
+    for other in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        assert other.writer is None
+        other.learn(filled_buffer().buffer, 1, 8, 8, 0)
+    assert predictor.writer is writer
+    writer.close()
+
+
+def test_standardized_log_prob_casts_float64_and_refuses_a_std_of_zero():
+    predictor = predictor_of()
+    entries = [torch.zeros(4, n, dtype=torch.float64) for n in (3, 0, 1, 3)]
+    log_prob, _, _ = predictor.get_standardized_log_prob(*entries, torch.tensor(0.5))
+    assert log_prob.shape == (4,) and log_prob.dtype is torch.float32
+    with pytest.raises(ValueError, match="fixed_std: every standard deviation must be positive"):
+        predictor.get_standardized_log_prob(*entries, torch.tensor([0.5, 0.0, 1.0]))
+
+
+def test_parts_with_names_of_their_own_and_nested_flags():
+    model = ProbabilisticEnsemble(3, 0, 1, in_keys=["latent", "context", ("agent", "act")])
+    encoder = IdentityEncoder(3, in_keys=[("agent", "obs")])
+    value, reward = ValueNet(3, 0), Sum()
+    predictor = RewardPredictor(model, value, reward, encoder, 3, 0, n_steps=2)
+    predictor.set_keys(
+        reward=("agent", "rew"), terminated=("agent", "terminated"), planned=("agent", "planned")
+    )
+    toy = filled_buffer()
+    data = toy.buffer[:].exclude("index")
+    renamed = data.empty()
+    for old, new in {
+        "observation": ("agent", "obs"),
+        "action": ("agent", "act"),
+        ("next", "observation"): ("next", "agent", "obs"),
+        ("next", "reward"): ("next", "agent", "rew"),
+        ("next", "terminated"): ("next", "agent", "terminated"),
+        ("next", "done"): ("next", "agent", "done"),
+    }.items():
+        renamed.set(new, data.get(old))
+    other = filled_buffer().buffer
+    other.empty(empty_write_count=True)
+    fresh = type(other)(storage=type(other.storage)(60))
+    fresh.extend(renamed)
+    predictor.update.warm_up = 0
+    _, info = predictor.learn(fresh, 2, 8, 8, 0)
+    assert info["skipped"] == 0 and info["loss_value"] > 0
