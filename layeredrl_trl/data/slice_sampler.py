@@ -8,6 +8,7 @@ transitions, and only the boundary flags of the steps in the drawn windows are l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -385,7 +386,7 @@ def _last_rows(storage: TensorStorage, rows: int) -> set[int]:
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer of at least 1, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name}: expected an integer of at least 1, got {value}.")

@@ -203,6 +203,8 @@ class PredictorEnv(ModelBasedEnvBase):
             expected = ", ".join(map(str, [*batch, "H", *shape]))
             raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
         horizon = actions.shape[len(batch)]
+        if horizon < 1 or batch.numel() < 1:
+            raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])

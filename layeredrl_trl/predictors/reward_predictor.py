@@ -20,6 +20,7 @@ from layeredrl_trl.objectives import RewardPredictorLoss, Update, total_loss
 from layeredrl_trl.objectives.slices import rows_with_data
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.predictor import Predictor, check_counts
+from layeredrl_trl.schedules import Schedule
 
 LearningRate = float | Callable[[int], float]
 
@@ -315,6 +316,7 @@ class RewardPredictor(Predictor):
         for name, number in (("n_steps", n_steps), ("n_total_env_steps", n_total_env_steps)):
             if number < (name == "n_steps"):
                 raise ValueError(f"learn: {name} must not be {number}.")
+        check_counts(batch_size=batch_size, model_batch_size=model_batch_size)
         rates = self._learning_rates(n_total_env_steps)
         loss = self.loss_module
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
@@ -406,8 +408,18 @@ class RewardPredictor(Predictor):
         return log_prob, term_prob, {"standardized_delta": (next_state - state) @ matrix.mT}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """State beyond parameters and buffers: the optimiser's and the counters."""
+        """State beyond parameters and buffers: the optimiser's, counters and learning rates.
+
+        A learning rate that is a function, but no :class:`~layeredrl_trl.schedules.Schedule`, has
+        no state; after loading it is what it was.
+        """
+        rates = {
+            name: rate.state_dict() if isinstance(rate, Schedule) else rate
+            for name, rate in self._rates.items()
+            if isinstance(rate, Schedule | float | int)
+        }
         return {
+            "rates": rates,
             "optimizer": self.update.optimizer.state_dict(),
             "steps": self.update.steps,
             "skipped": self.update.skipped,
@@ -421,6 +433,8 @@ class RewardPredictor(Predictor):
         self.update.steps = state["steps"]
         self.update.skipped = state["skipped"]
         self.n_learn_calls = state["n_learn_calls"]
+        for name, rate in state["rates"].items():
+            self._rates[name] = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate
 
     def train(self, mode: bool = True) -> RewardPredictor:
         """Set training or evaluation mode; in the latter :meth:`loss` changes no statistics."""

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
 from layeredrl_trl.predictors import RewardPredictor
+from layeredrl_trl.schedules import LinearSchedule
 from tests.oracles_predictors import filled_buffer
 
 
@@ -91,6 +92,15 @@ def test_a_schedule_that_turns_negative_changes_nothing():
 def test_loss_weights_out_of_range(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
         predictor_of(**{name: -1.0})
+
+
+def test_learning_rates_are_restored_but_for_plain_functions():
+    schedule = LinearSchedule(1e-2, 1e-3, 100)
+    saved = predictor_of(model_lr=schedule, delta_standardizer_lr=0.5, value_lr=lambda _: 0.1)
+    loaded = predictor_of(model_lr=0.3, value_lr=0.2)
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded._rates["model"] == schedule
+    assert loaded._rates["delta_standardizer"] == 0.5 and loaded._rates["value"] == 0.2
 
 
 def test_learning_rates_stay_where_learn_fails():
