@@ -66,9 +66,10 @@ class InitialState(TensorDictModuleBase):
             key: zero.to(latent.device).expand(*batch, *zero.shape).clone()
             for key, zero in state.items()
         }
-        particles = state[keys.LATENT].shape
-        state[keys.LATENT] = latent[..., None, None, :].expand(particles)
-        state[keys.CONTEXT] = context
+        latent_key, context_key = self.encoder.out_keys
+        particles = state[latent_key].shape
+        state[latent_key] = latent[..., None, None, :].expand(particles)
+        state[context_key] = context
         state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
         if keys.MEMBER in state:
             state[keys.MEMBER] = spread_members(batch, self.n_models, latent.device)
@@ -93,7 +94,8 @@ class PredictorEnv(ModelBasedEnvBase):
     member's mixture, and multiplies ``alive`` by the probability that it did not terminate. The
     reward is the mean over particles of ``alive * particle_reward``.
 
-    It takes TensorDicts of any leading batch shape, on the device of the model.
+    It takes TensorDicts of any leading batch shape, on the device of the model. Observation, latent
+    state and context are called what ``encoder`` calls them, the action what ``dynamics`` does.
 
     Args:
         encoder: turns observations into latent states and contexts.
@@ -172,6 +174,8 @@ class PredictorEnv(ModelBasedEnvBase):
             uncertainty=uncertainty,
         )
         super().__init__(imagination, device=device)
+        self.latent_key, self.context_key = encoder.out_keys
+        self.imagined_action_key = dynamics.in_keys[2]
         self.deterministic = deterministic
         self.start = start
         self._make_specs(encoder, dynamics, action_spec, rows, particles)
@@ -196,7 +200,7 @@ class PredictorEnv(ModelBasedEnvBase):
             ValueError: if a shape does not fit.
         """
         batch = tensordict.batch_size
-        shape = self.action_spec.shape
+        shape = self._action_shape
         if actions.ndim != len(batch) + 1 + len(shape) or (
             actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
         ):
@@ -209,14 +213,14 @@ class PredictorEnv(ModelBasedEnvBase):
         state = self._read_state(flat)
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
         outcome: ImaginedStep = self.world_model.rollout(
-            state[keys.LATENT],
-            state[keys.CONTEXT],
+            state[self.latent_key],
+            state[self.context_key],
             state[keys.ALIVE],
             flat_actions,
             state.get(keys.MEMBER),
             deterministic=self._is_deterministic(),
         )
-        context = state[keys.CONTEXT].unsqueeze(1).expand(-1, horizon, -1)
+        context = state[self.context_key].unsqueeze(1).expand(-1, horizon, -1)
         following = self._entries(outcome, context)
         reward = following.pop(keys.REWARD)
         first = self._before_first_step(flat, state)
@@ -226,7 +230,7 @@ class PredictorEnv(ModelBasedEnvBase):
         out = TensorDict(
             {
                 **{key: x[:, :-1] for key, x in steps.items()},
-                keys.ACTION: flat_actions,
+                self.imagined_action_key: flat_actions,
                 "next": TensorDict({**following, keys.REWARD: reward}, batch_size=batch_size),
             },
             batch_size=batch_size,
@@ -258,14 +262,14 @@ class PredictorEnv(ModelBasedEnvBase):
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         outcome: ImaginedStep = self.world_model.step(
-            state[keys.LATENT],
-            state[keys.CONTEXT],
+            state[self.latent_key],
+            state[self.context_key],
             state[keys.ALIVE],
-            flat[keys.ACTION],
+            flat[self.imagined_action_key],
             state.get(keys.MEMBER),
             deterministic=self._is_deterministic(),
         )
-        entries = self._entries(outcome, state[keys.CONTEXT])
+        entries = self._entries(outcome, state[self.context_key])
         return TensorDict(entries, batch_size=flat.batch_size, device=self.device).reshape(batch)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: object) -> TensorDictBase:
@@ -279,19 +283,21 @@ class PredictorEnv(ModelBasedEnvBase):
         if self.start is not None:
             return self._start_at(self._draw_start(batch), batch)
         out = TensorDict(batch_size=batch, device=self.device)
-        shape = (*batch, *self.observation_spec[keys.LATENT].shape)
+        shape = (*batch, *self.observation_spec[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
         zeros = {
             key: spec.zero().expand(*batch, *spec.shape).clone()
             for key, spec in self.observation_spec.items(True, True)
         }
-        out.update({**zeros, keys.LATENT: latent.clone()})
+        out.update({**zeros, self.latent_key: latent.clone()})
         out.set(keys.ALIVE, torch.ones_like(zeros[keys.ALIVE]))
         if keys.MEMBER in zeros:
             members = self.world_model.dynamics.n_models
             out.set(keys.MEMBER, spread_members(batch, members, self.device))
         if self._decodes:
-            out.set(observation_key, self._decode(out.get(keys.LATENT), out.get(keys.CONTEXT)))
+            out.set(
+                observation_key, self._decode(out.get(self.latent_key), out.get(self.context_key))
+            )
         return out
 
     def _set_seed(self, seed: int | None) -> None:
@@ -317,14 +323,15 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.initial_state.encoder.decode(latent[..., 0, 0, :], context)
 
     def _read_state(self, flat: TensorDictBase) -> dict[str, Tensor]:
-        names = [keys.LATENT, keys.CONTEXT, keys.ALIVE]
-        if keys.MEMBER in self.observation_spec.keys():
+        names = [self.latent_key, self.context_key, keys.ALIVE]
+        if keys.MEMBER in self.observation_spec.keys(True):
             names.append(keys.MEMBER)
-        missing = [name for name in names if name not in flat.keys()]
+        missing = [name for name in names if name not in flat.keys(True)]
         if missing:
             raise KeyError(
                 f"PredictorEnv: the imagined state has no entry {missing}; there is "
-                f"{sorted(flat.keys())}. Make one with env.initial_state or env.reset."
+                f"{sorted(map(str, flat.keys(True, True)))}. "
+                "Make one with env.initial_state or env.reset."
             )
         for name in names:
             expected = self.observation_spec[name].shape
@@ -343,8 +350,8 @@ class PredictorEnv(ModelBasedEnvBase):
     def _entries(self, outcome: ImaginedStep, context: Tensor) -> dict[NestedKey, Tensor]:
         """Everything under ``"next"``, from the outcome of one or several steps."""
         out = {
-            keys.LATENT: outcome.latent,
-            keys.CONTEXT: context,
+            self.latent_key: outcome.latent,
+            self.context_key: context,
             keys.ALIVE: outcome.alive,
             keys.PARTICLE_REWARD: outcome.particle_reward,
             keys.TERM_PROB: outcome.term_prob,
@@ -386,8 +393,8 @@ class PredictorEnv(ModelBasedEnvBase):
             return Bounded(0.0, 1.0, (rows, particles, 1), device=device)
 
         observation = {
-            keys.LATENT: free(rows, particles, latent_dim),
-            keys.CONTEXT: free(dynamics.context_dim),
+            self.latent_key: free(rows, particles, latent_dim),
+            self.context_key: free(dynamics.context_dim),
             keys.ALIVE: probability(),
             keys.PARTICLE_REWARD: free(rows, particles, 1),
             keys.TERM_PROB: probability(),
@@ -401,11 +408,12 @@ class PredictorEnv(ModelBasedEnvBase):
             observation[encoder.in_keys[0]] = free(*encoder.obs_shape)
         self.observation_spec = Composite(observation)
         # The observation is no state, but a TransformedEnv hides all else from `reset`.
-        state = [keys.LATENT, keys.CONTEXT, keys.ALIVE, keys.MEMBER, encoder.in_keys[0]]
+        state = [self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER, encoder.in_keys[0]]
         self.state_spec = Composite(
             {key: spec.clone() for key, spec in observation.items() if key in state}
         )
-        self.action_spec = action_spec.to(device)
+        self._action_shape = action_spec.shape
+        self.action_spec = Composite({self.imagined_action_key: action_spec.to(device)})
         self.reward_spec = free(1)
         self.done_spec = Composite(
             {

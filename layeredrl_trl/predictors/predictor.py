@@ -11,7 +11,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
-from layeredrl_trl import keys
 from layeredrl_trl.data import TransitionSliceSampler
 from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.modules import (
@@ -183,7 +182,7 @@ class Predictor(nn.Module, abc.ABC):
         env = self._rollout_env(deterministic, discrete)
         start = TensorDict({self.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
         out = env.imagine(env.initial_state(start), act)
-        return out, out.get(keys.CONTEXT)[:, 0]
+        return out, out.get(self.encoder.out_keys[1])[:, 0]
 
     def env(self, action_spec: TensorSpec, **options: Any) -> PredictorEnv:
         """Make the model an environment.

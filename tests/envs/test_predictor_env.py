@@ -15,7 +15,8 @@ from torchrl.modules import CEMPlanner, MPPIPlanner
 from torchrl.objectives.value import TDLambdaEstimator
 
 from layeredrl_trl.envs import PredictorEnv, spread_members
-from layeredrl_trl.modules import Encoder, IdentityEncoder, RewardNet
+from layeredrl_trl.modules import Encoder, IdentityEncoder, RewardNet, ValueNet
+from layeredrl_trl.planners import CrossEntropyPlanner
 from tests.oracles import imagine_one, member_alone, random_ensemble, random_reward
 
 CONTINUOUS = Bounded(-1.0, 1.0, (2,))
@@ -848,3 +849,22 @@ def test_follows_to_the_gpu(num_particles):
     torch.testing.assert_close(
         out["next", "reward"].cpu(), expected["next", "reward"], rtol=1e-3, atol=1e-3
     )
+
+
+def test_latent_context_and_action_are_called_what_the_parts_call_them():
+    names = [("agent", "latent"), ("agent", "context"), ("agent", "action")]
+    encoder = SplitEncoder(3, in_keys=[("agent", "observation")], out_keys=names[:2])
+    model = random_ensemble(2, 1, 2, in_keys=names)
+    reward = RewardNet(2, 1, 2, in_keys=names)
+    env = PredictorEnv(encoder, model, reward, CONTINUOUS)
+    check_env_specs(env)
+    start = TensorDict({("agent", "observation"): torch.randn(5, 3)}, batch_size=[5])
+    state, actions = env.initial_state(start), torch.rand(5, 4, 2)
+    out = env.imagine(state, actions)
+    assert out["agent", "latent"].shape == (5, 4, 3, 1, 2)
+    assert out["next", "agent", "context"].shape == (5, 4, 1)
+    torch.testing.assert_close(out["agent", "action"], actions)
+    value = ValueNet(2, 1, in_keys=names[:2])
+    options = {"planning_horizon": 3, "optim_steps": 1, "num_candidates": 8, "top_k": 2}
+    planner = CrossEntropyPlanner(env, terminal_value=value, **options)
+    assert planner(state)["agent", "action"].shape == (5, 2)
