@@ -540,7 +540,7 @@ def test_the_generator_of_the_buffer_is_used():
     assert torch.equal(first, draw())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", [None, "cpu", "cuda"])
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_storage_on_cuda(device, ndim):
