@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -144,7 +145,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     _save(config, predictor, buffer, run)
     if run.interrupted:
         say(f"Interrupted after {run.frames} steps. Checkpoint: {run.checkpoint}")
-        say(f"  to go on: python -m layeredrl_trl train --resume {run.checkpoint}")
+        say(f"  to go on: {_program('python')} -m layeredrl_trl train --resume {run.checkpoint}")
         return run
     _evaluate(config, predictor, buffer, run, logger)
     for line in _summary(config, run):
@@ -271,10 +272,17 @@ def _summary(config: TrainConfig, run: Run) -> list[str]:
         f"  learning curve   {run.folder / 'learning_curve.png'}",
         f"  imagination      {run.folder / 'imagination.png'}",
         f"  checkpoint       {run.checkpoint}",
-        f"  act with it      python -m layeredrl_trl evaluate --checkpoint {run.checkpoint}",
-        f"  all the scalars  tensorboard --logdir {run.folder}",
+        f"  act with it      {_program('python')} -m layeredrl_trl evaluate "
+        f"--checkpoint {run.checkpoint}",
+        f"  all the scalars  {_program('tensorboard')} --logdir {run.folder}",
     ]
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _program(name: str) -> str:
+    """How to call a program of this Python's environment from the working folder."""
+    path = Path(sys.executable).with_name(name)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
