@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from tensordict import unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
@@ -12,7 +13,6 @@ from layeredrl_trl.functional import (
     aleatoric_variance,
     epistemic_variance,
     gaussian_mixture_mean,
-    sample_gaussian_mixture,
 )
 from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate
 
@@ -61,6 +61,9 @@ class Imagination(nn.Module):
             member a random permutation of them, so that each member moves as many.
             ``"expectation"``: all of them, to the mean of their means; particles coincide.
         uncertainty: also compute epistemic and aleatoric variance.
+        termination_fn: instead of what ``dynamics`` predicts; reads ``latent``, ``context``,
+            ``action`` and ``("next", "latent")`` (under its ``in_keys``) and returns the
+            probability that the step terminates, or bools, ``[..., 1]``.
 
     Raises:
         ValueError: for an unknown option.
@@ -77,6 +80,7 @@ class Imagination(nn.Module):
         termination: Termination,
         propagation: Propagation,
         uncertainty: bool,
+        termination_fn: TensorDictModuleBase | None = None,
     ) -> None:
         for name, value, options in (
             ("termination", termination, get_args(Termination)),
@@ -90,6 +94,7 @@ class Imagination(nn.Module):
         self.termination = termination
         self.propagation = propagation
         self.uncertainty = uncertainty
+        self.termination_fn = termination_fn
 
     def step(
         self,
@@ -144,25 +149,88 @@ class Imagination(nn.Module):
         Returns:
             An :class:`ImaginedStep` whose entries have a dim ``H`` behind ``N``.
         """
-        before_latent, before_alive, steps = [], [], []
+        move = self._move_by_own_member if self._is_open_loop else self._move_step_by_step
+        after = move(latent, context, alive, actions, member, deterministic)
+        before_latent = torch.cat([latent.unsqueeze(1), after.latent[:, :-1]], 1)
+        before_alive = torch.cat([alive.unsqueeze(1), after.alive[:, :-1]], 1)
+        n, horizon = actions.shape[:2]
+        steps = (
+            before_latent.flatten(0, 1),
+            context.repeat_interleave(horizon, 0),
+            actions.flatten(0, 1),
+        )
+        particle_reward = self._particle_reward(*steps).unflatten(0, (n, horizon))
+        reward = _mean_over_particles(before_alive * particle_reward)
+        after = after._replace(particle_reward=particle_reward, reward=reward)
+        if after.epistemic_var is None and self.uncertainty:
+            if member is not None:
+                member = member.repeat_interleave(horizon, 0)
+            _, beliefs = self._predict(*steps, member)
+            epistemic, aleatoric = (x.unflatten(0, (n, horizon)) for x in _variances(beliefs))
+            after = after._replace(epistemic_var=epistemic, aleatoric_var=aleatoric)
+        return after
+
+    @property
+    def _is_open_loop(self) -> bool:
+        """Whether nothing but its own member moves a particle, or draws anything for it."""
+        return self.propagation == "fixed_model" and self.termination == "soft"
+
+    def _move_by_own_member(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        alive: Tensor,
+        actions: Tensor,
+        member: Tensor | None,
+        deterministic: bool,
+    ) -> ImaginedStep:
+        """All of a rollout that moves particles; what can be had for all steps at once is left."""
+        latents, term_logit = self.dynamics.propagate(
+            latent, context, actions, member, deterministic=deterministic
+        )
+        n, horizon = actions.shape[:2]
+        if self.termination_fn is None:
+            term_prob = term_logit.sigmoid()
+        else:
+            before = torch.cat([latent.unsqueeze(1), latents[:, :-1]], 1)
+            steps = (
+                before.flatten(0, 1),
+                context.repeat_interleave(horizon, 0),
+                actions.flatten(0, 1),
+                latents.flatten(0, 1),
+            )
+            term_prob = self._evaluate(self.termination_fn, *steps).unflatten(0, (n, horizon))
+        return ImaginedStep(
+            latent=latents,
+            alive=alive.unsqueeze(1) * (1 - term_prob).cumprod(1),
+            particle_reward=None,
+            term_prob=term_prob,
+            reward=None,
+            terminated=torch.zeros_like(term_prob[:, :, 0, 0], dtype=torch.bool),
+            member=None if member is None else member.unsqueeze(1).expand(-1, horizon, -1),
+            epistemic_var=None,
+            aleatoric_var=None,
+        )
+
+    def _move_step_by_step(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        alive: Tensor,
+        actions: Tensor,
+        member: Tensor | None,
+        deterministic: bool,
+    ) -> ImaginedStep:
+        steps = []
         for action in actions.unbind(1):
-            before_latent.append(latent)
-            before_alive.append(alive)
             after = self._move(latent, context, alive, action, member, deterministic)
             latent, alive, member = after.latent, after.alive, after.member
             steps.append(after)
-        stacked = [
+        stacked = (
             None if entry[0] is None else torch.stack(entry, 1)
             for entry in zip(*steps, strict=True)
-        ]
-        n, horizon = actions.shape[:2]
-        particle_reward = self._particle_reward(
-            torch.stack(before_latent, 1).flatten(0, 1),
-            context.repeat_interleave(horizon, 0),
-            actions.flatten(0, 1),
-        ).unflatten(0, (n, horizon))
-        reward = _mean_over_particles(torch.stack(before_alive, 1) * particle_reward)
-        return ImaginedStep(*stacked)._replace(particle_reward=particle_reward, reward=reward)
+        )
+        return ImaginedStep(*stacked)
 
     def _move(
         self,
@@ -181,10 +249,9 @@ class Imagination(nn.Module):
             term_prob = beliefs.term_logit.sigmoid().mean(1, keepdim=True).expand_as(alive)
         else:
             term_prob = moves.term_logit.sigmoid()
-            if deterministic:
-                next_latent = gaussian_mixture_mean(moves.mean, moves.log_weights.exp())
-            else:
-                next_latent = sample_gaussian_mixture(moves.mean, moves.std, moves.log_weights)
+            next_latent = moves.next_latent(deterministic)
+        if self.termination_fn is not None:
+            term_prob = self._evaluate(self.termination_fn, latent, context, action, next_latent)
         terminated = torch.zeros_like(term_prob[:, 0, 0], dtype=torch.bool)
         if self.termination == "soft":
             next_alive = alive * (1 - term_prob)
@@ -209,11 +276,25 @@ class Imagination(nn.Module):
     def _particle_reward(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
         if self.reward is None:
             return torch.zeros_like(latent[..., :1])
+        return self._evaluate(self.reward, latent, context, action)
+
+    def _evaluate(
+        self,
+        module: TensorDictModuleBase,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate a module for every particle ``[N, E, P, D]``; ``[N, E, P, 1]``."""
         names = self.dynamics.in_keys
-        per_env = [
+        context, action = (
             x[:, None, None].expand(*latent.shape[:3], *x.shape[1:]) for x in (context, action)
-        ]
-        return evaluate(self.reward, dict(zip(names, (latent, *per_env), strict=True)))
+        )
+        entries = dict(zip(names, (latent, context, action), strict=True))
+        if next_latent is not None:
+            entries[unravel_key(("next", names[0]))] = next_latent
+        return evaluate(module, entries).to(latent.dtype)
 
     def _predict(
         self, latent: Tensor, context: Tensor, action: Tensor, member: Tensor | None

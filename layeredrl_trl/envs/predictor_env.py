@@ -14,7 +14,13 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.envs.imagination import Imagination, ImaginedStep, Propagation, Termination
-from layeredrl_trl.modules import DynamicsModel, Encoder, as_reward_module, space_dim
+from layeredrl_trl.modules import (
+    DynamicsModel,
+    Encoder,
+    as_reward_module,
+    as_termination_module,
+    space_dim,
+)
 
 _DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
 
@@ -97,6 +103,11 @@ class PredictorEnv(ModelBasedEnvBase):
     It takes TensorDicts of any leading batch shape, on the device of the model. Observation, latent
     state and context are called what ``encoder`` calls them, the action what ``dynamics`` does.
 
+    A ``Collector`` runs it in batches under TorchRL's ``BatchSizeTransform(batch_size=[N])``. To
+    train a policy or critic that reads ``observation`` (Dyna, MBPO), make it with
+    ``num_particles=1, propagation="random_model", termination="sample"``: such a reader does not
+    know of ``alive``, by which ``"soft"`` weights the reward, and would bootstrap past the end.
+
     Args:
         encoder: turns observations into latent states and contexts.
         dynamics: the model.
@@ -115,6 +126,10 @@ class PredictorEnv(ModelBasedEnvBase):
             ``set_exploration_type`` says.
         uncertainty: also give ``epistemic_var`` (variance over members of the member means) and
             ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``.
+        termination_fn: knows when an episode terminates, instead of what ``dynamics`` predicts: a
+            plain ``f(latent, context, action, next_latent)``, each ``[..., E, P, .]``, or a
+            TensorDict module that reads some of these, ``("next", "latent")`` among them. Returns
+            the probability, or bools, ``[..., E, P, 1]``.
         start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
             or a function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
@@ -153,7 +168,7 @@ class PredictorEnv(ModelBasedEnvBase):
         self,
         encoder: Encoder,
         dynamics: DynamicsModel,
-        reward: nn.Module | None,
+        reward: nn.Module | Callable[..., Tensor] | None,
         action_spec: TensorSpec,
         *,
         num_particles: int | None = None,
@@ -161,6 +176,7 @@ class PredictorEnv(ModelBasedEnvBase):
         propagation: Propagation = "fixed_model",
         deterministic: bool | None = False,
         uncertainty: bool = False,
+        termination_fn: nn.Module | Callable[..., Tensor] | None = None,
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
     ) -> None:
         _check_sizes(encoder, dynamics, action_spec, start)
@@ -168,10 +184,11 @@ class PredictorEnv(ModelBasedEnvBase):
         device = next((p.device for p in dynamics.parameters()), torch.device("cpu"))
         imagination = Imagination(
             dynamics,
-            as_reward_module(reward),
+            as_reward_module(reward, dynamics.in_keys),
             termination=termination,
             propagation=propagation,
             uncertainty=uncertainty,
+            termination_fn=as_termination_module(termination_fn, dynamics.in_keys),
         )
         super().__init__(imagination, device=device)
         self.latent_key, self.context_key = encoder.out_keys

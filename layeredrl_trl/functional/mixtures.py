@@ -7,6 +7,8 @@ and normalised log weights ``[..., K]``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +38,8 @@ def gaussian_mixture_log_prob(
     """
     scaled = (value.unsqueeze(-2) - mean) / std
     log_prob = -0.5 * scaled.square() - std.log() - _LOG_SQRT_2PI
-    return torch.logsumexp(log_prob.sum(-1) + log_weights, -1)
+    log_prob = log_prob.sum(-1) + log_weights
+    return log_prob.squeeze(-1) if log_prob.shape[-1] == 1 else torch.logsumexp(log_prob, -1)
 
 
 def gaussian_mixture_mean(mean: Tensor, weights: Tensor) -> Tensor:
@@ -67,7 +70,39 @@ def gaussian_mixture_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Ten
     return gaussian_mixture_mean(std.square() + between, weights)
 
 
-def sample_gaussian_mixture(mean: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
+class MixtureNoise(NamedTuple):
+    """What a draw from a mixture is made of, apart from the mixture.
+
+    Attributes:
+        gumbel: standard Gumbel noise that chooses the component, ``[..., K]``; ``None`` where there
+            is but one.
+        normal: standard normal noise, ``[..., D]``.
+    """
+
+    gumbel: Tensor | None
+    normal: Tensor
+
+
+def mixture_noise(
+    shape: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device
+) -> MixtureNoise:
+    """Draw the noise of :func:`sample_gaussian_mixture`; follows torch's global generator.
+
+    Args:
+        shape: of the mixtures' log weights, ``[..., K]``.
+        dim: ``D``.
+        dtype: of the noise.
+        device: of the noise.
+    """
+    gumbel = None
+    if shape[-1] > 1:
+        gumbel = -torch.empty(*shape, dtype=dtype, device=device).exponential_().log()
+    return MixtureNoise(gumbel, torch.randn(*shape[:-1], dim, dtype=dtype, device=device))
+
+
+def sample_gaussian_mixture(
+    mean: Tensor, std: Tensor, log_weights: Tensor, noise: MixtureNoise | None = None
+) -> Tensor:
     """Draw one value: a component by its weight, then from that component's Gaussian.
 
     Follows torch's global generator. The draw is differentiable in ``mean`` and ``std`` of the
@@ -77,15 +112,19 @@ def sample_gaussian_mixture(mean: Tensor, std: Tensor, log_weights: Tensor) -> T
         mean: ``[..., K, D]``.
         std: ``[..., K, D]``.
         log_weights: ``[..., K]``.
+        noise: from :func:`mixture_noise`, if drawn before.
 
     Returns:
         ``[..., D]``.
     """
-    if log_weights.shape[-1] == 1:
+    if noise is None:
+        like = {"dtype": mean.dtype, "device": mean.device}
+        noise = mixture_noise(log_weights.shape, mean.shape[-1], **like)
+    gumbel, normal = noise
+    if gumbel is None:
         mean, std = mean.squeeze(-2), std.squeeze(-2)
     else:
-        gumbel = -torch.empty_like(log_weights).exponential_().log()
         component = (log_weights + gumbel).argmax(-1)[..., None, None]
         component = component.expand(*mean.shape[:-2], 1, mean.shape[-1])
         mean, std = mean.gather(-2, component).squeeze(-2), std.gather(-2, component).squeeze(-2)
-    return torch.addcmul(mean, std, torch.randn_like(mean))
+    return torch.addcmul(mean, std, normal)

@@ -112,6 +112,29 @@ def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
     return total
 
 
+def n_step_sums(
+    reward: Tensor, window: NStepWindow, *, gamma: float, n_steps: int
+) -> tuple[Tensor, Tensor]:
+    r"""Compute what n-step targets are made of, apart from the value: the sum, and its discount.
+
+    Rewards that do not count may hold anything, NaN included.
+
+    Args:
+        reward: ``[..., T]``.
+        window: from :func:`n_step_window`, for the same ``n_steps``.
+        gamma: discount, in [0, 1].
+        n_steps: most rewards in a target.
+
+    Returns:
+        ``sum_{i<l} gamma^i r_{j+i}`` and ``gamma^l`` with ``l = window.steps``, float64
+        ``[..., k]``.
+    """
+    summable = torch.where(window.summable, reward, 0.0).double()
+    total = discounted_window_sum(summable, gamma, n_steps)[..., : window.steps.shape[-1]]
+    base = torch.tensor(gamma, dtype=total.dtype, device=reward.device)
+    return total, torch.pow(base, window.steps)
+
+
 def n_step_targets(
     reward: Tensor, window: NStepWindow, value: Tensor, *, gamma: float, n_steps: int
 ) -> Tensor:
@@ -138,12 +161,8 @@ def n_step_targets(
         >>> n_step_targets(reward, window, value, gamma=0.5, n_steps=2)
         tensor([[3.5000, 5.0000]])
     """
-    summable = torch.where(window.summable, reward, 0.0).double()
-    target = discounted_window_sum(summable, gamma, n_steps)[..., : window.steps.shape[-1]]
-    discount = torch.pow(
-        torch.tensor(gamma, dtype=target.dtype, device=reward.device), window.steps
-    )
-    target = target + torch.where(window.bootstrap, value.double() * discount, 0.0)
+    total, discount = n_step_sums(reward, window, gamma=gamma, n_steps=n_steps)
+    target = total + torch.where(window.bootstrap, value.double() * discount, 0.0)
     return torch.where(window.valid, target, 0.0).to(reward.dtype)
 
 

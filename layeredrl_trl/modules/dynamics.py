@@ -38,6 +38,12 @@ class ParticlePrediction(NamedTuple):
     log_weights: Tensor
     term_logit: Tensor
 
+    def next_latent(self, deterministic: bool) -> Tensor:
+        """Draw the next latent states, or take the means of the mixtures; ``[..., E, P, D]``."""
+        if deterministic:
+            return gaussian_mixture_mean(self.mean, self.log_weights.exp())
+        return sample_gaussian_mixture(self.mean, self.std, self.log_weights)
+
 
 class DynamicsModel(TensorDictModuleBase, abc.ABC):
     """Base class: predict the next latent state and whether the episode terminates.
@@ -106,6 +112,40 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a last dim or a leading shape does not fit.
         """
+
+    def propagate(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        member: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Roll particles out under given actions, each moved by the member it belongs to.
+
+        Args:
+            latent: ``[N, E, P, D]``; with ``member`` given ``[N, 1, P, D]``.
+            context: ``[N, C]``.
+            actions: ``[N, H, A]``, or indices ``[N, H]`` of discrete actions.
+            member: long ``[N, 1]``, the member that all particles of an env belong to.
+            deterministic: move particles to the mean of their mixture instead of drawing.
+
+        Returns:
+            latent states after each step ``[N, H, E, P, D]``, and the logits of the probabilities
+            that it terminates ``[N, H, E, P, 1]``; what as many calls of
+            :meth:`predict_particles` lead to.
+
+        Raises:
+            ValueError: if a last dim or a leading shape does not fit.
+        """
+        latents, term_logits = [], []
+        for action in actions.unbind(1):
+            prediction = self.predict_particles(latent, context, action, member)
+            latent = prediction.next_latent(deterministic)
+            latents.append(latent)
+            term_logits.append(prediction.term_logit)
+        return torch.stack(latents, 1), torch.stack(term_logits, 1)
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None

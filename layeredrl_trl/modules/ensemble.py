@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from layeredrl_trl import keys
 from layeredrl_trl.functional import bootstrap_weights, spread_modes
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.open_loop import MemberRows, OpenLoop
 from layeredrl_trl.modules.spaces import action_features, is_continuous, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
 
@@ -183,11 +183,66 @@ class ProbabilisticEnsemble(DynamicsModel):
         self._check(latent, context, member)
         latent = latent.to(self.target_moments.mean.dtype)
         inputs = self._inputs(latent, context, action)
-        if member is None:
-            raw = self._by_member(inputs)
-        else:
-            raw = self._by_given_member(inputs, member)
-        return self._parse(raw, latent)
+        return self._parse(self._by_member(inputs, member), latent)
+
+    def propagate(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        member: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
+        if self.termination_net is None:  # a custom network, of which nothing is known
+            return super().propagate(latent, context, actions, member, deterministic=deterministic)
+        self._check(latent, context, member)
+        n_envs, _, n_particles, dim = latent.shape
+        horizon = actions.shape[1]
+        centre, width = self.input_moments.mean, self.input_moments.divisor()
+        rows = MemberRows(n_envs, n_particles, self.n_models, member)
+        start = rows.gather((latent.to(centre.dtype) - centre[:dim]) / width[:dim])
+        others = self._features(actions, actions.shape[:2])
+        if self.condition_on_context:
+            others = torch.cat([context.unsqueeze(1).expand(-1, horizon, -1), others], -1)
+        others = ((others - centre[dim:]) / width[dim:]).flatten(1)[:, None, None]
+        others = rows.gather(others.expand(-1, latent.shape[1], n_particles, -1))
+        others = others.unflatten(-1, (horizon, -1))
+        inputs, after = self._open_loop().run(start, others, rows, deterministic=deterministic)
+        after = centre[:dim] + width[:dim] * after
+        term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
+        return tuple(
+            rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
+            for x in (after, term_logit)
+        )
+
+    def _open_loop(self) -> OpenLoop:
+        """Fold standardisation and the scale of targets into the last layer of the network."""
+        modes, dim = self.n_modes, self.latent_state_dim
+        centre, width = self.input_moments.mean[:dim], self.input_moments.divisor()[:dim]
+        low, high = self.log_std_bounds.exp()
+        shift = (
+            self.target_moments.mean if self.predict_delta else self.target_moments.mean - centre
+        )
+        scale = self.target_scale / width
+        n_out = modes * (2 * dim + (modes > 1))
+        rest = scale.new_zeros(n_out - modes * dim)
+        factor = torch.cat([scale.repeat(modes), rest + 1])
+        mean = shift / width + scale * self.mode_start[0]
+        log_std = self.mode_start[1] - self.log_std_bounds[1]
+        offset = torch.cat([mean.flatten(), log_std.flatten(), rest[modes * dim :]])
+        weight, bias = self.net.weights[-1][..., :n_out], self.net.biases[-1][..., :n_out]
+        return OpenLoop(
+            list(zip(self.net.weights[:-1], self.net.biases[:-1], strict=True)),
+            self.net.activation,
+            weight * factor,
+            bias * factor + offset,
+            scale * low,
+            scale * high,
+            n_modes=modes,
+            is_change=self.predict_delta,
+        )
 
     def update_statistics(
         self,
@@ -282,33 +337,16 @@ class ProbabilisticEnsemble(DynamicsModel):
             return out
         return torch.cat([out, self.termination_net(inputs)], -1)
 
-    def _by_member(self, inputs: Tensor) -> Tensor:
-        """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``."""
-        rows = inputs.reshape(-1, *inputs.shape[-3:]).transpose(0, 1)
-        out = self._run(rows.reshape(self.n_models, -1, inputs.shape[-1]))
-        out = out.unflatten(1, rows.shape[1:3]).transpose(0, 1)
-        return out.reshape(*inputs.shape[:-1], out.shape[-1])
+    def _by_member(self, inputs: Tensor, member: Tensor | None) -> Tensor:
+        """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``.
 
-    def _by_given_member(self, inputs: Tensor, member: Tensor) -> Tensor:
-        """Send ``[..., 1, P, in]`` through the network of each env's ``member`` ``[..., 1]``.
-
-        Each member gets its envs, padded to the most that any of them has, so that evenly spread
-        envs cost what one network would. That number is data: on a GPU reading it would stall, and
-        all members see all envs instead.
+        With ``member`` ``[..., 1]`` ``[..., 1, P, in]`` through the network of each env's.
         """
-        rows, member = inputs.reshape(-1, *inputs.shape[-2:]), member.reshape(-1, 1)
-        if rows.is_cuda:
-            raw = self._by_member(rows.unsqueeze(1).expand(-1, self.n_models, -1, -1))
-            raw = raw[torch.arange(len(rows), device=rows.device), member[:, 0]]
-        else:
-            so_far = torch.nn.functional.one_hot(member[:, 0], self.n_models).cumsum(0)
-            most = int(so_far[-1].max())
-            slot = (member * most + so_far.gather(1, member) - 1)[:, 0]
-            padded = rows.new_zeros(self.n_models * most, *rows.shape[1:])
-            padded = padded.index_copy(0, slot, rows)
-            raw = self._run(padded.reshape(self.n_models, -1, rows.shape[-1]))
-            raw = raw.reshape(-1, rows.shape[1], raw.shape[-1])[slot]
-        return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
+        flat = inputs.reshape(-1, *inputs.shape[-3:])
+        member = None if member is None else member.reshape(-1, 1)
+        rows = MemberRows(len(flat), flat.shape[2], self.n_models, member)
+        out = rows.scatter(self._run(rows.gather(flat)))
+        return out.reshape(*inputs.shape[:-1], out.shape[-1])
 
     def _parse(self, raw: Tensor, latent: Tensor) -> ParticlePrediction:
         parts = (2 * self.n_modes * self.latent_state_dim, self.n_modes, 1)
@@ -319,9 +357,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         gaussians, log_weights, term_logit = raw.split(parts, -1)
         gaussians = gaussians.unflatten(-1, (2, self.n_modes, -1)) + self.mode_start
         mean, log_std = gaussians.unbind(-3)
-        low, high = self.log_std_bounds
-        log_std = high - softplus(high - log_std)
-        log_std = low + softplus(log_std - low)
+        low, high = self.log_std_bounds.exp()
+        std = low + high * (log_std - self.log_std_bounds[1]).sigmoid()
         scale = self.target_scale
         mean = self.target_moments.mean + scale * mean
         if self.predict_delta:
@@ -330,7 +367,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             log_weights = torch.zeros_like(log_weights)
         else:
             log_weights = torch.log_softmax(log_weights, -1)
-        return ParticlePrediction(mean, scale * log_std.exp(), log_weights, term_logit)
+        return ParticlePrediction(mean, scale * std, log_weights, term_logit)
 
     def _check(self, latent: Tensor, context: Tensor, member: Tensor | None) -> None:
         n_rows = self.n_models if member is None else 1

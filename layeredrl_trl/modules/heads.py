@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
@@ -118,7 +118,7 @@ class ValueNet(LatentFunction):
 
 
 def as_reward_module(
-    module: nn.Module | None, in_keys: Sequence[NestedKey] = _IN_KEYS
+    module: nn.Module | Callable[..., Tensor] | None, in_keys: Sequence[NestedKey] = _IN_KEYS
 ) -> TensorDictModuleBase | None:
     """Wrap a plain ``f(latent, context, action) -> [..., 1]``; pass a TensorDict module through."""
     if module is None or isinstance(module, TensorDictModuleBase):
@@ -148,6 +148,20 @@ def as_value_module(
         )
     out_key = keys.STATE_VALUE if n_args == 2 else keys.STATE_ACTION_VALUE
     return LatentFunction(module, in_keys=list(in_keys[:n_args]), out_keys=[out_key])
+
+
+def as_termination_module(
+    module: nn.Module | Callable[..., Tensor] | None, in_keys: Sequence[NestedKey] = _IN_KEYS
+) -> TensorDictModuleBase | None:
+    """Wrap a plain ``f(latent, context, action, next_latent) -> [..., 1]``.
+
+    It returns the probability that the step terminates, or bools. A TensorDict module, which reads
+    any of these by its ``in_keys``, passes through.
+    """
+    if module is None or isinstance(module, TensorDictModuleBase):
+        return module
+    names = [*in_keys, unravel_key(("next", in_keys[0]))]
+    return LatentFunction(module, in_keys=names, out_keys=[keys.TERM_PROB])
 
 
 def reads_action(module: TensorDictModuleBase, action_key: NestedKey = keys.ACTION) -> bool:

@@ -55,13 +55,13 @@ class RunningMoments(nn.Module):
             raise ValueError(f"mask: expected shape {expected[:-1]}, got {list(mask.shape)}.")
         samples = samples.unsqueeze(0).flatten(0, -2)
         if mask is None:
-            weight = torch.ones_like(samples[:, :1])
+            batch_var, batch_mean = torch.var_mean(samples, 0, correction=0)
         else:
             weight = mask.reshape(-1, 1).to(samples.dtype)
             samples = torch.where(weight > 0, samples, 0.0)
-        n = weight.sum()
-        batch_mean = (samples * weight).sum(0) / n
-        batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
+            n = weight.sum()
+            batch_mean = (samples * weight).sum(0) / n
+            batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
         usable = torch.isfinite(batch_mean).all() & torch.isfinite(batch_var).all()
         rate = torch.clamp(1 / (self.count + 1), min=self.rate)
         shift = batch_mean - self.mean
@@ -75,10 +75,14 @@ class RunningMoments(nn.Module):
         return self.var.sqrt().clamp_min(floor)
 
     def standardize(self, samples: Tensor) -> Tensor:
-        """Shift and scale ``samples`` ``[..., D]`` to mean 0 and standard deviation 1.
+        """Shift and scale ``samples`` ``[..., D]`` to mean 0 and standard deviation 1."""
+        return (samples - self.mean) / self.divisor()
 
-        A dim that never changed is only shifted: dividing by its zero deviation would blow up
-        the first change.
+    def divisor(self) -> Tensor:
+        """Return what :meth:`standardize` divides by, ``[D]``.
+
+        It is 1 for a dim that never changed: dividing by its zero deviation would blow up the first
+        change.
         """
         std = self.var.sqrt()
-        return (samples - self.mean) / torch.where(std > 1e-4, std, 1.0)
+        return torch.where(std > 1e-4, std, 1.0)

@@ -1,6 +1,6 @@
 """What is minimised, and how a step of it is taken."""
 
 from layeredrl_trl.objectives.reward_predictor import RewardPredictorLoss
-from layeredrl_trl.objectives.update import Update, total_loss
+from layeredrl_trl.objectives.update import ForeachSoftUpdate, Update, total_loss
 
-__all__ = ["RewardPredictorLoss", "Update", "total_loss"]
+__all__ = ["ForeachSoftUpdate", "RewardPredictorLoss", "Update", "total_loss"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
-from layeredrl_trl.functional import n_step_targets, n_step_window
+from layeredrl_trl.functional import n_step_sums, n_step_window
 from layeredrl_trl.modules import (
     DeltaStandardizer,
     DynamicsModel,
@@ -31,6 +31,8 @@ from layeredrl_trl.objectives.slices import (
     rows_with_data,
     zero_where_not,
 )
+
+_BOOTSTRAP = "bootstrap"
 
 
 class RewardPredictorLoss(LossModule):
@@ -284,6 +286,37 @@ class RewardPredictorLoss(LossModule):
         Raises:
             ValueError: if a number is out of its range or a shape does not fit.
         """
+        return self.encode_slices(
+            self.read_slices(read, mask, k_steps=k_steps, n_steps=n_steps, gamma=gamma)
+        )
+
+    def read_slices(
+        self,
+        read: Reader,
+        mask: Tensor,
+        *,
+        k_steps: int | None = None,
+        n_steps: int | None = None,
+        gamma: float | None = None,
+    ) -> TensorDict:
+        r"""Read all that :meth:`encode_slices` makes targets of; no network is asked yet.
+
+        So the slices of many optimisation steps can be read at once.
+
+        Args:
+            read: as for :meth:`compute_targets`, as all other arguments.
+            mask: bool ``[B, T]``.
+            k_steps: instead of the loss's own.
+            n_steps: instead of the loss's own.
+            gamma: instead of the loss's own.
+
+        Returns:
+            TensorDict ``[B, k]``: ``observation``, ``action``, ``("next", "reward")``,
+            ``("next", "terminated")``, ``("collector", "mask")``, ``planned``, and under
+            ``"bootstrap"`` the ``observation`` (for a Q-function also ``action``) that is valued
+            behind the last reward, ``return``, the discounted sum up to there, ``discount`` of the
+            value, and ``mask``, whether it counts.
+        """
         names = self.tensor_keys
         k_steps = self.k_steps if k_steps is None else k_steps
         n_steps = self.n_steps if n_steps is None else n_steps
@@ -299,33 +332,61 @@ class RewardPredictorLoss(LossModule):
         window = n_step_window(
             terminated.squeeze(-1), mask, k_steps, n_steps, next_action=self.bootstraps_action
         )
+        total, discount = n_step_sums(reward.squeeze(-1), window, gamma=gamma, n_steps=n_steps)
         first = every[:, :k_steps]
         last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
         steps = read([names.observation, names.action, names.planned], first.minimum(last))
         planned = torch.ones_like(first, dtype=torch.bool).unsqueeze(-1)
         if names.planned in steps.keys(True):
             planned = per_step(steps, names.planned, first.shape, flag=True)
-        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            latent, context = self.encoder.encode(steps.get(names.observation))
-        context = context[:, :1].expand_as(context)
-        end = first + window.steps
-        value = self._bootstrap_value(read, context.detach(), end, mask)
-        target = n_step_targets(
-            reward.squeeze(-1), window, value.squeeze(-1), gamma=gamma, n_steps=n_steps
-        )
-        valid = (mask[:, :k_steps] & window.valid).unsqueeze(-1)
+        bootstrap = self._read_bootstrap(read, first + window.steps, last)
+        bootstrap |= {
+            "return": total.unsqueeze(-1),
+            "discount": discount.unsqueeze(-1),
+            "mask": window.bootstrap.unsqueeze(-1),
+        }
+        batch_size = [mask.shape[0], k_steps]
         return TensorDict(
             {
-                self.encoder.out_keys[0]: latent,
-                self.encoder.out_keys[1]: context,
+                names.observation: steps.get(names.observation),
                 names.action: steps.get(names.action),
                 reward_key: reward[:, :k_steps],
                 terminated_key: terminated[:, :k_steps],
-                keys.VALUE_TARGET: target.unsqueeze(-1),
-                names.mask: valid,
+                names.mask: (mask[:, :k_steps] & window.valid).unsqueeze(-1),
                 names.planned: planned,
+                _BOOTSTRAP: TensorDict(bootstrap, batch_size=batch_size),
             },
-            batch_size=[mask.shape[0], k_steps],
+            batch_size=batch_size,
+        )
+
+    def encode_slices(self, slices: TensorDictBase) -> TensorDict:
+        """Make targets of what :meth:`read_slices` has read: encode, and value what lies behind.
+
+        Args:
+            slices: ``[B, k]``.
+
+        Returns:
+            As :meth:`compute_targets`.
+        """
+        names = self.tensor_keys
+        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
+            latent, context = self.encoder.encode(slices.get(names.observation))
+        context = context[:, :1].expand_as(context)
+        behind = slices.get(_BOOTSTRAP)
+        target = behind.get("return")
+        if self.has_value:
+            value = self._bootstrap_value(behind, context.detach()).double()
+            counts = behind.get("mask")
+            target = target + torch.where(counts, value * behind.get("discount"), 0.0)
+        valid = slices.get(names.mask)
+        out = slices.exclude(names.observation, _BOOTSTRAP)
+        reward = out.get(unravel_key(("next", names.reward)))
+        return out.update(
+            {
+                self.encoder.out_keys[0]: latent,
+                self.encoder.out_keys[1]: context,
+                keys.VALUE_TARGET: torch.where(valid, target, 0.0).to(reward.dtype),
+            }
         )
 
     @torch.no_grad()
@@ -357,31 +418,32 @@ class RewardPredictorLoss(LossModule):
         }
         return transitions.select(*passed_on, strict=False).update(encoded)
 
-    def _bootstrap_value(self, read: Reader, context: Tensor, end: Tensor, mask: Tensor) -> Tensor:
-        """Target value ``[B, k, 1]`` behind the last reward of each target.
+    def _read_bootstrap(self, read: Reader, end: Tensor, last: Tensor) -> dict[NestedKey, Tensor]:
+        """Read what is valued behind the last reward of each target, ``[B, k, ...]``.
 
         Args:
             read: of the slices.
-            context: ``[B, k, C]``.
             end: long ``[B, k]``, the first step of the slice that the target does not sum.
-            mask: bool ``[B, T]``.
+            last: long ``[B, 1]``, the last real step.
         """
-        if not self.has_value:
-            return context.new_zeros(*context.shape[:-1], 1)
         names = self.tensor_keys
-        with torch.no_grad():
-            if self.bootstraps_action:
-                last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
-                pair = read([names.observation, names.action], end.minimum(last))
-                observation, action = pair.get(names.observation), pair.get(names.action)
-            else:
-                next_key = unravel_key(("next", names.observation))
-                observation = read([next_key], (end - 1).clamp_min(0)).get(next_key)
-                action = None
-            latent, _ = self.encoder.encode(observation)
-            target_params = self.target_value_network_params
-            with target_params.to_module(self.value_network, preserve_module_state=False):
-                return evaluate(self.value_network, self._entries(latent, context, action))
+        if not self.has_value:
+            return {}
+        if self.bootstraps_action:
+            pair = read([names.observation, names.action], end.minimum(last))
+            return {key: pair.get(key) for key in (names.observation, names.action)}
+        next_key = unravel_key(("next", names.observation))
+        return {names.observation: read([next_key], (end - 1).clamp_min(0)).get(next_key)}
+
+    @torch.no_grad()
+    def _bootstrap_value(self, behind: TensorDictBase, context: Tensor) -> Tensor:
+        """Target value ``[B, k, 1]`` of what lies behind each target's last reward."""
+        names = self.tensor_keys
+        latent, _ = self.encoder.encode(behind.get(names.observation))
+        action = behind.get(names.action) if self.bootstraps_action else None
+        target_params = self.target_value_network_params
+        with target_params.to_module(self.value_network, preserve_module_state=False):
+            return evaluate(self.value_network, self._entries(latent, context, action))
 
     def _head_terms(self, targets: TensorDictBase) -> dict[str, Tensor]:
         names = self.tensor_keys

@@ -7,13 +7,39 @@ import warnings
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchrl.objectives import LossModule
+from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 
 def total_loss(losses: TensorDictBase) -> Tensor:
     """Add up all scalars of a loss module whose key begins with ``loss_``."""
     return torch.stack([x for key, x in losses.items() if key.startswith("loss_")]).sum()
+
+
+class ForeachSoftUpdate(SoftUpdate):
+    """TorchRL's ``SoftUpdate``, all targets moved by one call.
+
+    Args:
+        loss_module: with target parameters.
+        tau: how far they move, in [0, 1].
+    """
+
+    def __init__(self, loss_module: LossModule, tau: float) -> None:
+        super().__init__(loss_module, eps=1.0)
+        self.eps = 1 - tau  # set later: the constructor warns of a tau above 0.5
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every target by ``tau`` towards its parameter."""
+        if self._pairs is None:
+            sources, targets = self._sources.flatten_keys(), self._targets.flatten_keys()
+            names = list(sources.keys())
+            self._pairs = (
+                [targets.get(f"target_{name}").data for name in names],
+                [sources.get(name).data for name in names],
+            )
+        torch._foreach_lerp_(*self._pairs, 1 - self.eps)
 
 
 class Update:

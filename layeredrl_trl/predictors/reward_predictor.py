@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,16 +11,23 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
-from torchrl.objectives import SoftUpdate
 
 from layeredrl_trl import keys
 from layeredrl_trl.data import TransitionSliceSampler, read_transitions, stack_index
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
-from layeredrl_trl.objectives import RewardPredictorLoss, Update, total_loss
+from layeredrl_trl.objectives import (
+    ForeachSoftUpdate,
+    RewardPredictorLoss,
+    Update,
+    total_loss,
+)
 from layeredrl_trl.objectives.slices import rows_with_data
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.predictor import Predictor, check_counts
 from layeredrl_trl.schedules import Schedule
+
+_READ_AHEAD = 2**16
+"""Most steps that ``learn`` reads from a buffer at once, for several optimisation steps."""
 
 LearningRate = float | Callable[[int], float]
 
@@ -217,20 +224,8 @@ class RewardPredictor(Predictor):
             KeyError: if the buffer lacks an entry.
             ValueError: if it is empty, or a shape or number does not fit.
         """
-        check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
-        loss = self.loss_module
-        length = k_steps + n_steps - (0 if loss.bootstraps_action else 1)
-        index, mask = self._draw_slices(buffer, batch_size, length)
-
-        def read(names: Sequence[NestedKey], steps: Tensor) -> TensorDictBase:
-            steps = steps.to(index[0].device)
-            return self._read(buffer, tuple(i.gather(1, steps) for i in index), names)
-
-        targets = loss.compute_targets(
-            read, mask.to(self.device), k_steps=k_steps, n_steps=n_steps, gamma=gamma
-        )
-        first = stack_index(tuple(i[:, :k_steps] for i in index))
-        return targets.set(keys.INDEX, first.to(self.device))
+        slices = self._read_slices(buffer, batch_size, k_steps, n_steps, gamma)
+        return self.loss_module.encode_slices(slices)
 
     def sample_model_batch(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDict:
         """Draw single transitions, uniform over what the buffer stores, for the dynamics.
@@ -248,20 +243,7 @@ class RewardPredictor(Predictor):
             KeyError: if the buffer lacks an entry.
             ValueError: if it is empty, or a shape or number does not fit.
         """
-        names = self.loss_module.tensor_keys
-        check_counts(batch_size=batch_size)
-        index, _ = self._draw_slices(buffer, batch_size, 1)
-        wanted = [
-            names.observation,
-            names.action,
-            unravel_key(("next", names.observation)),
-            unravel_key(("next", names.terminated)),
-            keys.WEIGHT,
-        ]
-        index = tuple(i[:, 0] for i in index)
-        transitions = self._read(buffer, index, wanted)
-        transitions.set(keys.INDEX, stack_index(index).to(self.device))
-        return self.loss_module.encode_transitions(transitions)
+        return self.loss_module.encode_transitions(self._read_transitions(buffer, batch_size))
 
     def loss(
         self, batch: TensorDictBase, model_batch: TensorDictBase | None = None
@@ -321,13 +303,13 @@ class RewardPredictor(Predictor):
         loss = self.loss_module
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         skipped_before = self.update.skipped
-        for _ in range(n_steps):
-            batch = self.compute_targets(
-                buffer, batch_size, loss.k_steps, loss.n_steps, gamma=loss.gamma
-            )
-            model_batch = self.sample_model_batch(buffer, model_batch_size)
-            for group in self.update.optimizer.param_groups:
-                group["lr"] = rates[group["name"]]
+        for group in self.update.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        for slices, transitions in self._read_batches(
+            buffer, n_steps, batch_size, model_batch_size
+        ):
+            batch = loss.encode_slices(slices)
+            model_batch = loss.encode_transitions(transitions)
             skipped = self.update.skipped
             terms = self.update(batch, model_batch)
             for name, value in terms.items() if self.update.skipped == skipped else ():
@@ -458,7 +440,7 @@ class RewardPredictor(Predictor):
         return Update(
             loss,
             torch.optim.Adam(groups, fused=True),
-            target_updater=_soft_update(loss, tau) if params.get("value") else None,
+            target_updater=ForeachSoftUpdate(loss, tau) if params.get("value") else None,
             clip_grad_max_norm=clip_grad_max_norm,
             # Without a reward nothing would learn in the warm-up.
             warm_up=encoder_warm_up if loss.learn_encoder and self.rew_func is not None else 0,
@@ -476,6 +458,64 @@ class RewardPredictor(Predictor):
                     f"{name}_lr must be at least 0, got {rates[name]} at {n_total_env_steps} steps."
                 )
         return rates
+
+    def _read_batches(
+        self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
+    ) -> Iterator[tuple[TensorDictBase, TensorDictBase]]:
+        """Draw and read slices and transitions for ``n_steps`` steps, those of many at once."""
+        loss = self.loss_module
+        ahead = max(1, _READ_AHEAD // (batch_size * loss.slice_len + model_batch_size))
+        for done in range(0, n_steps, ahead):
+            n = min(ahead, n_steps - done)
+            slices = self._read_slices(
+                buffer, n * batch_size, loss.k_steps, loss.n_steps, loss.gamma
+            )
+            transitions = self._read_transitions(buffer, n * model_batch_size)
+            yield from zip(
+                slices.reshape(n, batch_size, -1).unbind(0),
+                transitions.reshape(n, model_batch_size).unbind(0),
+                strict=True,
+            )
+
+    def _read_slices(
+        self,
+        buffer: TensorDictReplayBuffer,
+        batch_size: int,
+        k_steps: int,
+        n_steps: int,
+        gamma: float,
+    ) -> TensorDict:
+        """Draw slices and read what targets are made of, ``[B, k_steps]``."""
+        check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
+        loss = self.loss_module
+        length = k_steps + n_steps - (0 if loss.bootstraps_action else 1)
+        index, mask = self._draw_slices(buffer, batch_size, length)
+
+        def read(names: Sequence[NestedKey], steps: Tensor) -> TensorDictBase:
+            steps = steps.to(index[0].device)
+            return self._read(buffer, tuple(i.gather(1, steps) for i in index), names)
+
+        slices = loss.read_slices(
+            read, mask.to(self.device), k_steps=k_steps, n_steps=n_steps, gamma=gamma
+        )
+        first = stack_index(tuple(i[:, :k_steps] for i in index))
+        return slices.set(keys.INDEX, first.to(self.device))
+
+    def _read_transitions(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDictBase:
+        """Draw and read single transitions for the dynamics, ``[B]``."""
+        names = self.loss_module.tensor_keys
+        check_counts(batch_size=batch_size)
+        index, _ = self._draw_slices(buffer, batch_size, 1)
+        wanted = [
+            names.observation,
+            names.action,
+            unravel_key(("next", names.observation)),
+            unravel_key(("next", names.terminated)),
+            keys.WEIGHT,
+        ]
+        index = tuple(i[:, 0] for i in index)
+        transitions = self._read(buffer, index, wanted)
+        return transitions.set(keys.INDEX, stack_index(index).to(self.device))
 
     def _draw_slices(
         self, buffer: TensorDictReplayBuffer, batch_size: int, length: int
@@ -518,9 +558,3 @@ class RewardPredictor(Predictor):
         for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters
             buffer.copy_(old)
         self.set_extra_state(extra_state)
-
-
-def _soft_update(loss: RewardPredictorLoss, tau: float) -> SoftUpdate:
-    updater = SoftUpdate(loss, eps=1.0)
-    updater.eps = 1 - tau  # set later: the constructor warns of a tau above 0.5
-    return updater

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from layeredrl_trl.envs import Imagination
-from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, as_reward_module
+from layeredrl_trl.modules import (
+    DynamicsModel,
+    ParticlePrediction,
+    as_reward_module,
+    as_termination_module,
+)
 from tests.oracles import mixture, random_ensemble, random_reward
+
+READS = ["action", ("next", "latent")]
 
 
 class Shift(DynamicsModel):
@@ -288,3 +296,70 @@ def test_a_reward_of_another_shape_is_not_broadcast():
 
     with pytest.raises(ValueError, match=r"must return \[\.\.\., 1\], here \[4, 3, 1, 1\]"):
         step(Shift(), p=1, reward=Squeezed())
+
+
+# --- a termination function of the user's own
+
+
+def beyond_5(latent, context, action, next_latent):
+    return next_latent.sum(-1, keepdim=True) > 5
+
+
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
+@pytest.mark.parametrize("with_member", [False, True])
+def test_termination_fn_replaces_the_learned_termination(with_member, propagation, termination):
+    member = torch.randint(3, (4, 1)) if with_member else None
+    out = step(
+        Shift(term_probs=[1.0, 1.0, 1.0]),
+        member=member,
+        propagation=propagation,
+        termination=termination,
+        termination_fn=as_termination_module(beyond_5),
+    )
+    over = out.latent.sum(-1, keepdim=True) > 5
+    assert torch.equal(out.alive, 1 - over.float()) and torch.equal(out.term_prob, over.float())
+    assert torch.equal(out.terminated, over.all(1).all(1) & (termination == "sample"))
+
+
+def test_termination_fn_may_read_the_action_and_give_probabilities():
+    module = TensorDictModule(lambda a, x: torch.sigmoid(a * x[..., :1]), READS, ["term_prob"])
+    out = step(Shift(), termination_fn=module)
+    torch.testing.assert_close(out.term_prob, torch.sigmoid(out.latent[..., :1]))
+
+
+# --- rollouts
+
+
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+@pytest.mark.parametrize("uncertainty", [False, True])
+@pytest.mark.parametrize("with_member", [False, True])
+@pytest.mark.parametrize("own_termination", [False, True])
+def test_rollout_is_one_step_after_the_other(
+    own_termination, with_member, uncertainty, termination, propagation
+):
+    model, n, horizon = random_ensemble(n_modes=2), 5, 4
+    member = torch.randint(3, (n, 1)) if with_member else None
+    imagined = imagination(
+        model,
+        random_reward(model),
+        propagation=propagation,
+        termination=termination,
+        uncertainty=uncertainty,
+        termination_fn=as_termination_module(beyond_5) if own_termination else None,
+    )
+    rows = 1 if with_member else 3
+    latent, alive = torch.randn(n, rows, 2, 3), torch.rand(n, rows, 2, 1)
+    context, actions = torch.zeros(n, 0), torch.randn(n, horizon, 2)
+    torch.manual_seed(1)
+    found = imagined.rollout(latent, context, alive, actions, member, deterministic=False)
+    torch.manual_seed(1)
+    for t in range(horizon):
+        expected = imagined.step(latent, context, alive, actions[:, t], member, deterministic=False)
+        latent, alive, member = expected.latent, expected.alive, expected.member
+        for name, one in expected._asdict().items():
+            other = getattr(found, name)
+            assert (one is None) == (other is None), name
+            if one is not None:
+                torch.testing.assert_close(other[:, t], one, rtol=1e-4, atol=1e-5, msg=name)

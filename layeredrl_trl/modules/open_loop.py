@@ -1,0 +1,147 @@
+"""Rolling an ensemble out under given actions: whatever does not depend on the step is done once.
+
+A step of the loop holds only what the next one waits for. Particles stay in the order of their
+members and in units of the networks' inputs from the first step to the last; scales are folded into
+the last layer; terminations, which move no particle, are evaluated for all steps together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layeredrl_trl.functional import (
+    MixtureNoise,
+    gaussian_mixture_mean,
+    mixture_noise,
+    sample_gaussian_mixture,
+)
+
+
+class MemberRows:
+    """Particles of ``N`` envs in the order of the members that move them.
+
+    Envs of one member each are padded to the most that any member has, so that evenly spread ones
+    cost what one network would. That number is data: on a GPU reading it would stall, and all
+    members get all envs instead.
+
+    Args:
+        n_envs: ``N``.
+        n_particles: ``P``, of a row.
+        n_models: ``E``.
+        member: long ``[N, 1]``, the member of all particles of an env; ``None`` if each env has a
+            row of particles for each member.
+    """
+
+    def __init__(
+        self, n_envs: int, n_particles: int, n_models: int, member: Tensor | None = None
+    ) -> None:
+        self.n_envs, self.n_particles, self.n_models = n_envs, n_particles, n_models
+        self.member = member
+        self._slot = None
+        if member is not None and not member.is_cuda:
+            order = member[:, 0].argsort(stable=True)
+            counts = member[:, 0].bincount(minlength=n_models)
+            most = int(counts.max())
+            first = counts.cumsum(0) - counts
+            ordered = member[order, 0]
+            slot = ordered * most + torch.arange(n_envs) - first[ordered]
+            self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
+            self._env = torch.zeros(n_models * most, dtype=torch.long)
+            self._env.index_copy_(0, slot, order)  # padding repeats env 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Order ``[N, E, P, K]`` (with ``member`` ``[N, 1, P, K]``) by member: ``[E, R, K]``."""
+        if self._slot is not None:
+            x = x[:, 0].index_select(0, self._env)
+        else:
+            x = x.expand(-1, self.n_models, -1, -1).transpose(0, 1)
+        return x.reshape(self.n_models, -1, x.shape[-1])
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Undo :meth:`gather`."""
+        if self._slot is not None:
+            x = x.reshape(-1, self.n_particles, x.shape[-1]).index_select(0, self._slot)
+            return x.unsqueeze(1)
+        x = x.unflatten(1, (self.n_envs, self.n_particles)).transpose(0, 1)
+        if self.member is None:
+            return x
+        env = torch.arange(self.n_envs, device=x.device)
+        return x[env, self.member[:, 0]].unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """Networks that move particles in the units of their own inputs.
+
+    Attributes:
+        hidden_layers: weights ``[E, in, hidden]`` and biases ``[E, 1, hidden]``.
+        activation: after each of them.
+        weight: of the last layer, ``[E, hidden, 2 M D + M]``, or ``2 M D`` if ``M`` is 1.
+        bias: likewise, ``[E, 1, ...]``.
+        std_low: least standard deviation, broadcast to ``[..., M, D]``.
+        std_high: what a sigmoid of the network's output adds to it at most, likewise.
+        n_modes: ``M``.
+        is_change: whether the networks predict the change of the latent state.
+    """
+
+    hidden_layers: list[tuple[Tensor, Tensor]]
+    activation: nn.Module
+    weight: Tensor
+    bias: Tensor
+    std_low: Tensor
+    std_high: Tensor
+    n_modes: int
+    is_change: bool
+
+    def run(
+        self, latent: Tensor, others: Tensor, rows: MemberRows, *, deterministic: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Move particles ``[E, R, D]`` through ``H`` steps.
+
+        Args:
+            latent: in units of the inputs, ``[E, R, D]``.
+            others: context and actions as inputs, ``[E, R, H, K]``.
+            rows: their order; noise is drawn in that of the envs, as single steps draw it.
+            deterministic: move them to the mean of their mixture instead of drawing.
+
+        Returns:
+            inputs of all steps ``[E, H * R, D + K]``, and the latent states after them
+            ``[E, R, H, D]``.
+        """
+        inputs, after = [], []
+        for other in others.unbind(2):
+            inputs.append(torch.cat([latent, other], -1))
+            latent = self._move(latent, inputs[-1], rows, deterministic)
+            after.append(latent)
+        return torch.cat(inputs, 1), torch.stack(after, 2)
+
+    def _move(self, latent: Tensor, x: Tensor, rows: MemberRows, deterministic: bool) -> Tensor:
+        for weight, bias in self.hidden_layers:
+            x = self.activation(torch.baddbmm(bias, x, weight))
+        raw = torch.baddbmm(self.bias, x, self.weight)
+        mean, std, log_weights = self._parts(raw, latent.shape[-1])
+        if self.is_change:
+            mean = mean + latent.unsqueeze(-2)
+        if deterministic:
+            return gaussian_mixture_mean(mean, log_weights.exp())
+        std = torch.addcmul(self.std_low, self.std_high, std.sigmoid())
+        return sample_gaussian_mixture(mean, std, log_weights, self._noise(latent, rows))
+
+    def _parts(self, raw: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and raw standard deviations ``[E, R, M, D]``, log weights ``[E, R, M]``."""
+        gaussians = raw[..., : 2 * self.n_modes * dim].unflatten(-1, (2, self.n_modes, dim))
+        mean, std = gaussians.unbind(-3)
+        if self.n_modes == 1:
+            return mean, std, raw.new_zeros(()).expand(mean.shape[:-1])
+        return mean, std, torch.log_softmax(raw[..., -self.n_modes :], -1)
+
+    def _noise(self, latent: Tensor, rows: MemberRows) -> MixtureNoise:
+        n_rows = rows.n_models if rows.member is None else 1
+        shape = (rows.n_envs, n_rows, rows.n_particles, self.n_modes)
+        gumbel, normal = mixture_noise(
+            shape, latent.shape[-1], dtype=latent.dtype, device=latent.device
+        )
+        return MixtureNoise(None if gumbel is None else rows.gather(gumbel), rows.gather(normal))
