@@ -41,6 +41,7 @@ MEMBER = "member"
 PARTICLE_REWARD = "particle_reward"
 EPISTEMIC_VAR = "epistemic_var"
 ALEATORIC_VAR = "aleatoric_var"
+DISAGREEMENT = "disagreement"
 
 MASK = ("collector", "mask")
 TRAJ_IDS = ("collector", "traj_ids")

@@ -75,6 +75,39 @@ def moments_of(samples: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean, dtype=torch.float64), torch.tensor(var, dtype=torch.float64)
 
 
+def power_law_noise(beta: float, coefficients: list[float]) -> Tensor:
+    """A sum of waves of power ``1 / f^beta`` (Timmer and König 1995), one step after the other.
+
+    Args:
+        beta: exponent.
+        coefficients: standard normal, as many as steps: of the constant, of the cosines from the
+            lowest frequency on, of the sines, and (even number of steps) of the highest frequency.
+
+    Returns:
+        Divided by its exact standard deviation, ``[steps]``.
+    """
+    steps = len(coefficients)
+    pairs = (steps - 1) // 2
+    constant, cosines = coefficients[0], coefficients[1 : 1 + pairs]
+    sines = coefficients[1 + pairs : 1 + 2 * pairs]
+    amplitude = [math.sqrt(2) * (k / steps) ** (-beta / 2) for k in range(1, pairs + 1)]
+    lowest, highest = (1 / steps) ** (-beta / 2), 0.5 ** (-beta / 2)
+    variance = lowest**2 + sum(a**2 for a in amplitude)
+    if steps % 2 == 0:
+        variance += highest**2
+    values = []
+    for t in range(steps):
+        value = lowest * constant
+        for k in range(1, pairs + 1):
+            angle = 2 * math.pi * k * t / steps
+            wave = cosines[k - 1] * math.cos(angle) - sines[k - 1] * math.sin(angle)
+            value += amplitude[k - 1] * wave
+        if steps % 2 == 0:
+            value += (-1) ** t * highest * coefficients[-1]
+        values.append(value / math.sqrt(variance))
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def random_ensemble(
     latent_dim: int = 3, context_dim: int = 0, action: object = 2, **options: object
 ) -> ProbabilisticEnsemble:
@@ -219,3 +252,49 @@ def imagine_one(
             }
         )
     return steps
+
+
+def gaussian_mixture_cdf(mean: Tensor, std: Tensor, weights: Tensor, value: Tensor) -> float:
+    """The distribution function of a mixture of ``[K]`` Gaussians of one dim, at a number."""
+    parts = zip(weights.tolist(), mean.tolist(), std.tolist(), strict=True)
+    return sum(w * 0.5 * math.erfc((m - value.item()) / s / math.sqrt(2)) for w, m, s in parts)
+
+
+def area_under_roc(prob: list[float], happened: list[bool]) -> float:
+    """Of all pairs of an event and a non-event, how many are in order; ties count half."""
+    events = [p for p, y in zip(prob, happened, strict=True) if y]
+    others = [p for p, y in zip(prob, happened, strict=True) if not y]
+    if not events or not others:
+        return math.nan
+    in_order = sum(1.0 if e > o else 0.5 if e == o else 0.0 for e in events for o in others)
+    return in_order / len(events) / len(others)
+
+
+def open_loop_errors(
+    episodes: list[tuple[Tensor, Tensor]], step, horizon: int
+) -> tuple[list[float], list[float]]:
+    """Errors per step of a deterministic model and of the guess that nothing changes.
+
+    From every stored step the model goes on with the stored actions to the end of the episode.
+
+    Args:
+        episodes: observations ``[T + 1, D]`` and actions ``[T, A]`` of each.
+        step: next state from a state ``[D]`` and an action ``[A]``.
+        horizon: most steps.
+    """
+    data = torch.cat([obs[:-1] for obs, _ in episodes]).double()
+    scale = data.std(0, correction=0)
+    squares = [([], []) for _ in range(horizon)]
+    for obs, act in episodes:
+        for start in range(len(act)):
+            state = obs[start]
+            for h in range(min(horizon, len(act) - start)):
+                state = step(state, act[start + h])
+                real = obs[start + h + 1]
+                for guess, found in zip((state, obs[start]), squares[h], strict=True):
+                    found.append((((guess - real) / scale) ** 2).mean().item())
+    return tuple(
+        [math.sqrt(sum(found[which]) / len(found[which])) if found[which] else math.nan
+         for found in squares]
+        for which in (0, 1)
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Bounded, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs import ModelBasedEnvBase
 
 DOUBLE_INTEGRATOR = {
@@ -18,6 +18,14 @@ DOUBLE_INTEGRATOR = {
     "R": torch.tensor([[0.05]]),
 }
 """A cart ``(position, speed)`` pushed by a force every 0.2 s."""
+
+TWO_MOTORS = {
+    "A": torch.tensor([[1.05, 0.1, 0.0], [0.0, 0.9, 0.2], [0.1, 0.0, 0.95]]),
+    "B": torch.tensor([[0.2, 0.0], [0.0, 0.3], [0.1, -0.1]]),
+    "Q": torch.diag(torch.tensor([1.0, 0.5, 0.2])),
+    "R": torch.diag(torch.tensor([0.1, 0.3])),
+}
+"""An unstable system of three states and two actions that work on each other."""
 
 
 def riccati(
@@ -76,6 +84,31 @@ class LQREnv(ModelBasedEnvBase):
         return TensorDict({"latent": latent}, batch_size=batch_size)
 
 
+class PendulumModel(ModelBasedEnvBase):
+    """The equations and starts of Gymnasium's Pendulum-v1, on its observation ``x [..., 3]``."""
+
+    def __init__(self) -> None:
+        def step(x: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+            angle, speed = torch.atan2(x[..., 1:2], x[..., 0:1]), x[..., 2:3]
+            reward = -(angle**2 + 0.1 * speed**2 + 0.001 * action**2)
+            speed = (speed + (15 * torch.sin(angle) + 3 * action) * 0.05).clamp(-8, 8)
+            angle = angle + speed * 0.05
+            return torch.cat([torch.cos(angle), torch.sin(angle), speed], -1), reward
+
+        super().__init__(TensorDictModule(step, ["x", "action"], ["x", "reward"]))
+        self.observation_spec = Composite(x=Unbounded((3,)))
+        self.state_spec = Composite(x=Unbounded((3,)))
+        self.action_spec = Bounded(-2.0, 2.0, (1,))
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict: TensorDict | None, **kwargs) -> TensorDict:
+        batch_size = self.batch_size if tensordict is None else tensordict.batch_size
+        angle = (2 * torch.rand(*batch_size, 1) - 1) * torch.pi
+        speed = 2 * torch.rand(*batch_size, 1) - 1
+        x = torch.cat([torch.cos(angle), torch.sin(angle), speed], -1)
+        return TensorDict({"x": x}, batch_size=batch_size)
+
+
 class TwoStepBanditEnv(ModelBasedEnvBase):
     """Two choices and the end: the arm that costs something first pays most.
 
@@ -90,13 +123,21 @@ class TwoStepBanditEnv(ModelBasedEnvBase):
     ====== ============ ===== ===========
 
     Steps taken after the end would earn 10 each: a planner that counts them is found out.
+
+    Args:
+        action_spec (TensorSpec, optional): ``OneHot(3)`` or ``Categorical(3)`` of shape ``()`` or
+            ``(1,)`` for three actions that stand for -0.75, 0 and 0.75.
     """
 
     best_return = 0.8
     greedy_return = 0.1
 
-    def __init__(self) -> None:
+    def __init__(self, action_spec: TensorSpec | None = None) -> None:
         def step(latent: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+            if isinstance(action_spec, OneHot):
+                action = 0.75 * (action.long().argmax(-1, keepdim=True) - 1)
+            elif action_spec is not None:
+                action = 0.75 * (action.reshape(latent.shape) - 1)
             first, over = latent == 0, latent.abs() >= 2
             patient = action > 0.5
             arm = torch.where(patient, 1.0, -1.0)
@@ -109,7 +150,7 @@ class TwoStepBanditEnv(ModelBasedEnvBase):
         super().__init__(TensorDictModule(step, ["latent", "action"], out_keys))
         self.observation_spec = Composite(latent=Unbounded((1,)))
         self.state_spec = Composite(latent=Unbounded((1,)))
-        self.action_spec = Bounded(-1.0, 1.0, (1,))
+        self.action_spec = Bounded(-1.0, 1.0, (1,)) if action_spec is None else action_spec
         self.reward_spec = Unbounded((1,))
 
     def _reset(self, tensordict: TensorDict | None, **kwargs) -> TensorDict:

@@ -4,36 +4,89 @@ Nothing in this folder knows about modules, TensorDicts or devices; it imports t
 """
 
 from layeredrl_trl.functional.bootstrap import bootstrap_weights, fold_index
+from layeredrl_trl.functional.calibration import (
+    bin_mean,
+    gaussian_mixture_cdf,
+    interval_coverage,
+    quantile_bin,
+    sample_pit,
+)
+from layeredrl_trl.functional.candidate_weights import (
+    elite_weights,
+    return_spread,
+    softmax_weights,
+    weighted_moments,
+)
 from layeredrl_trl.functional.clustering import spread_modes
+from layeredrl_trl.functional.coloured_noise import colour, coloured_noise, colouring_matrix
 from layeredrl_trl.functional.mixtures import (
+    MixtureNoise,
     gaussian_mixture_log_prob,
     gaussian_mixture_mean,
     gaussian_mixture_variance,
+    mixture_noise,
     sample_gaussian_mixture,
 )
 from layeredrl_trl.functional.returns import (
     NStepWindow,
     discounted_window_sum,
+    n_step_sums,
     n_step_targets,
     n_step_window,
 )
-from layeredrl_trl.functional.uncertainty import aleatoric_variance, epistemic_variance
+from layeredrl_trl.functional.scores import (
+    EventScores,
+    correlation,
+    event_scores,
+    exceeds_rounding,
+    explained_variance,
+    rank_correlation,
+    varies,
+)
+from layeredrl_trl.functional.uncertainty import (
+    aleatoric_variance,
+    disagreement,
+    epistemic_variance,
+)
 from layeredrl_trl.functional.whitening import covariance, whitening_residual
 
 __all__ = [
+    "EventScores",
+    "MixtureNoise",
     "NStepWindow",
     "aleatoric_variance",
+    "bin_mean",
     "bootstrap_weights",
+    "colour",
+    "coloured_noise",
+    "colouring_matrix",
+    "correlation",
     "covariance",
+    "disagreement",
     "discounted_window_sum",
+    "elite_weights",
     "epistemic_variance",
+    "event_scores",
+    "exceeds_rounding",
+    "explained_variance",
     "fold_index",
+    "gaussian_mixture_cdf",
     "gaussian_mixture_log_prob",
     "gaussian_mixture_mean",
     "gaussian_mixture_variance",
+    "interval_coverage",
+    "mixture_noise",
+    "n_step_sums",
     "n_step_targets",
     "n_step_window",
+    "quantile_bin",
+    "rank_correlation",
+    "return_spread",
     "sample_gaussian_mixture",
+    "sample_pit",
+    "softmax_weights",
     "spread_modes",
+    "varies",
+    "weighted_moments",
     "whitening_residual",
 ]

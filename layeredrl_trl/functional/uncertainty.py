@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from layeredrl_trl.functional.mixtures import gaussian_mixture_mean, gaussian_mixture_variance
@@ -38,3 +39,24 @@ def aleatoric_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
         it adds up to the variance of the even mixture of all members.
     """
     return gaussian_mixture_variance(mean, std, weights).mean(-2)
+
+
+def disagreement(epistemic_var: Tensor) -> Tensor:
+    """Compute how far members are from each other, ``sqrt(mean_d epistemic_var_d)``.
+
+    Its gradient at 0 is 0, not infinite.
+
+    Args:
+        epistemic_var: ``[..., D]``, see :func:`epistemic_variance`.
+
+    Returns:
+        ``[..., 1]``, in units of the latent.
+
+    Example:
+        >>> disagreement(torch.tensor([[0.0, 0.0], [32.0, 0.0]]))
+        tensor([[0.],
+                [4.]])
+    """
+    mean = epistemic_var.mean(-1, keepdim=True)
+    nothing = mean == 0
+    return torch.where(nothing, 0.0, torch.where(nothing, 1.0, mean).sqrt())

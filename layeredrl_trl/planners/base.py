@@ -1,32 +1,39 @@
-"""What planners share: bounds of the action, and the plan as an entry of the TensorDict."""
+"""What planners share: rounds of drawing, scoring, weighing and fitting."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.data import Unbounded
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
-from torchrl.envs.transforms import TensorDictPrimer
 
 from layeredrl_trl import keys
+from layeredrl_trl.functional import return_spread
+from layeredrl_trl.planners.carrier import PlanCarrier
 from layeredrl_trl.planners.scoring import CandidateReturn
 
+ReturnAction = Literal["mean", "best", "sample"]
 
-class SamplingPlanner(TensorDictModuleBase, ABC):
+
+class SamplingPlanner(PlanCarrier, ABC):
     """Plan by trying candidate action sequences in a model-based environment; a policy.
 
-    A subclass gives :meth:`_improve`, which turns an initial plan into a better one. The initial
-    plan is mid-range (0 in unbounded dims, clipped to their bounds) at a cold start: without
-    ``warm_start``, where no plan is found, where a value of the plan found is not finite, and where
-    ``is_init`` is True. Otherwise it is the plan found, moved on by one step, with a mid-range last
-    step. How candidates are scored at termination, truncation and the horizon: see
-    :class:`~layeredrl_trl.planners.CandidateReturn`.
+    A search has a *belief*, a distribution over action sequences. It starts from an initial plan;
+    in each round candidates are drawn from it, scored and weighed, and it is fitted to them. A
+    subclass says what the distribution is and how candidates are weighed.
+
+    The initial plan knows nothing (mid-range, even odds) at a cold start: without ``warm_start``,
+    where no plan is found, where a value of the plan found is not finite, and where ``is_init`` is
+    True. Otherwise it is the plan found, moved on by one step, with a last step that knows nothing.
+    How candidates are scored at termination, truncation and the horizon: see
+    :class:`~layeredrl_trl.planners.CandidateReturn`. Where no candidate of a round has a finite
+    return, the belief stays as it is.
 
     The planner has no state of its own: it writes its plan under ``"next"``, and the environment
     carries it to the next step if it has the transform of :meth:`make_tensordict_primer`. Without
@@ -35,29 +42,42 @@ class SamplingPlanner(TensorDictModuleBase, ABC):
 
     Args:
         env (EnvBase): the model. Must accept any batch size (``batch_locked=False``) and have one
-            continuous action vector ``[A]``.
+            action.
         planning_horizon (int): steps H of a plan, at least 1.
-        num_candidates (int): candidates N per environment and evaluation, at least 1.
+        optim_steps (int): rounds of drawing and fitting, at least 1.
+        num_candidates (int): candidates N per environment and round, at least 1.
+        return_action ("mean", "best" or "sample"): the action is the first of the most likely
+            sequence, of the best candidate of all rounds, or of a sequence drawn from the final
+            belief (for exploration). ``plan_return`` is the best return for ``"best"``, else the
+            mean return of the last round's candidates, as they were weighed.
         warm_start (bool): start from the previous plan.
+        callback (callable, optional): called in every round with a TensorDict ``[*B, N]`` that
+            holds copies: ``action`` ``[*B, N, H, A]``, ``return`` ``[*B, N, 1]`` (``-inf`` where
+            it is not finite) and ``round``, an int from 0.
         action_key (NestedKey, optional): where the action is written. Default: the environment's.
         plan_key (NestedKey): the plan. Read here, written under ``"next"``.
         plan_return_key (NestedKey): what the planner expects its plan to return.
+        plan_spread_key (NestedKey): standard deviation of the last round's finite returns, 0
+            without any.
+        plan_std_key (NestedKey): what is left of the belief's initial width, 1 for all of it.
         is_init_key (NestedKey): True at the first step of an episode.
-        **scoring: ``gamma``, ``terminal_value``, ``reward_key``, ``state_keys``, ``value_key``,
-            ``alive_key`` of :class:`~layeredrl_trl.planners.CandidateReturn`.
+        **scoring: ``gamma``, ``terminal_value``, ``terminal_penalty``, ``disagreement`` and keys
+            of :class:`~layeredrl_trl.planners.CandidateReturn`.
 
     Reads:
         the state keys; ``plan`` ``[..., H, A]`` and ``is_init`` ``[..., 1]`` if they are there
         and ``warm_start`` is True.
 
     Writes:
-        ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, ``plan_return`` ``[..., 1]``.
+        ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, and ``plan_return``,
+        ``plan_spread``, ``plan_std`` ``[..., 1]``.
 
     Raises:
-        TypeError: if the action is discrete, or ``env`` is no ``EnvBase``.
-        ValueError: if an action is no vector or a number is out of range, and what
-            :class:`~layeredrl_trl.planners.CandidateReturn` raises; when planning, if an entry has
-            a wrong shape or device.
+        TypeError: if the action is of a kind that the planner cannot plan, ``callback`` is not
+            callable, or ``env`` is no ``EnvBase``.
+        ValueError: if an action has a shape that does not fit, a number is out of range or
+            ``return_action`` unknown, and what :class:`~layeredrl_trl.planners.CandidateReturn`
+            raises; when planning, if an entry has a wrong shape or device.
         KeyError: when planning, if a state key is missing.
     """
 
@@ -66,76 +86,160 @@ class SamplingPlanner(TensorDictModuleBase, ABC):
         env: EnvBase,
         *,
         planning_horizon: int,
+        optim_steps: int,
         num_candidates: int,
+        return_action: ReturnAction = "mean",
         warm_start: bool = True,
+        callback: Callable[[TensorDictBase], Any] | None = None,
         action_key: NestedKey | None = None,
         plan_key: NestedKey = "plan",
         plan_return_key: NestedKey = "plan_return",
+        plan_spread_key: NestedKey = "plan_spread",
+        plan_std_key: NestedKey = "plan_std",
         is_init_key: NestedKey = keys.IS_INIT,
         **scoring,
     ) -> None:
-        if planning_horizon < 1:
-            raise ValueError(f"planning_horizon must be at least 1, got {planning_horizon}.")
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {num_candidates}.")
+        for name, value in (
+            ("planning_horizon", planning_horizon),
+            ("optim_steps", optim_steps),
+            ("num_candidates", num_candidates),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if return_action not in get_args(ReturnAction):
+            raise ValueError(
+                f"return_action must be 'mean', 'best' or 'sample', got {return_action!r}."
+            )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}.")
         score = CandidateReturn(env, **scoring)
-        low, high = _bounds(env.full_action_spec_unbatched[score.action_key], type(self).__name__)
 
-        super().__init__()
+        super().__init__(warm_start, plan_key, is_init_key)
         self.score = score
         self.planning_horizon = planning_horizon
+        self.optim_steps = optim_steps
         self.num_candidates = num_candidates
-        self.warm_start = warm_start
+        self.return_action = return_action
+        self.callback = callback
         self.action_key = unravel_key(action_key or score.action_key)
-        self.plan_key = unravel_key(plan_key)
         self.plan_return_key = unravel_key(plan_return_key)
-        self.is_init_key = unravel_key(is_init_key)
-        self.in_keys = list(score.state_shapes)
-        if warm_start:
-            self.in_keys += [self.plan_key, self.is_init_key]
-        self.next_plan_key = unravel_key(("next", self.plan_key))
-        self.out_keys = [self.action_key, self.next_plan_key, self.plan_return_key]
+        self.plan_spread_key = unravel_key(plan_spread_key)
+        self.plan_std_key = unravel_key(plan_std_key)
 
-        bounded = (high - low).isfinite()
-        mean = torch.where(bounded, low / 2 + high / 2, torch.zeros_like(low).clamp(low, high))
-        std = torch.where(bounded, high / 2 - low / 2, 1.0)
-        self.register_buffer("_low", low, persistent=False)
-        self.register_buffer("_high", high, persistent=False)
-        self.register_buffer("_initial_mean", mean, persistent=False)
-        self.register_buffer("_initial_std", std, persistent=False)
+        spec = env.full_action_spec_unbatched[score.action_key]
+        self._action_shape = spec.shape
+        self.register_buffer("_cold_step", self._register_space(spec), persistent=False)
+        self.in_keys = list(score.state_shapes)
+        self.out_keys = [self.action_key]
+        self._carry(self.plan_key, (planning_horizon, *self._cold_step.shape))
+        if warm_start:
+            self.in_keys.append(self.is_init_key)
+        self.out_keys += [self.plan_return_key, self.plan_spread_key, self.plan_std_key]
 
     @property
     def env(self) -> EnvBase:
         """The environment that is planned in."""
         return self.score.env
 
-    @abstractmethod
-    def _improve(
-        self, candidates: TensorDictBase, plan: Tensor, is_warm: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Turn an initial plan into a better one.
+    # ---- what a subclass gives
 
-        Args:
-            candidates (TensorDictBase): the state, repeated for every candidate, batch ``[*B, N]``.
-            plan (Tensor): the initial plan ``[*B, H, A]``.
-            is_warm (Tensor): True where it comes from a previous plan ``[*B]``.
+    @abstractmethod
+    def _register_space(self, spec: TensorSpec) -> Tensor:
+        """Check the action, register its constants, and return a plan's step that knows nothing."""
+
+    @abstractmethod
+    def _start(self, carried: dict[NestedKey, Tensor]) -> Any:
+        """Make the first belief of what was carried over (see :meth:`_initial_plan`)."""
+
+    @abstractmethod
+    def _draw(self, belief: Any, number: int) -> Tensor:
+        """Draw candidates ``[*B, N, H, W]`` for a round, at most ``num_candidates``."""
+
+    @abstractmethod
+    def _weigh(self, returns: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Weigh candidates by their returns ``[*B, N, 1]``.
 
         Returns:
-            the plan ``[*B, H, A]`` and its expected return ``[*B, 1]``.
+            which candidates count, ``[*B, K, 1]`` (None: all), and their weights ``[*B, K, 1]``,
+            which sum to 1 or, where no return is finite, are all 0.
         """
+
+    @abstractmethod
+    def _fit(self, belief: Any, chosen: Tensor, weights: Tensor) -> Any:
+        """Fit the belief to weighted candidates ``[*B, K, H, W]``."""
+
+    @abstractmethod
+    def _mode(self, belief: Any) -> Tensor:
+        """The most likely sequence ``[*B, H, W]``."""
+
+    @abstractmethod
+    def _sample(self, belief: Any, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Draw a sequence ``[*B, H, W]`` to act by."""
+
+    @abstractmethod
+    def _width(self, belief: Any) -> Tensor:
+        """The width of the belief ``[*B, 1]``, 1 for that of a cold start."""
+
+    @abstractmethod
+    def _carry_on(self, belief: Any, sequence: Tensor) -> dict[NestedKey, Tensor]:
+        """The entries that the next step starts from, given the sequence that is acted by."""
+
+    def _encode(self, samples: Tensor) -> Tensor:
+        """Turn ``[..., W]`` into actions of the environment."""
+        return samples
+
+    # ---- the search
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Plan for every environment of the batch; see the class for what is read and written."""
         state = self._state(tensordict)
-        plan, is_warm = self._initial_plan(tensordict)
+        belief = self._start(self._carried(tensordict))
         candidates = self._repeat(state, self.num_candidates)
-        plan, plan_return = self._improve(candidates, plan, is_warm)
-        plan = plan.clamp(self._low, self._high)
-        tensordict.set(self.action_key, plan[..., 0, :].clone())
-        tensordict.set(self.next_plan_key, plan)
+        best = self._mode(belief)
+        best_return = torch.full((), -torch.inf, device=best.device)
+        for number in range(self.optim_steps):
+            samples = self._draw(belief, number)
+            returns = self._evaluate(candidates, samples, number)
+            index, weights = self._weigh(returns)
+            chosen, chosen_returns = samples, returns
+            if index is not None:
+                chosen = samples.take_along_dim(index.unsqueeze(-1), -3)
+                chosen_returns = returns.take_along_dim(index, -2)
+            if self.return_action == "best":
+                top, at = returns.max(-2, keepdim=True)
+                top, candidate = top.squeeze(-2), samples.take_along_dim(at.unsqueeze(-1), -3)
+                best = torch.where((top > best_return).unsqueeze(-1), candidate.squeeze(-3), best)
+                best_return = top.maximum(best_return)
+            belief = self._fit(belief, chosen, weights)
+
+        if self.return_action == "best":
+            sequence, plan_return = best, best_return
+        else:
+            mean = (weights * torch.where(weights > 0, chosen_returns, 0.0)).sum(-2)
+            plan_return = torch.where(weights.sum(-2) > 0, mean, -torch.inf)
+            sequence = self._mode(belief)
+        carried = self._carry_on(belief, sequence)
+        if self.return_action == "sample":
+            sequence = self._sample(belief, chosen, weights)
+        tensordict.set(self.action_key, self._encode(sequence[..., 0, :]).clone())
+        for key, value in carried.items():
+            tensordict.set(unravel_key(("next", key)), value)
         tensordict.set(self.plan_return_key, plan_return)
+        tensordict.set(self.plan_spread_key, return_spread(returns))
+        tensordict.set(self.plan_std_key, self._width(belief))
         return tensordict
+
+    def planning(self, td: TensorDictBase) -> Tensor:
+        """Plan, and return the action only: what TorchRL's ``MPCPlannerBase`` calls planning.
+
+        Args:
+            td (TensorDictBase): as for :meth:`forward`. Not modified.
+
+        Returns:
+            ``action`` ``[..., A]``.
+        """
+        return self.forward(td.copy()).get(self.action_key)
 
     @torch.no_grad()
     def candidate_return(self, tensordict: TensorDictBase, actions: Tensor) -> Tensor:
@@ -143,7 +247,8 @@ class SamplingPlanner(TensorDictModuleBase, ABC):
 
         Args:
             tensordict (TensorDictBase): holds the state keys, batch ``[*B]``. Not modified.
-            actions (Tensor): action sequences ``[*B, N, H, A]``, any N and H, taken as they are.
+            actions (Tensor): action sequences ``[*B, N, H, A]``, any N and H, taken as they are;
+                indices ``[*B, N, H]`` for a categorical spec without dims.
 
         Returns:
             returns ``[*B, N, 1]``, ``-inf`` where they are not finite.
@@ -151,30 +256,39 @@ class SamplingPlanner(TensorDictModuleBase, ABC):
         Raises:
             ValueError: if ``actions`` has another shape.
         """
-        batch_size, action_dim = tensordict.batch_size, self._low.shape[0]
-        fits = actions.ndim == len(batch_size) + 3 and actions.shape[-1:] == self._low.shape
-        if not fits or actions.shape[:-3] != batch_size:
+        batch_size, ndim = tensordict.batch_size, tensordict.ndim
+        fits = actions.ndim == ndim + 2 + len(self._action_shape)
+        if not fits or actions.shape != (
+            *batch_size,
+            *actions.shape[ndim : ndim + 2],
+            *self._action_shape,
+        ):
+            trailing = ", ".join(["N", "H", *map(str, self._action_shape)])
             raise ValueError(
-                f"actions must have shape [*{list(batch_size)}, N, H, {action_dim}], "
+                f"actions must have shape [*{list(batch_size)}, {trailing}], "
                 f"got {list(actions.shape)}."
             )
-        return self.score(self._repeat(self._state(tensordict), actions.shape[-3]), actions)
+        return self.score(self._repeat(self._state(tensordict), actions.shape[ndim]), actions)
 
-    def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Make the transform that lets an environment carry the plan from step to step.
+    def _evaluate(self, candidates: TensorDictBase, samples: Tensor, number: int) -> Tensor:
+        """Returns ``[*B, N, 1]`` of the candidates of a round, which may be fewer than the first's.
 
-        Append it to the real environment, or let ``Collector(...,
-        auto_register_policy_transforms=True)`` do so. At a reset it fills ``plan`` with NaN, which
-        stands for "no plan yet", so ``InitTracker`` is not needed besides.
-
-        Returns:
-            the primer, for environments of any batch size.
+        Where members of an ensemble are dealt out to candidates, any first few are spread evenly.
         """
-        shape = (self.planning_horizon, self._low.shape[0])
-        spec = Unbounded(shape=shape, dtype=self._low.dtype, device=self._low.device)
-        return TensorDictPrimer(
-            {self.plan_key: spec}, default_value=float("nan"), expand_specs=True
+        actions, n = self._encode(samples), samples.shape[-3]
+        returns = self.score(
+            candidates if n == self.num_candidates else candidates[..., :n], actions
         )
+        if self.callback is not None:
+            copies = {"action": actions.clone(), "return": returns.clone()}
+            seen = TensorDict(copies, batch_size=returns.shape[:-1])
+            self.callback(seen.set_non_tensor("round", number))
+        return returns
+
+    def _repeat(self, state: TensorDictBase, num_candidates: int) -> TensorDictBase:
+        if callable(getattr(type(self.env), "repeat_state", None)):
+            return self.env.repeat_state(state, num_candidates)
+        return state.unsqueeze(-1).expand(*state.batch_size, num_candidates).clone()
 
     def _state(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The entries that a step of the environment reads, and no others, checked."""
@@ -193,48 +307,3 @@ class SamplingPlanner(TensorDictModuleBase, ABC):
                 self._check(f"state entry {key!r}", value, (*batch_size, *shape))
             state.set(key, value)
         return state
-
-    def _initial_plan(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """The previous plan moved on, or mid-range, ``[*B, H, A]``; which of the two, ``[*B]``."""
-        batch_size = tensordict.batch_size
-        shape = (*batch_size, self.planning_horizon, self._low.shape[0])
-        cold = self._initial_mean.expand(shape)
-        plan = tensordict.get(self.plan_key, None) if self.warm_start else None
-        if plan is None:
-            return cold, torch.zeros(batch_size, dtype=torch.bool, device=cold.device)
-        self._check(f"plan {self.plan_key!r}", plan, shape)
-        plan = plan.to(cold.dtype)
-        is_warm = plan.isfinite().all(-1).all(-1)
-        is_init = tensordict.get(self.is_init_key, None)
-        if is_init is not None:
-            self._check(f"entry {self.is_init_key!r}", is_init, (*batch_size, 1))
-            is_warm = is_warm & ~is_init.squeeze(-1).bool()
-        warm = torch.cat([plan[..., 1:, :], cold[..., :1, :]], -2).clamp(self._low, self._high)
-        return torch.where(is_warm[..., None, None], warm, cold), is_warm
-
-    def _check(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-        if value.shape != torch.Size(shape):
-            raise ValueError(f"The {name} must have shape {shape}, got {tuple(value.shape)}.")
-        if value.device != self._low.device:
-            raise ValueError(
-                f"The {name} is on {value.device}, but {type(self).__name__} on {self._low.device}."
-            )
-
-    def _repeat(self, state: TensorDictBase, num_candidates: int) -> TensorDictBase:
-        if callable(getattr(type(self.env), "repeat_state", None)):
-            return self.env.repeat_state(state, num_candidates)
-        return state.unsqueeze(-1).expand(*state.batch_size, num_candidates).clone()
-
-
-def _bounds(spec: TensorSpec, planner: str) -> tuple[Tensor, Tensor]:
-    """Lowest and highest action ``[A]``."""
-    if spec.domain != "continuous" or not spec.dtype.is_floating_point:
-        raise TypeError(
-            f"{planner} samples continuous actions; discrete actions are not supported yet by this "
-            f"planner, got {type(spec).__name__} of dtype {spec.dtype}."
-        )
-    if spec.ndim != 1 or spec.shape[0] < 1:
-        raise ValueError(
-            f"{planner} needs an action vector of shape [A], got shape {tuple(spec.shape)}."
-        )
-    return spec.space.low.clone(), spec.space.high.clone()

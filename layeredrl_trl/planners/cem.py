@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.planners.base import SamplingPlanner
+from layeredrl_trl.functional import elite_weights, weighted_moments
+from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
 
 
-class CrossEntropyPlanner(SamplingPlanner):
+class CrossEntropyPlanner(GaussianPlanner):
     """Plan by the cross-entropy method in a model-based environment; a policy.
 
     Action sequences are drawn from a diagonal Gaussian and clipped to the bounds of the action;
     mean and standard deviation are fitted to the ``top_k`` with the highest returns; repeat. The
-    first candidate of a round is the mean itself. The first mean is mid-range, or the previous
-    plan moved on by one step; the first standard deviation is half the range of the action (1 in
-    unbounded dims), times ``warm_std`` after a previous plan.
+    first candidate of a round is the mean itself. How the Gaussian starts, and what
+    ``return_action`` does: see :class:`~layeredrl_trl.planners.GaussianPlanner`.
 
     How candidates are scored at termination and at the horizon, when a start is cold, and all
     other arguments: see :class:`~layeredrl_trl.planners.SamplingPlanner`. Candidates whose return
@@ -28,30 +25,27 @@ class CrossEntropyPlanner(SamplingPlanner):
 
     Args:
         env (EnvBase): the model, any environment with ``batch_locked=False``.
-        planning_horizon (int): steps H of a plan.
-        optim_steps (int): rounds of sampling and fitting.
         num_candidates (int): action sequences N per environment and round, with the mean.
         top_k (int): elites per round, at most ``num_candidates``.
         momentum (float): weight of the old mean and standard deviation in a fit, in [0, 1).
         min_std (float): floor of the standard deviation, as a fraction of that of a cold start.
-        warm_std (float): first standard deviation of a warm start, as a fraction of that of a cold
-            one. Near 1 the previous plan is soon forgotten, near 0 it is hard to leave.
-        return_action ("mean" or "best"): the plan is the last mean, or the best candidate of all
-            rounds. ``plan_return`` is the mean return of the last elites, or the best return.
-        **options: the other arguments of :class:`~layeredrl_trl.planners.SamplingPlanner`
-            (``gamma``, ``terminal_value``, ``warm_start``, keys).
+        **options: ``planning_horizon``, ``optim_steps``, ``return_action``, ``std``, ``warm_std``,
+            ``noise_beta``, ``gamma``, ``terminal_value``, ``warm_start``, keys and the other
+            arguments of :class:`~layeredrl_trl.planners.GaussianPlanner` and
+            :class:`~layeredrl_trl.planners.SamplingPlanner`.
 
     Reads:
         the state of ``env``; ``plan`` ``[..., H, A]`` and ``is_init`` ``[..., 1]`` if they are
         there and ``warm_start`` is True.
 
     Writes:
-        ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, ``plan_return`` ``[..., 1]``.
+        ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, and ``plan_return`` (mean
+        return of the last elites, or the best return), ``plan_spread``, ``plan_std`` (mean standard
+        deviation of the last elites, as a fraction of the first) ``[..., 1]``.
 
     Raises:
-        ValueError: if ``optim_steps`` < 1, ``top_k`` is not in [1, ``num_candidates``],
-            ``momentum`` is not in [0, 1), ``min_std`` < 0, ``warm_std`` <= 0, or ``return_action``
-            is unknown; and what :class:`~layeredrl_trl.planners.SamplingPlanner` raises.
+        ValueError: if ``top_k`` is not in [1, ``num_candidates``], ``momentum`` is not in [0, 1) or
+            ``min_std`` < 0; and what :class:`~layeredrl_trl.planners.GaussianPlanner` raises.
 
     Reference:
         Botev, Kroese, Rubinstein, L'Ecuyer (2013), The cross-entropy method for optimization,
@@ -98,77 +92,40 @@ class CrossEntropyPlanner(SamplingPlanner):
         self,
         env: EnvBase,
         *,
-        planning_horizon: int,
-        optim_steps: int,
         num_candidates: int,
         top_k: int,
         momentum: float = 0.0,
         min_std: float = 0.0,
-        warm_std: float = 0.5,
-        return_action: Literal["mean", "best"] = "mean",
         **options,
     ) -> None:
-        if optim_steps < 1:
-            raise ValueError(f"optim_steps must be at least 1, got {optim_steps}.")
-        if not 1 <= top_k <= num_candidates:
-            raise ValueError(
-                f"top_k must be in [1, num_candidates], got top_k={top_k} and "
-                f"num_candidates={num_candidates}."
-            )
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+        check_elites(top_k, num_candidates, momentum)
         if min_std < 0.0:
             raise ValueError(f"min_std must not be negative, got {min_std}.")
-        if warm_std <= 0.0:
-            raise ValueError(f"warm_std must be positive, got {warm_std}.")
-        if return_action not in ("mean", "best"):
-            raise ValueError(f"return_action must be 'mean' or 'best', got {return_action!r}.")
-        super().__init__(
-            env, planning_horizon=planning_horizon, num_candidates=num_candidates, **options
-        )
-        self.optim_steps = optim_steps
+        super().__init__(env, num_candidates=num_candidates, **options)
         self.top_k = top_k
         self.momentum = momentum
         self.min_std = min_std
-        self.warm_std = warm_std
-        self.return_action = return_action
 
-    def _improve(
-        self, candidates: TensorDictBase, plan: Tensor, is_warm: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        batch_size, steps = plan.shape[:-2], plan.shape[-2:]
-        cold_std = self._initial_std.expand_as(plan)
-        mean = plan
-        std = torch.where(is_warm[..., None, None], self.warm_std * cold_std, cold_std)
-        floor = self.min_std * cold_std
-        best, best_return = plan, torch.full((*batch_size, 1), -torch.inf, device=plan.device)
-        for _ in range(self.optim_steps):
-            noise = torch.randn(
-                *batch_size, self.num_candidates, *steps, dtype=plan.dtype, device=plan.device
-            )
-            noise[..., 0, :, :] = 0.0  # the mean is a candidate: a good plan is not lost
-            actions = mean.unsqueeze(-3) + std.unsqueeze(-3) * noise
-            actions = actions.clamp(self._low, self._high)
-            returns = self.score(candidates, actions)
+    def _weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+        return elite_weights(returns, self.top_k)
 
-            elite_returns, index = returns.topk(self.top_k, dim=-2)
-            elites = actions.take_along_dim(index.unsqueeze(-1), -3)
-            finite = elite_returns > -torch.inf
-            count = finite.sum(-2)
-            any_finite = (count > 0).unsqueeze(-1)
-            weight = (finite / count.clamp(min=1).unsqueeze(-2)).unsqueeze(-1).to(plan.dtype)
-            elite_mean = (weight * elites).sum(-3)
-            elite_std = (weight * (elites - elite_mean.unsqueeze(-3)) ** 2).sum(-3).sqrt()
-            elite_mean = mean.lerp(elite_mean, 1 - self.momentum)
-            elite_std = std.lerp(elite_std, 1 - self.momentum).maximum(floor)
-            mean = torch.where(any_finite, elite_mean, mean)
-            std = torch.where(any_finite, elite_std, std)
+    def _fit(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Gaussian:
+        mean, std = weighted_moments(chosen, weights)
+        mean = belief.mean.lerp(mean, 1 - self.momentum)
+        std = belief.std.lerp(std, 1 - self.momentum)
+        std = std.maximum(self.min_std * self.std * self._half_range)
+        fitted = weights.sum(-2, keepdim=True) > 0
+        return belief._replace(
+            mean=torch.where(fitted, mean, belief.mean), std=torch.where(fitted, std, belief.std)
+        )
 
-            top = elite_returns[..., 0, :]
-            better = top > best_return
-            best_return = torch.where(better, top, best_return)
-            best = torch.where(better.unsqueeze(-1), elites[..., 0, :, :], best)
-        if self.return_action == "best":
-            return best, best_return
-        total = torch.where(finite, elite_returns, 0.0).sum(-2)
-        return mean, torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
+
+def check_elites(top_k: int, num_candidates: int, momentum: float) -> None:
+    """Check what every cross-entropy method asks for."""
+    if not 1 <= top_k <= num_candidates:
+        raise ValueError(
+            f"top_k must be in [1, num_candidates], got top_k={top_k} and "
+            f"num_candidates={num_candidates}."
+        )
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}.")

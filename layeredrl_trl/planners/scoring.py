@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
@@ -10,17 +12,22 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from layeredrl_trl import keys
+from layeredrl_trl.functional import disagreement as member_disagreement
 
 
 class CandidateReturn(nn.Module):
     """Imagine candidate action sequences and add up what they earn.
 
-    The return of a candidate is ``sum_{t<H} gamma^t r_t + gamma^H V(s_H)``.
+    The return of a candidate is ``sum_{t<H} gamma^t (r_t + w d_t - p q_t) + gamma^H V(s_H)``, where
+    ``d_t`` is how much the members of an ensemble disagree about the step, ``q_t`` the probability
+    that the episode terminates in it, and ``w`` and ``p`` are 0 by default.
 
     Edge rules: rewards after the first ``done`` do not count; a hard termination stops the
     bootstrap, a truncation bootstraps from the state it happened in (with the discount of that
     step). Where the state holds ``alive`` (soft termination), rewards are taken as already weighted
-    by it and the bootstrap is the mean over particles of ``alive * V``. A return that is not finite
+    by it, the bootstrap is the mean over particles of ``alive * V``, ``d_t`` is weighted by the
+    mean of ``alive`` before the step, and ``q_t`` is what that mean loses in the step; else ``q_t``
+    is 1 at the step that terminates, and 0 at one that is truncated. A return that is not finite
     counts as ``-inf``.
 
     The environment is stepped open-loop by ``env.step`` and ``env.step_mdp`` or, where its class
@@ -33,6 +40,10 @@ class CandidateReturn(nn.Module):
         terminal_value (TensorDictModuleBase, optional): what comes after the last step is worth,
             from the last state (``latent``, ``context``) to ``state_value``. It must not read the
             action. Applied per particle where the state holds ``alive``.
+        terminal_penalty (float): ``p``, in units of the reward.
+        disagreement (float): ``w``, in units of the reward per unit of the latent: above 0 a bonus
+            for what the model does not know, below 0 a penalty. ``d_t = sqrt(mean_d v_d)`` of the
+            variance ``v`` that the environment writes.
         reward_key (NestedKey, optional): where the reward of a step is found. Default: ``"next"``
             and the environment's reward key.
         state_keys (sequence of NestedKey, optional): what a step of the environment reads.
@@ -40,11 +51,14 @@ class CandidateReturn(nn.Module):
             ``env.observation_spec``.
         value_key (NestedKey): the entry that ``terminal_value`` writes.
         alive_key (NestedKey): the probability that a particle is alive, ``[..., E, P, 1]``.
+        epistemic_var_key (NestedKey): the variance over members, ``[..., D]``.
 
     Raises:
         TypeError: if ``env`` is no ``EnvBase`` or ``terminal_value`` no ``TensorDictModule``.
-        ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range, or
-            ``terminal_value`` reads the action or does not write ``value_key``.
+        ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range,
+            ``terminal_penalty`` or ``disagreement`` is not finite, ``terminal_value`` reads the
+            action or does not write ``value_key``, or ``disagreement`` is not 0 and ``env`` does
+            not write ``epistemic_var_key``.
         KeyError: if ``terminal_value`` reads what the environment does not have.
     """
 
@@ -54,10 +68,13 @@ class CandidateReturn(nn.Module):
         *,
         gamma: float = 1.0,
         terminal_value: TensorDictModuleBase | None = None,
+        terminal_penalty: float = 0.0,
+        disagreement: float = 0.0,
         reward_key: NestedKey | None = None,
         state_keys: list[NestedKey] | None = None,
         value_key: NestedKey = keys.STATE_VALUE,
         alive_key: NestedKey = keys.ALIVE,
+        epistemic_var_key: NestedKey = keys.EPISTEMIC_VAR,
     ) -> None:
         if not isinstance(env, EnvBase):
             raise TypeError(f"A planner needs a torchrl EnvBase, got {type(env).__name__}.")
@@ -73,13 +90,21 @@ class CandidateReturn(nn.Module):
             )
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
+        weights = {"terminal_penalty": terminal_penalty, "disagreement": disagreement}
+        for name, value in weights.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}.")
         super().__init__()
         self.env = env
         self.gamma = gamma
+        self.terminal_penalty = terminal_penalty
+        self.disagreement = disagreement
         self.action_key = unravel_key(env.action_keys[0])
         self.reward_key = unravel_key(reward_key or ("next", env.reward_keys[0]))
         self.value_key = unravel_key(value_key)
         self.alive_key = unravel_key(("next", alive_key))
+        self.first_alive_key = unravel_key(alive_key)
+        self.epistemic_var_key = unravel_key(("next", epistemic_var_key))
         self.done_key = _outermost(env.done_keys, keys.DONE)
         self.terminated_key = _outermost(env.done_keys, keys.TERMINATED)
         self._has_imagine = callable(getattr(type(env), "imagine", None))
@@ -89,7 +114,15 @@ class CandidateReturn(nn.Module):
             shapes |= {unravel_key(key): spec[key].shape for key in spec.keys(True, True)}
         state_keys = state_keys or list(spec.keys(True, True)) or list(shapes)
         self.state_shapes = {unravel_key(k): shapes.get(unravel_key(k)) for k in state_keys}
-        self._check_terminal_value(terminal_value, {*shapes, *self.state_shapes})
+        known = {*shapes, *self.state_shapes}
+        self._has_alive = self.first_alive_key in known
+        if disagreement and unravel_key(epistemic_var_key) not in known:
+            raise ValueError(
+                f"disagreement={disagreement} needs the entry {epistemic_var_key!r}, but "
+                f"{type(env).__name__} writes {sorted(map(str, known))}. A PredictorEnv writes it "
+                "with uncertainty=True."
+            )
+        self._check_terminal_value(terminal_value, known)
         self.terminal_value = terminal_value
 
     def forward(self, candidates: TensorDictBase, actions: Tensor) -> Tensor:
@@ -97,13 +130,13 @@ class CandidateReturn(nn.Module):
 
         Args:
             candidates (TensorDictBase): the state entries, batch ``[...]``. Not modified.
-            actions (Tensor): ``[..., H, A]``.
+            actions (Tensor): ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
 
         Returns:
             returns ``[..., 1]``, ``-inf`` where they are not finite.
         """
         steps = self._imagine(candidates, actions)
-        reward = steps.get(self.reward_key)
+        reward = self._add_terms(steps.get(self.reward_key), candidates, steps)
         done = None if self.done_key is None else steps.get(self.done_key, None)
         if done is None:
             running = torch.ones_like(reward, dtype=torch.bool)
@@ -125,13 +158,39 @@ class CandidateReturn(nn.Module):
         # Not env.rollout: it resets finished candidates, which draws random numbers and syncs.
         tensordict = candidates.copy()
         steps = []
-        for action in actions.unbind(-2):
+        for action in actions.unbind(candidates.ndim):
             tensordict.set(self.action_key, action)
             tensordict = self.env.step(tensordict)
             steps.append(tensordict.select("next"))
             # The state only: ModelBasedEnvBase takes a stale `done` of the input for the step's.
             tensordict = self.env.step_mdp(tensordict).select(*self.state_shapes)
         return torch.stack(steps, -1)  # pyright: ignore[reportReturnType]
+
+    def _add_terms(
+        self, reward: Tensor, candidates: TensorDictBase, steps: TensorDictBase
+    ) -> Tensor:
+        """The reward of each step ``[..., H, 1]`` with disagreement and termination in it."""
+        if not self.disagreement and not self.terminal_penalty:
+            return reward
+        alive = None
+        if self._has_alive:  # of the whole state, from before the first step on: [..., H + 1, 1]
+            time = candidates.ndim
+            first = candidates.get(self.first_alive_key).unsqueeze(time)
+            alive = torch.cat([first, steps.get(self.alive_key)], time)
+            alive = alive.flatten(time + 1).mean(-1, keepdim=True)
+        if self.disagreement:
+            distance = member_disagreement(steps.get(self.epistemic_var_key))
+            if alive is not None:
+                distance = torch.where(alive[..., :-1, :] > 0, alive[..., :-1, :] * distance, 0.0)
+            reward = reward + self.disagreement * distance
+        if self.terminal_penalty:
+            if alive is not None:
+                ends = alive[..., :-1, :] - alive[..., 1:, :]
+            else:
+                ends = None if self.terminated_key is None else steps.get(self.terminated_key, None)
+            if ends is not None:
+                reward = reward - self.terminal_penalty * ends
+        return reward
 
     def _bootstrap(
         self,

@@ -10,11 +10,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Categorical, Unbounded
 from torchrl.envs import (
     GymEnv,
     InitTracker,
-    ModelBasedEnvBase,
     RewardScaling,
     SerialEnv,
     StepCounter,
@@ -22,115 +21,17 @@ from torchrl.envs import (
 )
 
 from layeredrl_trl.planners import CrossEntropyPlanner
-from tests.problems import DOUBLE_INTEGRATOR, LQREnv, TwoStepBanditEnv, riccati
+from tests.planners.planning_envs import (
+    CliffEnv,
+    FastLQREnv,
+    FastPendulumModel,
+    FreeEnv,
+    free_state,
+    quadratic_value,
+)
+from tests.problems import DOUBLE_INTEGRATOR, LQREnv, PendulumModel, TwoStepBanditEnv, riccati
 
 BATCH_SHAPES = [(), (3,), (2, 3)]
-
-
-class OpenLoop:
-    """Gives an environment of one state entry the open-loop fast path."""
-
-    def imagine(self, tensordict, actions):
-        (key,) = self.observation_spec.keys()
-        state, states, rewards = tensordict[key], [], []
-        for action in actions.unbind(-2):
-            state, reward = self.world_model.module(state, action)
-            states.append(state)
-            rewards.append(reward)
-        following = {key: torch.stack(states, -2), "reward": torch.stack(rewards, -2)}
-        return TensorDict({"next": following}, batch_size=actions.shape[:-1])
-
-
-class FastLQREnv(OpenLoop, LQREnv):
-    pass
-
-
-class CliffEnv(ModelBasedEnvBase):
-    """Walk along a line that may end beyond 1: softly (``alive``), by termination or truncation.
-
-    Earns the position after the step plus the context. The bare env has ``latent [..., 1]``, the
-    soft one particles ``[..., E, P, 1]`` that all do the same.
-    """
-
-    def __init__(self, mode, particles=(2, 3), prob=1.0):
-        lead = particles if mode == "soft" else ()
-        latent = Unbounded((*lead, 1))
-        state = {"latent": latent, "context": Unbounded((1,))}
-        if mode == "soft":
-            state["alive"] = Bounded(0.0, 1.0, (*lead, 1))
-
-        def soft(latent, context, alive, action):
-            latent = latent + action[..., None, None, :]
-            reward = (alive * (latent + context[..., None, None, :])).mean((-2, -3))
-            return latent, context, alive * torch.where(latent > 1, 1 - prob, 1.0), reward
-
-        def hard(latent, context, action):
-            latent = latent + action
-            over = latent > 1
-            flags = (over,) if mode == "terminated" else (over & False, over, over)
-            return latent, context, *flags, latent + context
-
-        out_keys = {
-            "soft": ["alive"],
-            "terminated": ["terminated"],  # TorchRL completes `done`
-            "truncated": ["terminated", "truncated", "done"],
-        }[mode]
-        in_keys = ["latent", "context", *(["alive"] if mode == "soft" else []), "action"]
-        module = TensorDictModule(
-            soft if mode == "soft" else hard, in_keys, ["latent", "context", *out_keys, "reward"]
-        )
-        super().__init__(module)
-        self.observation_spec = Composite(state)
-        self.state_spec = Composite(state).clone()
-        self.action_spec = Bounded(-1.0, 1.0, (1,))
-        self.reward_spec = Unbounded((1,))
-        if mode == "truncated":
-            flags = ("done", "terminated", "truncated")
-            self.done_spec = Composite({k: Categorical(2, (1,), dtype=torch.bool) for k in flags})
-
-    def _reset(self, tensordict, **kwargs):
-        return self.observation_spec.zero(tensordict.batch_size)
-
-
-class PendulumModel(ModelBasedEnvBase):
-    """The equations of Gymnasium's Pendulum-v1, on its observation."""
-
-    def __init__(self):
-        def step(x, action):
-            angle, speed = torch.atan2(x[..., 1:2], x[..., 0:1]), x[..., 2:3]
-            reward = -(angle**2 + 0.1 * speed**2 + 0.001 * action**2)
-            speed = (speed + (15 * torch.sin(angle) + 3 * action) * 0.05).clamp(-8, 8)
-            angle = angle + speed * 0.05
-            return torch.cat([torch.cos(angle), torch.sin(angle), speed], -1), reward
-
-        super().__init__(TensorDictModule(step, ["x", "action"], ["x", "reward"]))
-        self.observation_spec = Composite(x=Unbounded((3,)))
-        self.state_spec = Composite(x=Unbounded((3,)))
-        self.action_spec = Bounded(-2.0, 2.0, (1,))
-        self.reward_spec = Unbounded((1,))
-
-    def _reset(self, tensordict, **kwargs):
-        return self.observation_spec.zero(tensordict.batch_size)
-
-
-class FastPendulumModel(OpenLoop, PendulumModel):
-    pass
-
-
-class FreeEnv(ModelBasedEnvBase):
-    """Any action spec; earns ``reward(action)``."""
-
-    def __init__(self, action_spec, reward=lambda action: -action.square().sum(-1, keepdim=True)):
-        def step(latent, action):
-            return latent, reward(action)
-
-        super().__init__(TensorDictModule(step, ["latent", "action"], ["latent", "reward"]))
-        self.observation_spec = Composite(latent=Unbounded((1,)))
-        self.action_spec = action_spec
-        self.reward_spec = Unbounded((1,))
-
-    def _reset(self, tensordict, **kwargs):
-        return self.observation_spec.zero(tensordict.batch_size)
 
 
 def lqr_env(env_class=FastLQREnv, **options):
@@ -144,16 +45,6 @@ def make_planner(env, **options):
 
 def lqr_state(*batch_size):
     return TensorDict({"latent": torch.rand(*batch_size, 2) * 2 - 1}, batch_size=batch_size)
-
-
-def free_state(*batch_size):
-    return TensorDict({"latent": torch.zeros(*batch_size, 1)}, batch_size=batch_size)
-
-
-def quadratic_value(P):
-    return TensorDictModule(
-        lambda x: -((x @ P) * x).sum(-1, keepdim=True), ["latent"], ["state_value"]
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -700,7 +591,10 @@ def test_swings_the_real_pendulum_up():
         ({"momentum": 1.0}, "momentum must be in"),
         ({"min_std": -1.0}, "min_std must not be negative"),
         ({"warm_std": 0.0}, "warm_std must be positive"),
-        ({"return_action": "first"}, "return_action must be 'mean' or 'best', got 'first'"),
+        (
+            {"return_action": "first"},
+            "return_action must be 'mean', 'best' or 'sample', got 'first'",
+        ),
     ],
 )
 def test_refuses_numbers_out_of_range(options, message):
@@ -725,7 +619,7 @@ def test_refuses_what_is_no_env():
 
 @pytest.mark.parametrize("spec", [Categorical(3), Bounded(0, 3, (2,), dtype=torch.int64)])
 def test_refuses_discrete_actions(spec):
-    with pytest.raises(TypeError, match="discrete actions are not supported yet"):
+    with pytest.raises(TypeError, match="discrete actions are not supported by it"):
         make_planner(FreeEnv(spec))
 
 

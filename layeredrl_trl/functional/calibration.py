@@ -1,0 +1,121 @@
+"""Is a predicted spread the right one? Probability integral transform, coverage, bins.
+
+The probability integral transform (PIT) is where, in ``[0, 1]``, an observed value lies in its
+predicted distribution: ``F(value)``. Over many predictions it is uniform if these are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gaussian_mixture_cdf(value: Tensor, mean: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
+    """Compute the distribution function of each dim: ``sum_k w_k Phi((value - mean_k) / std_k)``.
+
+    Args:
+        value: ``[..., D]``.
+        mean: ``[..., K, D]``.
+        std: ``[..., K, D]``, positive.
+        log_weights: ``[..., K]``, ``logsumexp`` over ``K`` is 0.
+
+    Returns:
+        ``[..., D]`` in ``[0, 1]``, the PIT of ``value`` dim by dim.
+
+    Example:
+        >>> mean, std = torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1)
+        >>> gaussian_mixture_cdf(torch.zeros(1), mean, std, torch.tensor([0.25, 0.75]).log())
+        tensor([0.2500])
+    """
+    below = torch.special.ndtr((value.unsqueeze(-2) - mean) / std)
+    return (log_weights.exp().unsqueeze(-1) * below).sum(-2)
+
+
+def sample_pit(value: Tensor, samples: Tensor, uniform: Tensor) -> Tensor:
+    """Place a value among samples of its predicted distribution.
+
+    ``(less + uniform * (1 + equal)) / (K + 1)`` with the number of samples that are less than and
+    equal to the value: if the value is one more draw like the samples, this is exactly uniform for
+    any ``K``, with ties (values that are discrete) too.
+
+    Args:
+        value: ``[...]``.
+        samples: ``[..., K]``.
+        uniform: draws from ``[0, 1)``, ``[...]``.
+
+    Returns:
+        ``[...]`` in ``[0, 1)``.
+
+    Reference:
+        Czado, Gneiting and Held 2009, Biometrics 65(4), section 2 (the randomised PIT).
+
+    Example:
+        >>> samples = torch.tensor([1.0, 2.0, 3.0])
+        >>> sample_pit(torch.tensor(2.5), samples, torch.tensor(0.5))
+        tensor(0.6250)
+    """
+    value = value.unsqueeze(-1)
+    less, equal = (samples < value).sum(-1), (samples == value).sum(-1)
+    return (less + uniform * (1 + equal)) / (samples.shape[-1] + 1)
+
+
+def interval_coverage(pit: Tensor, levels: Sequence[float], mask: Tensor | None = None) -> Tensor:
+    """Count how often the central interval of each level held the observed value.
+
+    That is where ``|pit - 0.5| <= level / 2``.
+
+    Args:
+        pit: ``[N, ...]``.
+        levels: of the intervals, in ``[0, 1]``; ``L`` of them.
+        mask: bool ``[N, ...]``; what is False does not count and may be NaN.
+
+    Returns:
+        Fractions over ``N``, ``[L, ...]``; NaN where nothing counts.
+
+    Example:
+        >>> interval_coverage(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]), [0.5, 0.9])
+        tensor([0.6000, 1.0000])
+    """
+    mask = torch.ones_like(pit, dtype=torch.bool) if mask is None else mask
+    off = (pit - 0.5).abs()
+    inside = torch.stack([(off <= level / 2) & mask for level in levels])
+    return inside.sum(1).to(pit.dtype) / mask.sum(0)
+
+
+def quantile_bin(x: Tensor, n_bins: int) -> Tensor:
+    """Sort values into bins that hold equally many (one more or less).
+
+    Args:
+        x: ``[N]``.
+        n_bins: number of bins.
+
+    Returns:
+        long ``[N]``, 0 for the smallest values; with ``N < n_bins`` some bins stay empty.
+
+    Example:
+        >>> quantile_bin(torch.tensor([3.0, 1.0, 2.0, 9.0]), 2)
+        tensor([1, 0, 0, 1])
+    """
+    rank = x.argsort(stable=True).argsort()
+    return rank * n_bins // max(1, x.numel())
+
+
+def bin_mean(x: Tensor, bins: Tensor, n_bins: int) -> Tensor:
+    """Average the values of each bin.
+
+    Args:
+        x: ``[N]``.
+        bins: of each value, long ``[N]``, in ``0..n_bins - 1``.
+        n_bins: number of bins.
+
+    Returns:
+        ``[n_bins]``; NaN for an empty bin.
+
+    Example:
+        >>> bin_mean(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1, 0, 0]), 3)
+        tensor([1.5000, 3.0000,    nan])
+    """
+    total = x.new_zeros(n_bins).index_add(0, bins, x)
+    return total / torch.bincount(bins, minlength=n_bins)

@@ -1,0 +1,148 @@
+"""How good predictions are: explained variance, correlation, and scores of a predicted event.
+
+A score that the data cannot tell (the reward never varies, the event never happens) is NaN, not
+an infinity or a lucky number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A standard deviation of less than this many root mean squares is float32's rounding.
+_ROUNDING = 1e-6
+
+
+class EventScores(NamedTuple):
+    """Scores of the predicted probability of an event.
+
+    Attributes:
+        precision: of the events predicted, the fraction that happened; NaN if none was predicted.
+        recall: of the events that happened, the fraction that was predicted; NaN if none did.
+        auc: area under the receiver operating characteristic: the probability that an event got a
+            higher probability than a non-event; NaN without both.
+    """
+
+    precision: Tensor
+    recall: Tensor
+    auc: Tensor
+
+
+def varies(x: Tensor) -> Tensor:
+    """Say whether a standard deviation is more than float32's rounding of a constant.
+
+    Args:
+        x: ``[N, ...]``.
+
+    Returns:
+        bool ``[...]``; False if ``N`` is 0.
+    """
+    return exceeds_rounding(x, x.double().square().mean(0).sqrt())
+
+
+def exceeds_rounding(x: Tensor, size: Tensor) -> Tensor:
+    """Say whether ``x`` varies by more than float32's rounding of numbers of a given size.
+
+    Args:
+        x: ``[N, ...]``.
+        size: magnitude of the numbers that ``x`` comes from, ``[...]``.
+
+    Returns:
+        bool ``[...]``.
+    """
+    return _variance(x.double()).sqrt() > _ROUNDING * size
+
+
+def explained_variance(target: Tensor, prediction: Tensor) -> Tensor:
+    """Compute ``1 - Var(target - prediction) / Var(target)``.
+
+    1 is perfect, 0 no better than a constant; a constant offset is not seen.
+
+    Args:
+        target: ``[N]``.
+        prediction: ``[N]``.
+
+    Returns:
+        float64 scalar; NaN where the target does not vary.
+
+    Example:
+        >>> explained_variance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
+        tensor(1., dtype=torch.float64)
+    """
+    target, prediction = target.double(), prediction.double()
+    unexplained = _variance(target - prediction) / _variance(target)
+    return torch.where(varies(target), 1 - unexplained, torch.nan)
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Compute Pearson's correlation of ``[N]`` and ``[N]``.
+
+    Returns:
+        float64 scalar; NaN where one of them does not vary.
+    """
+    x, y = x.double(), y.double()
+    covariance = ((x - x.mean()) * (y - y.mean())).mean()
+    value = covariance / (_variance(x) * _variance(y)).sqrt()
+    return torch.where(varies(x) & varies(y), value, torch.nan)
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Compute Spearman's correlation of ``[N]`` and ``[N]``: that of their ranks.
+
+    Returns:
+        float64 scalar; NaN where one of them does not vary.
+
+    Example:
+        >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 10.0, 11.0]))
+        tensor(1., dtype=torch.float64)
+    """
+    value = correlation(average_rank(x), average_rank(y))
+    return torch.where(varies(x) & varies(y), value, torch.nan)
+
+
+def average_rank(x: Tensor) -> Tensor:
+    """Rank ``[N]`` values from 0 on; equal values share the mean of their ranks.
+
+    Returns:
+        float64 ``[N]``.
+
+    Example:
+        >>> average_rank(torch.tensor([5.0, 1.0, 5.0]))
+        tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
+    """
+    ordered = x.contiguous().sort().values
+    first = torch.searchsorted(ordered, x.contiguous())
+    behind = torch.searchsorted(ordered, x.contiguous(), right=True)
+    return (first + behind - 1).double() / 2
+
+
+def event_scores(prob: Tensor, happened: Tensor, threshold: float = 0.5) -> EventScores:
+    """Score the predicted probability of an event.
+
+    Args:
+        prob: ``[N]``.
+        happened: bool ``[N]``.
+        threshold: an event is predicted where ``prob`` is above.
+
+    Returns:
+        :class:`EventScores` of float64 scalars, all NaN if a ``prob`` is.
+
+    Example:
+        >>> prob, happened = torch.tensor([0.9, 0.6, 0.2]), torch.tensor([True, False, False])
+        >>> [x.item() for x in event_scores(prob, happened)]
+        [0.5, 1.0, 1.0]
+    """
+    predicted = prob > threshold
+    hits = (predicted & happened).sum().double()
+    n_events = happened.sum()
+    n_pairs = n_events * (~happened).sum()
+    above = (average_rank(prob) * happened).sum() - n_events * (n_events - 1) / 2
+    scores = (hits / predicted.sum(), hits / n_events, above / n_pairs)
+    return EventScores(*(torch.where(prob.isnan().any(), torch.nan, x) for x in scores))
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Divide by ``N``; NaN without torch's warning if that is 0."""
+    return (x - x.mean(0)).square().mean(0)

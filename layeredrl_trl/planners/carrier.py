@@ -1,0 +1,100 @@
+"""The plan as an entry of the TensorDict: read, checked, moved on, and primed."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.data import Unbounded
+from torchrl.envs.transforms import TensorDictPrimer
+
+
+class PlanCarrier(TensorDictModuleBase):
+    """Base class of modules that find in the TensorDict what they wrote under ``"next"``.
+
+    NaN stands for nothing carried over: at a reset, where ``is_init`` is True, and where there is
+    no such entry. A subclass gives the buffer ``_cold_step``, a step of a plan that knows nothing.
+
+    Args:
+        warm_start (bool): read what is carried over.
+        plan_key (NestedKey): the plan.
+        is_init_key (NestedKey): True at the first step of an episode.
+    """
+
+    _cold_step: Tensor
+
+    def __init__(self, warm_start: bool, plan_key: NestedKey, is_init_key: NestedKey) -> None:
+        super().__init__()
+        self.warm_start = warm_start
+        self.plan_key = unravel_key(plan_key)
+        self.is_init_key = unravel_key(is_init_key)
+        self._carried_shapes: dict[NestedKey, tuple[int, ...]] = {}
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """Make the transform that lets an environment carry the plan from step to step.
+
+        Append it to the real environment, or let ``Collector(...,
+        auto_register_policy_transforms=True)`` do so. At a reset it fills ``plan`` with NaN, which
+        stands for "no plan yet", so ``InitTracker`` is not needed besides.
+
+        Returns:
+            the primer, for environments of any batch size.
+        """
+        like = {"dtype": self._cold_step.dtype, "device": self._cold_step.device}
+        return TensorDictPrimer(
+            {key: Unbounded(shape=shape, **like) for key, shape in self._carried_shapes.items()},
+            default_value=float("nan"),
+            expand_specs=True,
+        )
+
+    def _carry(self, key: NestedKey, shape: tuple[int, ...]) -> None:
+        """Make ``key`` an entry that is carried from step to step."""
+        self._carried_shapes[key] = shape
+        self.out_keys.append(unravel_key(("next", key)))
+        if self.warm_start:
+            self.in_keys.append(key)
+
+    def _carried(self, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """What the previous step carried over, NaN where there is nothing, checked."""
+        batch_size = tensordict.batch_size
+        nothing = torch.full(
+            (), torch.nan, dtype=self._cold_step.dtype, device=self._cold_step.device
+        )
+        carried = {
+            key: nothing.expand(*batch_size, *shape) for key, shape in self._carried_shapes.items()
+        }
+        if not self.warm_start:
+            return carried
+        is_init = tensordict.get(self.is_init_key, None)
+        if is_init is not None:
+            self._check(f"entry {self.is_init_key!r}", is_init, (*batch_size, 1))
+        for key, empty in carried.items():
+            value = tensordict.get(key, None)
+            if value is None:
+                continue
+            self._check(f"plan {key!r}", value, tuple(empty.shape))
+            value = value.to(nothing.dtype)
+            if is_init is not None:
+                over = is_init.bool().reshape(*batch_size, *[1] * (value.ndim - len(batch_size)))
+                value = torch.where(over, nothing, value)
+            carried[key] = value
+        return carried
+
+    def _initial_plan(self, carried: dict[NestedKey, Tensor]) -> tuple[Tensor, Tensor]:
+        """The previous plan moved on, or a cold one ``[*B, H, W]``; which one ``[*B, 1, 1]``."""
+        plan = carried[self.plan_key]
+        is_warm = plan.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        cold = self._cold_step.expand_as(plan)
+        warm = torch.cat([plan[..., 1:, :], cold[..., :1, :]], -2)
+        return torch.where(is_warm, warm, cold), is_warm
+
+    def _check(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        if value.shape != torch.Size(shape):
+            raise ValueError(f"The {name} must have shape {shape}, got {tuple(value.shape)}.")
+        device = self._cold_step.device
+        if value.device != device:
+            raise ValueError(
+                f"The {name} is on {value.device}, but {type(self).__name__} on {device}."
+            )

@@ -1,0 +1,188 @@
+"""The cross-entropy method for discrete actions."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot
+from torchrl.data.tensor_specs import TensorSpec
+from torchrl.envs import EnvBase
+
+from layeredrl_trl.functional import elite_weights
+from layeredrl_trl.planners.base import SamplingPlanner
+from layeredrl_trl.planners.cem import check_elites
+
+
+class Probabilities(NamedTuple):
+    """A distribution over action sequences: those of each step, ``[*B, H, n]``."""
+
+    probs: Tensor
+
+
+class CategoricalCrossEntropyPlanner(SamplingPlanner):
+    """Plan discrete actions by the cross-entropy method; a policy.
+
+    The actions of a step are drawn by their probabilities, independently of other steps; the
+    probabilities are fitted to the ``top_k`` sequences with the highest returns; repeat. The first
+    candidate of a round is the most likely sequence. Probabilities start even, or as the previous
+    plan moved on by one step, with an even last step, mixed with even odds by ``warm_smoothing``.
+
+    The plan is the last probabilities, whatever is returned: ``"mean"`` returns the most likely
+    action, ``"best"`` that of the best candidate of all rounds, ``"sample"`` one drawn by the last
+    probabilities (which ``smoothing`` keeps from being certain). Candidates whose return is not
+    finite are no elites; where there are no others, the probabilities stay as they are and
+    ``plan_return`` is ``-inf``. All other edge rules: see
+    :class:`~layeredrl_trl.planners.SamplingPlanner`.
+
+    Args:
+        env (EnvBase): the model, with one action of ``n`` kinds: ``OneHot``, or ``Categorical`` of
+            shape ``()`` or ``(1,)``. The action is written in the form and dtype of that spec.
+        num_candidates (int): action sequences N per environment and round.
+        top_k (int): elites per round, at most ``num_candidates``.
+        momentum (float): weight of the old probabilities in a fit, in [0, 1).
+        smoothing (float): part of the probability that is spread evenly after a fit, in [0, 1): no
+            action gets below ``smoothing / n``.
+        warm_smoothing (float): the same at a warm start, in [0, 1]; 1 forgets the previous plan.
+        **options: ``planning_horizon``, ``optim_steps``, ``return_action``, ``gamma``,
+            ``terminal_value``, ``warm_start``, keys and the other arguments of
+            :class:`~layeredrl_trl.planners.SamplingPlanner`.
+
+    Reads:
+        the state of ``env``; ``plan`` ``[..., H, n]`` and ``is_init`` ``[..., 1]`` if they are
+        there and ``warm_start`` is True.
+
+    Writes:
+        ``action``, ``("next", "plan")`` ``[..., H, n]``, and ``plan_return`` (mean return of the
+        last elites, or the best return), ``plan_spread``, ``plan_std`` (mean entropy of a step as a
+        fraction of ``log n``) ``[..., 1]``.
+
+    Raises:
+        TypeError: if the action is not one-hot or categorical.
+        ValueError: if the action is no single one or has a mask, ``top_k`` is not in [1,
+            ``num_candidates``], ``momentum``, ``smoothing`` or ``warm_smoothing`` is out of range;
+            and what :class:`~layeredrl_trl.planners.SamplingPlanner` raises.
+
+    Reference:
+        Botev, Kroese, Rubinstein, L'Ecuyer (2013), The cross-entropy method for optimization,
+        algorithm 2.1 with Bernoulli replaced by categorical; ``momentum`` and ``smoothing`` are
+        their two kinds of smoothing.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Categorical
+        >>> from layeredrl_trl.envs import PredictorEnv
+        >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
+        >>> env = PredictorEnv(
+        ...     IdentityEncoder(3),
+        ...     ProbabilisticEnsemble(3, 0, Categorical(2)),
+        ...     RewardNet(3, 0, 2),
+        ...     Categorical(2),
+        ... )
+        >>> planner = CategoricalCrossEntropyPlanner(
+        ...     env, planning_horizon=5, optim_steps=2, num_candidates=32, top_k=6
+        ... )
+        >>> td = planner(
+        ...     env.initial_state(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))
+        ... )
+        >>> td["action"].shape, td["action"].dtype, td["next", "plan"].shape
+        (torch.Size([4]), torch.int64, torch.Size([4, 5, 2]))
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        *,
+        num_candidates: int,
+        top_k: int,
+        momentum: float = 0.0,
+        smoothing: float = 0.02,
+        warm_smoothing: float = 0.5,
+        **options,
+    ) -> None:
+        check_elites(top_k, num_candidates, momentum)
+        if not 0.0 <= smoothing < 1.0:
+            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
+        if not 0.0 <= warm_smoothing <= 1.0:
+            raise ValueError(f"warm_smoothing must be in [0, 1], got {warm_smoothing}.")
+        super().__init__(env, num_candidates=num_candidates, **options)
+        self.top_k = top_k
+        self.momentum = momentum
+        self.smoothing = smoothing
+        self.warm_smoothing = warm_smoothing
+
+    def _register_space(self, spec: TensorSpec) -> Tensor:
+        planner = type(self).__name__
+        several = isinstance(spec, Binary | MultiCategorical | MultiOneHot)
+        if several or not isinstance(spec, OneHot | Categorical):
+            raise TypeError(
+                f"{planner} plans a OneHot or a Categorical action, got {type(spec).__name__} of "
+                f"dtype {spec.dtype}."
+            )
+        n, self._is_one_hot = spec.space.n, isinstance(spec, OneHot)
+        expected = [(n,)] if self._is_one_hot else [(), (1,)]
+        if tuple(spec.shape) not in expected:
+            raise ValueError(
+                f"{planner} plans a single action, of shape {' or '.join(map(str, expected))}, got "
+                f"shape {tuple(spec.shape)}."
+            )
+        if spec.mask is not None:
+            raise ValueError(f"{planner} knows of no masked actions, got {spec}.")
+        self._action_dtype = spec.dtype
+        self.register_buffer("_labels", torch.arange(n, device=spec.device), persistent=False)
+        return torch.full((n,), 1 / n, device=spec.device)
+
+    def _encode(self, samples: Tensor) -> Tensor:
+        if self._is_one_hot:
+            return (samples == self._labels).to(self._action_dtype)
+        return (samples if self._action_shape else samples.squeeze(-1)).to(self._action_dtype)
+
+    def _start(self, carried: dict[NestedKey, Tensor]) -> Probabilities:
+        plan, is_warm = self._initial_plan(carried)
+        plan = plan.clamp_min(torch.finfo(plan.dtype).tiny)
+        plan = plan / plan.sum(-1, keepdim=True)
+        warm = plan.lerp(self._cold_step, self.warm_smoothing)
+        return Probabilities(torch.where(is_warm, warm, plan))
+
+    def _draw(self, belief: Probabilities, number: int) -> Tensor:
+        probs = belief.probs.unsqueeze(-3)
+        shape = (*probs.shape[:-3], self.num_candidates, *probs.shape[-2:])
+        samples = _draw_by(probs, shape)
+        samples[..., 0, :, :] = self._mode(belief)
+        return samples
+
+    def _weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+        return elite_weights(returns, self.top_k)
+
+    def _fit(self, belief: Probabilities, chosen: Tensor, weights: Tensor) -> Probabilities:
+        (old,) = belief
+        share = (weights.unsqueeze(-1).to(old.dtype) * (chosen == self._labels)).sum(-3)
+        probs = old.lerp(share, 1 - self.momentum).lerp(self._cold_step, self.smoothing)
+        return Probabilities(torch.where(weights.sum(-2, keepdim=True) > 0, probs, old))
+
+    def _mode(self, belief: Probabilities) -> Tensor:
+        return belief.probs.argmax(-1, keepdim=True)
+
+    def _sample(self, belief: Probabilities, chosen: Tensor, weights: Tensor) -> Tensor:
+        return _draw_by(belief.probs, belief.probs.shape)
+
+    def _width(self, belief: Probabilities) -> Tensor:
+        n = self._labels.shape[0]
+        entropy = torch.special.entr(belief.probs).sum(-1).mean(-1, keepdim=True)
+        return entropy / math.log(n) if n > 1 else torch.zeros_like(entropy)
+
+    def _carry_on(self, belief: Probabilities, sequence: Tensor) -> dict[NestedKey, Tensor]:
+        return {self.plan_key: belief.probs}
+
+
+def _draw_by(probs: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Draw indices ``[..., 1]`` by ``probs`` ``[..., n]``, expanded to ``shape``.
+
+    The largest of ``p / Exp(1)`` is a draw by ``p``; torch.multinomial would wait for the GPU.
+    """
+    exponential = torch.empty(shape, dtype=probs.dtype, device=probs.device).exponential_()
+    return (probs / exponential).argmax(-1, keepdim=True)

@@ -1,0 +1,110 @@
+"""Path integral control (MPPI)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from layeredrl_trl.functional import softmax_weights
+from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
+
+
+class PathIntegralPlanner(GaussianPlanner):
+    """Plan by path integrals (MPPI) in a model-based environment; a policy.
+
+    Action sequences are drawn around the plan and clipped to the bounds of the action; the new plan
+    is their mean, weighted by ``exp(return / temperature)``; repeat. The weights are a softmax, so
+    returns of any size neither overflow nor give NaN. Unlike in the cross-entropy method the
+    standard deviation is not fitted: it shrinks by ``std_decay`` from round to round.
+
+    A candidate whose return is not finite has weight 0; where there are no others, the plan stays
+    as it is and ``plan_return`` is ``-inf``. With ``return_action="sample"`` the action is that of
+    one of the last candidates, drawn by its weight.
+
+    Args:
+        env (EnvBase): the model, any environment with ``batch_locked=False``.
+        temperature (float): above 0; near 0 the best candidate alone counts, at infinity all count
+            alike. By default in units of the spread of the returns.
+        normalize (bool): divide returns by their standard deviation over the candidates, so that
+            ``temperature`` need not be fitted to the scale of the reward, nor to the horizon. False
+            for the textbook's weights, in which certainty grows with the scale.
+        std_decay (float): factor of the standard deviation after each round, in (0, 1].
+        **options: ``planning_horizon``, ``optim_steps``, ``num_candidates``, ``return_action``,
+            ``std``, ``warm_std``, ``noise_beta``, ``gamma``, ``terminal_value``, ``warm_start``,
+            keys and the other arguments of :class:`~layeredrl_trl.planners.GaussianPlanner` and
+            :class:`~layeredrl_trl.planners.SamplingPlanner`.
+
+    Reads:
+        the state of ``env``; ``plan`` ``[..., H, A]`` and ``is_init`` ``[..., 1]`` if they are
+        there and ``warm_start`` is True.
+
+    Writes:
+        ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, and ``plan_return`` (weighted
+        mean of the last returns, or the best return), ``plan_spread``, ``plan_std`` (what
+        ``std_decay`` and ``warm_std`` left of the first standard deviation) ``[..., 1]``.
+
+    Raises:
+        ValueError: if ``temperature`` is not above 0 or ``std_decay`` not in (0, 1]; and what
+            :class:`~layeredrl_trl.planners.GaussianPlanner` raises.
+
+    Reference:
+        Williams, Wagener, Goldfain, Drews, Rehg, Boots, Theodorou (2017), Information theoretic MPC
+        for model-based reinforcement learning, ICRA, algorithm 2 (``temperature`` is their lambda).
+        Deviations: no cost of control beside the reward's, the first candidate is the plan itself,
+        several rounds, ``normalize``.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from layeredrl_trl.envs import PredictorEnv
+        >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
+        >>> env = PredictorEnv(
+        ...     IdentityEncoder(3),
+        ...     ProbabilisticEnsemble(3, 0, 1),
+        ...     RewardNet(3, 0, 1),
+        ...     Bounded(-2.0, 2.0, (1,)),
+        ... )
+        >>> planner = PathIntegralPlanner(
+        ...     env, planning_horizon=5, optim_steps=2, num_candidates=32, temperature=0.5
+        ... )
+        >>> td = TensorDict(observation=torch.zeros(4, 3), batch_size=[4])
+        >>> planner(env.initial_state(td))["action"].shape
+        torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        *,
+        temperature: float = 0.1,
+        normalize: bool = True,
+        std_decay: float = 1.0,
+        **options,
+    ) -> None:
+        if not temperature > 0.0:
+            raise ValueError(f"temperature must be above 0, got {temperature}.")
+        if not 0.0 < std_decay <= 1.0:
+            raise ValueError(f"std_decay must be in (0, 1], got {std_decay}.")
+        super().__init__(env, **options)
+        self.temperature = temperature
+        self.normalize = normalize
+        self.std_decay = std_decay
+
+    def _weigh(self, returns: Tensor) -> tuple[None, Tensor]:
+        return None, softmax_weights(returns, self.temperature, normalize=self.normalize)
+
+    def _fit(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Gaussian:
+        mean = (weights.unsqueeze(-1).to(chosen.dtype) * chosen).sum(-3)
+        fitted = weights.sum(-2, keepdim=True) > 0
+        return Gaussian(
+            torch.where(fitted, mean, belief.mean),
+            torch.where(fitted, self.std_decay * belief.std, belief.std),
+        )
+
+    def _sample(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Tensor:
+        # The largest of w / Exp(1) is a draw by weight; torch.multinomial would wait for the GPU.
+        index = (weights / torch.empty_like(weights).exponential_()).argmax(-2, keepdim=True)
+        drawn = chosen.take_along_dim(index.unsqueeze(-1), -3).squeeze(-3)
+        return torch.where(weights.sum(-2, keepdim=True) > 0, drawn, self._mode(belief))

@@ -1,0 +1,212 @@
+"""CandidateReturn: what disagreement and termination add to the return, against plain loops."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
+from torchrl.envs import ModelBasedEnvBase
+
+from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.modules import IdentityEncoder
+from layeredrl_trl.planners import CandidateReturn, CrossEntropyPlanner
+from tests.oracles import random_ensemble, random_reward
+from tests.planners.planning_envs import CliffEnv, FastLQREnv
+from tests.problems import DOUBLE_INTEGRATOR
+
+BATCH_SHAPES = [(), (3,), (2, 3)]
+
+
+def predictor_env(spec=None, **options):
+    spec = Bounded(-1, 1, (2,)) if spec is None else spec
+    model = random_ensemble(3, 0, spec)
+    options = {"deterministic": True, "uncertainty": True, **options}
+    return PredictorEnv(IdentityEncoder(3), model, random_reward(model), spec, **options)
+
+
+def starts(env, *batch_size):
+    observation = torch.randn(*batch_size, 3)
+    state = env.initial_state(TensorDict(observation=observation, batch_size=batch_size))
+    state["alive"] = torch.rand_like(state["alive"])
+    return state
+
+
+class UncertainCliff(ModelBasedEnvBase):
+    """Hard: walk on, uncertain as far as one is; beyond 1 it is over."""
+
+    def __init__(self):
+        def step(latent, action):
+            latent = latent + action
+            return latent, latent, latent > 1, torch.cat([latent, 0 * latent], -1).square()
+
+        out_keys = ["latent", "reward", "terminated", "epistemic_var"]
+        super().__init__(TensorDictModule(step, ["latent", "action"], out_keys))
+        self.observation_spec = Composite(latent=Unbounded((1,)), epistemic_var=Unbounded((2,)))
+        self.state_spec = Composite(latent=Unbounded((1,)))
+        self.action_spec = Bounded(-1.0, 1.0, (1,))
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict, **kwargs):
+        return self.observation_spec.zero(tensordict.batch_size)
+
+
+# ---- oracle
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SHAPES)
+@pytest.mark.parametrize("gamma", [1.0, 0.8, 0.0])
+@pytest.mark.parametrize(
+    ("penalty", "weight"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.7), (-1.0, -0.7), (5.0, 0.3)]
+)
+@pytest.mark.parametrize("options", [{}, {"num_particles": 1}, {"num_particles": 6}])
+def test_soft_terms_agree_with_a_plain_loop(options, penalty, weight, gamma, batch_size):
+    env = predictor_env(**options)
+    value = TensorDictModule(lambda x: x.sum(-1, keepdim=True), ["latent"], ["state_value"])
+    score = CandidateReturn(
+        env,
+        gamma=gamma,
+        terminal_value=value,
+        terminal_penalty=penalty,
+        disagreement=weight,
+    )
+    state, actions = starts(env, *batch_size), torch.rand(*batch_size, 4, 2) * 2 - 1
+    returns = score(state, actions)
+    steps = env.imagine(state, actions)
+    for i in range(math.prod(batch_size)):
+        td, total = steps.reshape(-1, 4)[i], 0.0
+        for t in range(4):
+            before, after = td["alive"][t].mean().item(), td["next", "alive"][t].mean().item()
+            distance = math.sqrt(td["next", "epistemic_var"][t].mean().item())
+            reward = td["next", "reward"][t].item()
+            reward += weight * before * distance - penalty * (before - after)
+            total += gamma**t * reward
+        last = td["next"][3]
+        values = last["latent"].sum(-1, keepdim=True)
+        total += gamma**4 * (last["alive"] * values).mean().item()
+        assert returns.reshape(-1)[i].item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+@pytest.mark.parametrize(("penalty", "weight"), [(2.0, 0.0), (0.0, 0.7), (5.0, -0.3)])
+def test_hard_terms_agree_with_a_plain_loop(penalty, weight, gamma):
+    score = CandidateReturn(
+        UncertainCliff(), gamma=gamma, terminal_penalty=penalty, disagreement=weight
+    )
+    actions = torch.rand(64, 5, 1) * 2 - 1
+    returns = score(TensorDict({"latent": torch.zeros(64, 1)}, batch_size=[64]), actions)
+    ended = 0
+    for n in range(64):
+        x, total = 0.0, 0.0
+        for t in range(5):
+            x += actions[n, t].item()
+            over = x > 1
+            total += gamma**t * (x + weight * math.sqrt(x**2 / 2) - penalty * over)
+            if over:
+                ended += 1
+                break
+        assert returns[n].item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+    assert 5 < ended < 60
+
+
+# ---- property
+
+
+def test_truncation_is_not_punished():
+    env = CliffEnv("truncated")
+    state = TensorDict({"latent": torch.ones(1), "context": torch.zeros(1)})
+    actions = torch.tensor([[0.0], [0.5], [1.0]])
+    plain = CandidateReturn(env)(state, actions)
+    punished = CandidateReturn(env, terminal_penalty=100.0)(state, actions)
+    torch.testing.assert_close(punished, plain)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_certain_soft_termination_is_punished_as_hard_termination(gamma):
+    hard = CandidateReturn(CliffEnv("terminated"), gamma=gamma, terminal_penalty=3.0)
+    soft = CandidateReturn(CliffEnv("soft"), gamma=gamma, terminal_penalty=3.0)
+    actions, context = torch.rand(64, 6, 1) * 2 - 1, torch.zeros(64, 1)
+    bare = TensorDict({"latent": torch.zeros(64, 1), "context": context}, batch_size=[64])
+    particles = {"latent": torch.zeros(64, 2, 3, 1), "alive": torch.ones(64, 2, 3, 1)}
+    particles = TensorDict({**particles, "context": context}, batch_size=[64])
+    torch.testing.assert_close(hard(bare, actions), soft(particles, actions))
+
+
+def test_an_open_loop_that_never_terminates_is_not_punished():
+    env = FastLQREnv(**DOUBLE_INTEGRATOR)
+    state, actions = TensorDict({"latent": torch.rand(5, 2)}, batch_size=[5]), torch.rand(5, 4, 1)
+    punished = CandidateReturn(env, terminal_penalty=100.0)(state, actions)
+    torch.testing.assert_close(punished, CandidateReturn(env)(state, actions))
+
+
+def test_the_undiscounted_penalty_is_the_probability_not_to_survive():
+    env = predictor_env()
+    state, actions = starts(env, 5), torch.rand(5, 6, 2)
+    plain, punished = (
+        CandidateReturn(env, terminal_penalty=penalty)(state, actions) for penalty in (0.0, 1.0)
+    )
+    left = env.imagine(state, actions)["next", "alive"][:, -1].mean((1, 2))
+    torch.testing.assert_close(plain - punished, state["alive"].mean((1, 2)) - left)
+
+
+@pytest.mark.parametrize("spec", [OneHot(3), Categorical(3), Categorical(3, (1,))])
+def test_open_loop_and_step_by_step_score_alike(spec):
+    class StepByStep(PredictorEnv):
+        imagine = None
+
+    fast = predictor_env(spec)
+    slow = predictor_env(spec)
+    slow.__class__ = StepByStep
+    slow.load_state_dict(fast.state_dict())
+    options = {"terminal_penalty": 1.0, "disagreement": 0.5, "gamma": 0.9}
+    state, actions = starts(fast, 4), spec.rand((4, 5))
+    torch.testing.assert_close(
+        CandidateReturn(fast, **options)(state, actions),
+        CandidateReturn(slow, **options)(state, actions),
+    )
+
+
+def test_a_bonus_leads_to_where_members_disagree_and_a_penalty_away():
+    env = UncertainCliff()
+    places = []
+    for weight in (30.0, -30.0):
+        planner = CrossEntropyPlanner(
+            env,
+            planning_horizon=3,
+            optim_steps=8,
+            num_candidates=128,
+            top_k=12,
+            disagreement=weight,
+            terminal_penalty=1000.0,
+        )
+        start = TensorDict({"latent": torch.full((10, 1), -0.5)}, batch_size=[10])
+        places.append((start["latent"] + planner(start)["action"]).abs())
+    assert (places[0] > 0.8).all()
+    assert (places[1] < 0.2).all()
+
+
+# ---- errors
+
+
+def test_disagreement_needs_an_env_that_knows_it():
+    message = r"disagreement=0.5 needs the entry 'epistemic_var'.*uncertainty=True"
+    with pytest.raises(ValueError, match=message):
+        CandidateReturn(predictor_env(uncertainty=False), disagreement=0.5)
+    with pytest.raises(ValueError, match=r"entry \('a', 'var'\)"):
+        CandidateReturn(predictor_env(), disagreement=0.5, epistemic_var_key=("a", "var"))
+
+
+@pytest.mark.parametrize("name", ["terminal_penalty", "disagreement"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_refuses_weights_that_are_not_finite(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        CandidateReturn(predictor_env(), **{name: value})
+
+
+def test_refuses_a_q_function():
+    value = TensorDictModule(
+        lambda latent, action: latent, ["latent", "action"], ["state_action_value"]
+    )
+    with pytest.raises(ValueError, match="must be a state value, but it reads"):
+        CandidateReturn(predictor_env(), terminal_value=value)
