@@ -1,16 +1,25 @@
 """The learned model as a TorchRL environment that any planner or policy can act in.
 
-And what real environments need for it: observations of several entries as one vector.
+And what real environments need for it: observations of several entries as one vector; and rewards
+for what the model does not know, on either.
 """
 
 from layeredrl_trl.envs.flat_observation import flatten_observation, observation_layout
 from layeredrl_trl.envs.imagination import Imagination, ImaginedStep
 from layeredrl_trl.envs.predictor_env import InitialState, PredictorEnv, spread_members
+from layeredrl_trl.envs.uncertainty_rewards import (
+    DisagreementBonus,
+    DisagreementReward,
+    PessimismPenalty,
+)
 
 __all__ = [
+    "DisagreementBonus",
+    "DisagreementReward",
     "Imagination",
     "ImaginedStep",
     "InitialState",
+    "PessimismPenalty",
     "PredictorEnv",
     "flatten_observation",
     "observation_layout",

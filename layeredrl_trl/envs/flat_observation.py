@@ -27,7 +27,8 @@ def observation_layout(env: Any) -> dict[NestedKey, range]:
     Args:
         env: a Gymnasium env or vector env, flattened by ``FlattenObservation`` or not; or a TorchRL
             env. In a TorchRL env where ``CatTensors`` writes ``observation``, its order counts;
-            else the order of the Gymnasium env beneath; else the order of the observation spec.
+            else the order of the Gymnasium env beneath; else (dm_control) that of the observation
+            spec.
 
     Returns:
         The dims by the key of the entry, in order. An observation without entries is one entry
@@ -105,7 +106,7 @@ def _torchrl_sizes(env: EnvBase) -> dict[NestedKey, int]:
                 spec = transform.parent.observation_spec_unbatched
                 return {key: spec[key].shape[-1] for key in transform.in_keys}
         env = env.base_env
-    if isinstance(env, GymLikeEnv):
+    if isinstance(env, GymLikeEnv) and isinstance(env._env, gymnasium.Env | VectorEnv):
         return _gymnasium_sizes(env._env)
     if isinstance(env, SerialEnv | ParallelEnv):
         one = env.create_env_fn[0](**env.create_env_kwargs[0])
