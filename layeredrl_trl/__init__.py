@@ -15,12 +15,20 @@ action. Each folder is a floor and imports only from floors below its own:
     the parts behind one interface.
 ``planners``
     policies that search in a model.
+``diagnostics``
+    the report on a model.
 ``recipes``
     the main job: collect, learn, plan, evaluate.
 """
 
 from layeredrl_trl.data import TransitionSliceSampler
-from layeredrl_trl.envs import PredictorEnv, flatten_observation
+from layeredrl_trl.diagnostics import model_report
+from layeredrl_trl.envs import (
+    DisagreementBonus,
+    PessimismPenalty,
+    PredictorEnv,
+    flatten_observation,
+)
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
@@ -34,7 +42,12 @@ from layeredrl_trl.modules import (
     ValueNet,
 )
 from layeredrl_trl.objectives import RewardPredictorLoss, Update
-from layeredrl_trl.planners import CrossEntropyPlanner
+from layeredrl_trl.planners import (
+    CategoricalCrossEntropyPlanner,
+    CrossEntropyPlanner,
+    ICEMPlanner,
+    PathIntegralPlanner,
+)
 from layeredrl_trl.predictors import (
     Predictor,
     PredictorFactory,
@@ -46,12 +59,17 @@ from layeredrl_trl.predictors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CategoricalCrossEntropyPlanner",
     "CrossEntropyPlanner",
+    "DisagreementBonus",
     "DynamicsModel",
     "Encoder",
+    "ICEMPlanner",
     "IdentityEncoder",
     "LinearEncoder",
     "MLPEncoder",
+    "PathIntegralPlanner",
+    "PessimismPenalty",
     "Predictor",
     "PredictorEnv",
     "PredictorFactory",
@@ -67,4 +85,5 @@ __all__ = [
     "ValueNet",
     "flatten_observation",
     "get_default_predictor_factory",
+    "model_report",
 ]

@@ -1,0 +1,112 @@
+"""Real steps to try a model on, read from a replay buffer that stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDict, unravel_key
+from torch import Tensor
+from torchrl.data import TensorDictReplayBuffer
+
+from layeredrl_trl import keys
+from layeredrl_trl.data import TransitionSliceSampler, read_transitions
+from layeredrl_trl.predictors import Predictor, RewardPredictor
+
+
+class HeldOut(NamedTuple):
+    """Steps of real episodes.
+
+    Both TensorDicts hold ``observation``, ``action``, ``next_observation``, and where stored
+    ``reward`` (float) and ``terminated`` (bool), these two without a trailing dim of 1.
+
+    Attributes:
+        transitions: single steps, ``[N]``.
+        segments: consecutive steps, ``[S, H]``; behind the end of an episode the last repeats.
+        mask: bool ``[S, H]``, True on real steps; the first of every segment is.
+    """
+
+    transitions: TensorDict
+    segments: TensorDict
+    mask: Tensor
+
+
+def read_held_out(
+    predictor: Predictor,
+    buffer: TensorDictReplayBuffer,
+    horizon: int,
+    n_segments: int,
+    n_transitions: int,
+) -> HeldOut:
+    """Draw steps and starts of segments uniformly, each at most once, by the CPU's generator.
+
+    Raises:
+        ValueError: if the buffer is empty or holds nothing but padding, or the reward or the
+            termination is not one number per step.
+        KeyError: if the buffer lacks an observation, the action or the next observation.
+    """
+    storage = buffer.storage
+    if len(storage) == 0:
+        raise ValueError("model_report: the replay buffer is empty.")
+    names = _names(predictor)
+    terminated = names["terminated"]
+    ends = None
+    if terminated != keys.NEXT_TERMINATED:  # a renamed flag has renamed flags beside it
+        ends = [terminated, *((*terminated[:-1], key) for key in (keys.DONE, keys.TRUNCATED))]
+    sampler = TransitionSliceSampler(slice_len=1, end_keys=ends)
+    order = torch.randperm(storage.shape.numel())
+
+    def read(n: int, steps: int) -> tuple[TensorDict, Tensor]:
+        start = torch.unravel_index(order[:n], storage.shape)
+        index, mask = sampler.slices_from(storage, start, steps)
+        real = mask[:, 0]  # else the start is padding that is stored
+        if not real.any():
+            raise ValueError("model_report: the replay buffer holds nothing but padding.")
+        return _read(predictor, buffer, tuple(i[real] for i in index), names), mask[real]
+
+    transitions, _ = read(n_transitions, 1)
+    segments, mask = read(n_segments, horizon)
+    return HeldOut(transitions.squeeze(1), segments, mask.to(predictor.device))
+
+
+def _names(predictor: Predictor) -> dict[str, NestedKey]:
+    """What the entries are called in the buffer."""
+    names: list[Any] = [predictor.encoder.in_keys[0], predictor.model.in_keys[2]]
+    names += [keys.REWARD, keys.TERMINATED]
+    if isinstance(predictor, RewardPredictor):
+        renamed = predictor.loss_module.tensor_keys
+        names = [renamed.observation, renamed.action, renamed.reward, renamed.terminated]
+    observation, action, reward, terminated = names
+    return {
+        "observation": observation,
+        "action": action,
+        "next_observation": unravel_key(("next", observation)),
+        "reward": unravel_key(("next", reward)),
+        "terminated": unravel_key(("next", terminated)),
+    }
+
+
+def _read(
+    predictor: Predictor,
+    buffer: TensorDictReplayBuffer,
+    index: tuple[Tensor, ...],
+    names: dict[str, NestedKey],
+) -> TensorDict:
+    optional = ("reward", "terminated")
+    needed = [name for key, name in names.items() if key not in optional]
+    stored = read_transitions(buffer, index, needed, [names[key] for key in optional])
+    batch = stored.batch_size
+    out = {key: stored.get(name, None) for key, name in names.items()}
+    for key in optional:
+        if out[key] is None:
+            continue
+        if out[key].numel() != batch.numel():
+            raise ValueError(
+                f"{names[key]}: expected one number per step, {[*batch, 1]}, "
+                f"got {list(out[key].shape)}."
+            )
+        out[key] = out[key].reshape(batch)
+    if out["terminated"] is not None:
+        out["terminated"] = out["terminated"].bool()
+    out = {key: x for key, x in out.items() if x is not None}
+    return TensorDict(out, batch_size=batch).to(predictor.device)

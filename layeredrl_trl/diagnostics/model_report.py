@@ -1,0 +1,282 @@
+"""The report on a model: measure, and keep the numbers together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
+
+from layeredrl_trl.diagnostics.figure import draw_report
+from layeredrl_trl.diagnostics.held_out import read_held_out
+from layeredrl_trl.diagnostics.one_step import LEVELS, Dims, measure_one_step
+from layeredrl_trl.diagnostics.open_loop import measure_open_loop
+from layeredrl_trl.diagnostics.table import last_step, report_table
+from layeredrl_trl.predictors import Predictor
+from layeredrl_trl.predictors.predictor import check_counts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FEW_VALUES = 10
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What :func:`model_report` found.
+
+    ``metrics`` is a nested TensorDict on the CPU, of batch size ``[]``. ``H`` is the horizon, ``D``
+    the latent dims, ``S`` the segments whose return counts; coverages are of the 50, 80 and 95%
+    intervals. What the data cannot tell is NaN, and :attr:`missing` says why.
+
+    ======================================== ============ =========================================
+    key                                      shape        meaning
+    ======================================== ============ =========================================
+    ``open_loop, segments``                  ``[H]``      real steps that the numbers of a step are
+                                                          over
+    ``open_loop, error``                     ``[H]``      root mean square error of the imagined
+                                                          latent state (mean over particles), each
+                                                          dim in units of its std in the data
+    ``open_loop, persistence_error``         ``[H]``      that of the guess that nothing changes
+    ``open_loop, error_ratio``               ``[H]``      the one by the other; the model is of use
+                                                          where it is below 1
+    ``open_loop, useful_steps``              scalar       steps up to the first where the ratio is
+                                                          not below 1
+    ``open_loop, coverage``                  ``[H, 3]``   intervals of the particles
+    ``one_step, nll``                        scalar       negative log-likelihood per latent dim, in
+                                                          nats: of the even mixture of the members
+    ``one_step, nll_guess``                  scalar       that of the Gaussian fitted to the changes
+                                                          in this very data
+    ``one_step, coverage``                   ``[3]``      intervals of the even mixture
+    ``one_step, coverage_per_dim``           ``[3, D]``   the same, dim by dim
+    ``one_step, pit_histogram``              ``[20]``     density of the PIT: flat if calibrated
+    ``spread, total_std``                    ``[10]``     predicted std, in ten bins of equally many
+                                                          transitions from the surest on
+    ``spread, total_error``                  ``[10]``     error in each of these bins
+    ``spread, epistemic_std``                ``[10]``     std of the member means, in ten bins
+    ``spread, epistemic_error``              ``[10]``     error in each of these bins
+    ``spread, spread_over_error``            scalar       predicted std by error; 1 if calibrated
+    ``spread, total_correlation``            scalar       Spearman's, of predicted std and error
+    ``spread, epistemic_correlation``        scalar       Spearman's, of disagreement and error
+    ``termination, expected``                scalar       sum of the predicted probabilities
+    ``termination, actual``                  scalar       terminations in the transitions
+    ``termination, base_rate``               scalar       their fraction
+    ``termination, precision``               scalar       at a probability of 0.5
+    ``termination, recall``                  scalar       at a probability of 0.5
+    ``termination, auc``                     scalar       0.5 is chance, 1 perfect order
+    ``termination, bin_prob``                ``[10]``     mean predicted probability in bins of 0.1
+    ``termination, bin_rate``                ``[10]``     fraction that terminated in each bin
+    ``termination, bin_count``               ``[10]``     transitions in each bin
+    ``reward, explained_variance``           scalar       of the reward of one step
+    ``reward, return_explained_variance``    scalar       of the undiscounted return of ``H`` steps
+    ``reward, return_correlation``           scalar       Pearson's, of real and imagined returns
+    ``reward, real_return``                  ``[S]``      of the segments
+    ``reward, imagined_return``              ``[S]``      of the segments
+    ``dims, scale``                          ``[D]``      std in the data
+    ``dims, varies``                         ``[D]`` bool False where a dim is always the same: it
+                                                          counts for nothing
+    ``dims, moves``                          ``[D]`` bool False where it is the same in an episode:
+                                                          it counts only for the open-loop error
+    ``dims, n_values``                       ``[D]``      different values of the dim
+    ======================================== ============ =========================================
+
+    Attributes:
+        metrics: see above.
+        missing: why an entry, or all of a section (``"reward"``), is NaN: by ``"section/name"``.
+        notes: what a reader should know about the data, in sentences.
+    """
+
+    metrics: TensorDict
+    missing: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def horizon(self) -> int:
+        """Steps that were imagined."""
+        return self.metrics["open_loop", "error"].numel()
+
+    def scalars(self) -> dict[str, float]:
+        """Give the numbers that are worth a curve over training, by ``"section/name"``.
+
+        Returns:
+            All scalars of :attr:`metrics`, the coverages, and of what is per step that of the first
+            and of the last step that any segment has. NaN where the data cannot tell.
+        """
+        open_loop, last = self.metrics["open_loop"], last_step(self.metrics)
+        out = {
+            f"open_loop/{name}_{which}": open_loop[name][step].item()
+            for name in ("error", "error_ratio")
+            for which, step in (("first", 0), ("last", last))
+        }
+        coverages = {
+            "open_loop/coverage_last": open_loop["coverage"][last],
+            "one_step/coverage": self.metrics["one_step", "coverage"],
+        }
+        for name, coverage in coverages.items():
+            for level, share in zip(LEVELS, coverage.tolist(), strict=True):
+                out[f"{name}_{100 * level:.0f}"] = share
+        for section, entries in self.metrics.items():
+            for name, x in entries.items():
+                if x.ndim == 0:
+                    out[f"{section}/{name}"] = x.item()
+        return out
+
+    def markdown(self) -> str:
+        """Give a table of quantities, their values, and what a good value is."""
+        return report_table(self.metrics, self.missing, self.notes)
+
+    def figure(self) -> Figure:
+        """Draw six panels.
+
+        Returns:
+            A ``matplotlib.figure.Figure`` that belongs to no pyplot window: ``savefig`` it, or
+            leave it as the last value of a notebook's cell.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        return draw_report(self.metrics, self.missing)
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
+
+
+@torch.no_grad()
+def model_report(
+    predictor: Predictor,
+    buffer: TensorDictReplayBuffer,
+    horizon: int,
+    *,
+    n_segments: int = 512,
+    n_transitions: int = 10_000,
+    num_particles: int = 32,
+    seed: int = 0,
+) -> ModelReport:
+    """Measure how good a predictor is on the real steps of a replay buffer.
+
+    Hand in a buffer of **held-out episodes**. On data that the predictor has learned from, the
+    report is too good: errors are smaller than on new data, and intervals hold the truth more
+    often. Single held-out steps will not do, their neighbours are too much alike.
+
+    *One step.* Up to ``n_transitions`` stored steps, drawn uniformly and each at most once, are
+    compared with the even mixture of members and modes: density, intervals (exact, by the
+    mixture's distribution function), spread, termination, reward. *Open loop.* Up to
+    ``n_segments`` segments of ``horizon`` steps, whose starts are drawn likewise, are imagined from
+    their first observation with the actions that were taken. No segment crosses the end of an
+    episode, the write cursor or another env's row; one that ends early counts for the steps it has.
+    The context is that of the segment's first step. Only real returns of ``horizon`` steps count,
+    or of fewer where a termination ended them: behind it the imagined reward goes on with the last
+    action, weighted by the imagined probability to be still alive.
+
+    Neither buffer nor predictor is changed: it predicts in evaluation mode and is put back into the
+    mode it was in. Torch's generators are put back, too: the same call gives the same report, and
+    training goes on as if there had been none.
+
+    Args:
+        predictor: to measure; it may be in the middle of its training.
+        buffer: of held-out episodes, with any sampler, a storage of one or two dims, full or not.
+            It is read with its transforms. Entries are called as the predictor calls them; reward
+            and termination may be missing.
+        horizon: steps of a segment; it may be longer than every episode.
+        n_segments: most segments.
+        n_transitions: most single steps.
+        num_particles: particles of a segment, at least; the next multiple of the members is taken.
+            The intervals of imagined steps are unbiased for a model that is right; with few
+            particles they flatter one that is overconfident.
+        seed: of the choice of steps and of the particles.
+
+    Returns:
+        A :class:`ModelReport`.
+
+    Raises:
+        ValueError: if the buffer is empty or holds only padding, or a number is below 1.
+        KeyError: if the buffer lacks an observation, the action or the next observation, or
+            whatever would tell where an episode ends.
+
+    Example:
+        >>> from torchrl.data import LazyTensorStorage
+        >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble
+        >>> from layeredrl_trl.predictors import StaticPredictor
+        >>> model = ProbabilisticEnsemble(2, 0, 1, n_models=3)
+        >>> predictor = StaticPredictor(model, None, None, IdentityEncoder(2), 2, 0)
+        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(60))
+        >>> path, done = torch.randn(61, 2).cumsum(0), torch.arange(60).eq(59).unsqueeze(-1)
+        >>> steps = {"observation": path[:-1], "action": torch.randn(60, 1)}
+        >>> steps["next"] = {"observation": path[1:], "done": done}
+        >>> _ = buffer.extend(TensorDict(steps, batch_size=[60]))
+        >>> report = model_report(predictor, buffer, horizon=5)
+        >>> report.metrics["open_loop", "error"].shape
+        torch.Size([5])
+    """
+    check_counts(
+        horizon=horizon,
+        n_segments=n_segments,
+        n_transitions=n_transitions,
+        num_particles=num_particles,
+    )
+    missing: dict[str, str] = {}
+    with _undisturbed(predictor, seed):
+        data = read_held_out(predictor, buffer, horizon, n_segments, n_transitions)
+        metrics, dims = measure_one_step(predictor, data.transitions, missing)
+        for section, entries in measure_open_loop(
+            predictor, data, dims, num_particles, missing
+        ).items():
+            metrics[section] = metrics.get(section, {}) | entries
+    metrics["dims"] = dims._asdict()
+    return ModelReport(
+        TensorDict(metrics, batch_size=[]).cpu(),
+        missing,
+        _notes(dims, len(data.transitions), data.segments.shape, predictor.model.n_models),
+    )
+
+
+@contextmanager
+def _undisturbed(predictor: Predictor, seed: int) -> Iterator[None]:
+    """Seed torch's generators and go into evaluation mode; leave as if nothing had been."""
+    modes = [(module, module.training) for module in predictor.modules()]
+    device = predictor.device
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        # not torch.manual_seed: it would seed devices that are not put back
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        predictor.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _notes(dims: Dims, n_transitions: int, segments: torch.Size, n_models: int) -> tuple[str, ...]:
+    members = "1 member" if n_models == 1 else f"{n_models} members"
+    notes = [
+        f"{n_transitions} transitions, {segments[0]} segments of {segments[1]} steps; {members}. "
+        "On data that was learned from, every number here is too good."
+    ]
+    constant, still = ~dims.varies, dims.varies & ~dims.moves
+    discrete = dims.moves & (dims.n_values <= min(_FEW_VALUES, n_transitions // _FEW_VALUES))
+    if constant.any():
+        notes.append(f"Latent {_list(constant)} never varied: left out everywhere.")
+    if still.any():
+        notes.append(
+            f"Latent {_list(still)} never changed within an episode: left out of likelihood, "
+            "intervals and spread."
+        )
+    if discrete.any():
+        notes.append(
+            f"Latent {_list(discrete)} took at most {_FEW_VALUES} values: where a dim is discrete, "
+            "likelihood and intervals mean little."
+        )
+    return tuple(notes)
+
+
+def _list(mask: torch.Tensor) -> str:
+    dims = mask.nonzero().flatten().tolist()
+    return f"dim{'s' if len(dims) > 1 else ''} {', '.join(map(str, dims))}"

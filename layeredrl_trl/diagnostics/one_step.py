@@ -1,0 +1,223 @@
+"""One predicted step: density, intervals, spread, termination and reward."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from layeredrl_trl.functional import (
+    aleatoric_variance,
+    bin_mean,
+    epistemic_variance,
+    event_scores,
+    exceeds_rounding,
+    explained_variance,
+    gaussian_mixture_cdf,
+    gaussian_mixture_log_prob,
+    gaussian_mixture_mean,
+    interval_coverage,
+    quantile_bin,
+    rank_correlation,
+    varies,
+)
+from layeredrl_trl.predictors import Predictor
+
+LEVELS = (0.5, 0.8, 0.95)
+N_BINS = 10
+N_PIT_BINS = 20
+_CHUNK = 1024
+_LOG_2PI_E = math.log(2 * math.pi * math.e)
+
+
+class Dims(NamedTuple):
+    """What the latent dims are like in the data.
+
+    Attributes:
+        scale: standard deviation, ``[D]``; the unit of errors. 1 where it is 0.
+        varies: bool ``[D]``, False where the dim is one and the same number everywhere.
+        moves: bool ``[D]``, False where the dim changes by one and the same number in every step
+            (0, for what is constant in an episode): there a density has no upper bound.
+        n_values: number of different values, long ``[D]``.
+    """
+
+    scale: Tensor
+    varies: Tensor
+    moves: Tensor
+    n_values: Tensor
+
+
+def measure_dims(latent: Tensor, next_latent: Tensor) -> Dims:
+    """Look at transitions ``[N, D]``."""
+    vary = varies(latent)
+    size = latent.double().square().mean(0).sqrt()
+    ordered = next_latent.sort(0).values
+    return Dims(
+        scale=torch.where(vary, latent.double().std(0, correction=0), 1.0),
+        varies=vary,
+        moves=exceeds_rounding(next_latent - latent, size),
+        n_values=1 + (ordered[1:] != ordered[:-1]).sum(0),
+    )
+
+
+def measure_one_step(
+    predictor: Predictor, transitions: TensorDict, missing: dict[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], Dims]:
+    """Compare what the model predicts for one step with what came.
+
+    Args:
+        predictor: to measure.
+        transitions: ``[N]``, from :func:`~layeredrl_trl.diagnostics.held_out.read_held_out`.
+        missing: gets why a number is NaN, by its path.
+
+    Returns:
+        The entries ``one_step``, ``spread``, ``termination`` and ``reward`` of the metrics of a
+        :class:`~layeredrl_trl.diagnostics.ModelReport`, and what the latent dims are like.
+    """
+    latent, _ = predictor.encode(transitions["observation"])
+    next_latent, _ = predictor.encode(transitions["next_observation"])
+    dims = measure_dims(latent, next_latent)
+    if not dims.moves.any():
+        missing["one_step"] = missing["spread"] = "no latent dim moves in this buffer"
+    chunks = [
+        _predict(predictor, part["observation"], part["action"], following, dims.moves)
+        for part, following in zip(
+            transitions.split(_CHUNK), next_latent.double().split(_CHUNK), strict=True
+        )
+    ]
+    predicted = _Predicted(*map(torch.cat, zip(*chunks, strict=True)))
+    metrics = {
+        "one_step": _density(predicted, next_latent.double() - latent.double(), dims),
+        "spread": _spread(predicted, dims),
+        "termination": _termination(predicted.term_prob, transitions, missing),
+        "reward": _reward(predictor, predicted.reward, transitions, missing),
+    }
+    if predictor.model.n_models == 1:
+        missing["spread/epistemic_correlation"] = "one member has nobody to disagree with"
+    elif metrics["spread"]["epistemic_correlation"].isnan():
+        missing["spread/epistemic_correlation"] = "the disagreement is the same everywhere"
+    if metrics["spread"]["total_correlation"].isnan():
+        missing["spread/total_correlation"] = "the predicted std is the same everywhere"
+    return metrics, dims
+
+
+class _Predicted(NamedTuple):
+    """``log_prob``, ``term_prob``, ``reward`` ``[N]``; the others ``[N, D]``."""
+
+    log_prob: Tensor
+    pit: Tensor
+    error: Tensor
+    epistemic_var: Tensor
+    total_var: Tensor
+    term_prob: Tensor
+    reward: Tensor
+
+
+def _predict(
+    predictor: Predictor, obs: Tensor, act: Tensor, next_latent: Tensor, moves: Tensor
+) -> _Predicted:
+    """Score a batch; of the density only the dims that move count."""
+    mean, weights, std, reward, term_prob = predictor.predict(obs, act)
+    mean, weights, std = mean.double(), weights.double(), std.double()
+    flat_mean, flat_std = mean.flatten(-3, -2), std.flatten(-3, -2)
+    flat_weights = weights.flatten(-2) / mean.shape[-3]
+    log_weights = flat_weights.log()
+    epistemic = epistemic_variance(mean, weights)
+    return _Predicted(
+        log_prob=gaussian_mixture_log_prob(
+            next_latent[..., moves], flat_mean[..., moves], flat_std[..., moves], log_weights
+        ),
+        pit=gaussian_mixture_cdf(next_latent, flat_mean, flat_std, log_weights),
+        error=next_latent - gaussian_mixture_mean(flat_mean, flat_weights),
+        epistemic_var=epistemic,
+        total_var=epistemic + aleatoric_variance(mean, std, weights),
+        term_prob=term_prob,
+        reward=reward,
+    )
+
+
+def _density(predicted: _Predicted, change: Tensor, dims: Dims) -> dict[str, Tensor]:
+    moves = dims.moves
+    per_dim = interval_coverage(predicted.pit, LEVELS)
+    guess_var = change.var(0, correction=0)[moves]
+    pit = predicted.pit[:, moves].flatten()
+    bins = (pit.nan_to_num() * N_PIT_BINS).long().clamp(0, N_PIT_BINS - 1)
+    share = torch.bincount(bins, minlength=N_PIT_BINS) / pit.numel()
+    return {
+        "nll": -predicted.log_prob.mean() / moves.sum(),
+        "nll_guess": 0.5 * (_LOG_2PI_E + guess_var.log()).mean(),
+        "coverage": per_dim[:, moves].mean(1),
+        "coverage_per_dim": torch.where(moves, per_dim, torch.nan),
+        "pit_histogram": torch.where(pit.isnan().any(), torch.nan, N_PIT_BINS * share.double()),
+    }
+
+
+def _spread(predicted: _Predicted, dims: Dims) -> dict[str, Tensor]:
+    """Compare, transition by transition, root mean squares over the dims that move."""
+
+    def over_dims(squared: Tensor) -> Tensor:
+        return (squared / dims.scale.square())[:, dims.moves].mean(1)
+
+    error, epistemic, total = (
+        over_dims(x)
+        for x in (predicted.error.square(), predicted.epistemic_var, predicted.total_var)
+    )
+    by_total, by_epistemic = quantile_bin(total, N_BINS), quantile_bin(epistemic, N_BINS)
+    return {
+        "total_std": bin_mean(total, by_total, N_BINS).sqrt(),
+        "total_error": bin_mean(error, by_total, N_BINS).sqrt(),
+        "epistemic_std": bin_mean(epistemic, by_epistemic, N_BINS).sqrt(),
+        "epistemic_error": bin_mean(error, by_epistemic, N_BINS).sqrt(),
+        "spread_over_error": (total.mean() / error.mean()).sqrt(),
+        "total_correlation": rank_correlation(total, error),
+        "epistemic_correlation": rank_correlation(epistemic, error),
+    }
+
+
+def _termination(
+    prob: Tensor, transitions: TensorDict, missing: dict[str, str]
+) -> dict[str, Tensor]:
+    prob = prob.double()
+    nan = torch.full_like(prob.sum(), torch.nan)
+    out = {"expected": prob.sum()}
+    names = ("actual", "base_rate", "precision", "recall", "auc")
+    bins = {name: nan.expand(N_BINS).clone() for name in ("bin_prob", "bin_rate", "bin_count")}
+    happened = transitions.get("terminated", None)
+    if happened is None:
+        missing["termination"] = "no termination flags in this buffer"
+        return out | dict.fromkeys(names, nan) | bins
+    out["actual"], out["base_rate"] = happened.sum().double(), happened.double().mean()
+    scores = event_scores(prob, happened)
+    if not happened.any():
+        for name in ("precision", "recall", "auc"):
+            missing[f"termination/{name}"] = "no terminations in this buffer"
+        scores = scores._replace(precision=nan)
+    elif scores.precision.isnan():
+        missing["termination/precision"] = "no termination was predicted"
+    if happened.all():
+        missing["termination/auc"] = "every step in this buffer terminates"
+    bin_of = (prob.nan_to_num() * N_BINS).long().clamp(0, N_BINS - 1)
+    return out | {
+        **scores._asdict(),
+        "bin_prob": bin_mean(prob, bin_of, N_BINS),
+        "bin_rate": bin_mean(happened.double(), bin_of, N_BINS),
+        "bin_count": torch.bincount(bin_of, minlength=N_BINS).double(),
+    }
+
+
+def _reward(
+    predictor: Predictor, predicted: Tensor, transitions: TensorDict, missing: dict[str, str]
+) -> dict[str, Tensor]:
+    reward = transitions.get("reward", None)
+    if predictor.rew_func is None:
+        missing["reward"] = "the predictor has no reward function"
+    elif reward is None:
+        missing["reward"] = "no rewards in this buffer"
+    elif not varies(reward):
+        missing["reward/explained_variance"] = "the reward is constant in this buffer"
+    if "reward" in missing:
+        return {"explained_variance": predicted.new_full((), torch.nan, dtype=torch.float64)}
+    return {"explained_variance": explained_variance(reward, predicted)}

@@ -1,0 +1,144 @@
+"""Many imagined steps: how the error grows, whether the particles hold the truth, and returns."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.data import Categorical, Unbounded
+
+from layeredrl_trl import keys
+from layeredrl_trl.diagnostics.held_out import HeldOut
+from layeredrl_trl.diagnostics.one_step import LEVELS, Dims
+from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.functional import (
+    correlation,
+    explained_variance,
+    interval_coverage,
+    sample_pit,
+    varies,
+)
+from layeredrl_trl.predictors import Predictor
+
+_ROWS_AT_ONCE = 16384
+
+
+def measure_open_loop(
+    predictor: Predictor,
+    data: HeldOut,
+    dims: Dims,
+    num_particles: int,
+    missing: dict[str, str],
+) -> dict[str, dict[str, Tensor]]:
+    """Imagine every segment from its first observation with the actions that were taken.
+
+    Args:
+        predictor: to measure.
+        data: real steps.
+        dims: what the latent dims are like.
+        num_particles: least number of an env; the next multiple of the members is taken.
+        missing: gets why a number is NaN, by its path.
+
+    Returns:
+        The entry ``open_loop`` of the metrics of a
+        :class:`~layeredrl_trl.diagnostics.ModelReport`, and more for ``reward``.
+    """
+    env = _env(predictor, data.segments["action"], num_particles)
+    particles = env.observation_spec[env.latent_key].shape[:-1].numel()
+    chunks = data.segments.split(max(1, _ROWS_AT_ONCE // particles))
+    parts = [_imagine(predictor, env, chunk) for chunk in chunks]
+    persistence_error, error, pit, reward = (torch.cat(x) for x in zip(*parts, strict=True))
+    if not dims.varies.any():
+        missing["open_loop"] = "no latent dim varies in this buffer"
+    error, persistence = (_rmse(x, data.mask, dims) for x in (error, persistence_error))
+    ratio = torch.where(persistence > 0, error / persistence, torch.nan)
+    counts = (data.mask.unsqueeze(-1) & dims.moves).transpose(1, 2)
+    coverage = interval_coverage(pit.transpose(1, 2).flatten(0, 1), LEVELS, counts.flatten(0, 1))
+    return {
+        "open_loop": {
+            "segments": data.mask.sum(0),
+            "error": error,
+            "persistence_error": persistence,
+            "error_ratio": ratio,
+            "useful_steps": (ratio < 1).cumprod(0).sum(),
+            "coverage": coverage.mT,
+        },
+        "reward": _returns(reward, data, missing),
+    }
+
+
+def _env(predictor: Predictor, action: Tensor, num_particles: int) -> PredictorEnv:
+    n_models, dim = predictor.model.n_models, predictor.model.action_dim
+    per_model = max(predictor.model.n_particles_per_model, -(-num_particles // n_models))
+    spec = Categorical(dim) if _are_indices(action, dim) else Unbounded((dim,))
+    return predictor.env(spec, num_particles=n_models * per_model)
+
+
+def _are_indices(action: Tensor, dim: int) -> bool:
+    """Say whether actions ``[S, H, *]`` are indices and not one-hot."""
+    return not action.is_floating_point() and action.shape[2:] in {(), (1,)} - {(dim,)}
+
+
+def _imagine(
+    predictor: Predictor, env: PredictorEnv, segments: TensorDict
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Imagine ``[S, H]`` steps.
+
+    Returns:
+        Errors of persistence and of the mean over particles, and the PIT, all ``[S, H, D]``; and
+        the imagined reward ``[S, H]``.
+    """
+    obs, action = segments["observation"][:, 0], segments["action"]
+    if _are_indices(action, predictor.model.action_dim):
+        action = action.reshape(segments.batch_size)
+    start = TensorDict({predictor.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
+    imagined = env.imagine(env.initial_state(start), action)
+    particles = imagined.get(("next", env.latent_key)).flatten(2, 3).transpose(2, 3)
+    latent, _ = predictor.encode(obs)
+    real, _ = predictor.encode(segments["next_observation"])
+    return (
+        real - latent.unsqueeze(1),
+        real - particles.mean(-1),
+        sample_pit(real, particles, torch.rand_like(real)).double(),
+        imagined.get(keys.NEXT_REWARD).squeeze(-1),
+    )
+
+
+def _rmse(error: Tensor, mask: Tensor, dims: Dims) -> Tensor:
+    """Root mean square ``[H]`` over real steps and dims that vary, in units of their scale.
+
+    What an imagined step behind the mask holds is not looked at: it may be anything.
+    """
+    squared = (error.double() / dims.scale).square()[..., dims.varies].mean(-1)
+    return (torch.where(mask, squared, 0.0).sum(0) / mask.sum(0)).sqrt()
+
+
+def _returns(imagined: Tensor, data: HeldOut, missing: dict[str, str]) -> dict[str, Tensor]:
+    """Compare returns of segments that are whole or that a termination ended.
+
+    Behind a termination the real reward is 0, and the imagined one as small as the model was sure
+    of the end. Segments cut short by anything else say nothing about ``H`` steps.
+    """
+    path = "reward/return_explained_variance", "reward/return_correlation"
+    reward = data.segments.get("reward", None)
+    terminated = data.segments.get("terminated", None)
+    usable = data.mask[:, -1]
+    if terminated is not None:
+        usable = usable | terminated[:, -1]
+    if "reward" in missing or reward is None:
+        usable = torch.zeros_like(usable)
+        reward = imagined
+    elif not usable.any():
+        missing.update(
+            dict.fromkeys(path, f"no segment in this buffer has {len(data.mask[0])} steps")
+        )
+    real = torch.where(data.mask, reward, 0.0).double().sum(1)[usable]
+    imagined = imagined.double().sum(1)[usable]
+    if usable.any() and not varies(real):
+        missing.update(dict.fromkeys(path, "all real returns are equal"))
+    return {
+        "return_explained_variance": explained_variance(real, imagined),
+        "return_correlation": correlation(real, imagined),
+        "real_return": real,
+        "imagined_return": imagined,
+    }
