@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.data import TensorSpec
@@ -9,7 +10,13 @@ from torchrl.envs import EnvBase
 
 from layeredrl_trl import keys
 from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
-from layeredrl_trl.planners import CrossEntropyPlanner
+from layeredrl_trl.planners import (
+    CategoricalCrossEntropyPlanner,
+    CrossEntropyPlanner,
+    ICEMPlanner,
+    PathIntegralPlanner,
+    SamplingPlanner,
+)
 from layeredrl_trl.predictors import RewardPredictor
 from layeredrl_trl.recipes.config import TrainConfig
 
@@ -17,12 +24,13 @@ from layeredrl_trl.recipes.config import TrainConfig
 def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> RewardPredictor:
     """Put a predictor together for the spaces of ``env``."""
     obs_dim = env.observation_spec_unbatched[keys.OBSERVATION].shape[-1]
-    action_dim = env.action_spec_unbatched.shape[-1]
+    action_spec = env.action_spec_unbatched
+    action_dim = action_spec.shape[-1]
     hidden_sizes = (config.hidden_size, config.hidden_size)
     rate = config.learning_rate
     return RewardPredictor(
         ProbabilisticEnsemble(
-            obs_dim, 0, action_dim, n_models=config.n_models, hidden_sizes=hidden_sizes
+            obs_dim, 0, action_spec, n_models=config.n_models, hidden_sizes=hidden_sizes
         ),
         ValueNet(obs_dim, 0, hidden_sizes=hidden_sizes),
         RewardNet(obs_dim, 0, action_dim, hidden_sizes=hidden_sizes),
@@ -44,58 +52,81 @@ def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> 
 
 def make_policy(
     config: TrainConfig, predictor: RewardPredictor, action_spec: TensorSpec
-) -> tuple[TensorDictSequential, CrossEntropyPlanner]:
+) -> tuple[TensorDictSequential, SamplingPlanner]:
     """Plan in the model: a policy for the real env, and the planner in it.
 
     The planner's primer (``make_tensordict_primer``) lets an env carry the plan along.
     """
     env = predictor.env(action_spec, num_particles=config.num_particles)
-    planner = CrossEntropyPlanner(
-        env,
-        planning_horizon=config.planning_horizon,
-        optim_steps=config.optim_steps,
-        num_candidates=config.num_candidates,
-        top_k=config.top_k,
-        gamma=config.gamma,
-        terminal_value=predictor.val_func if config.terminal_value else None,
-    )
+    options = {
+        "planning_horizon": config.planning_horizon,
+        "optim_steps": config.optim_steps,
+        "num_candidates": config.num_candidates,
+        "gamma": config.gamma,
+        "terminal_value": predictor.val_func if config.terminal_value else None,
+    }
+    if action_spec.domain == "discrete":
+        planner = CategoricalCrossEntropyPlanner(env, top_k=config.top_k, **options)
+    elif config.planner == "mppi":
+        planner = PathIntegralPlanner(env, **options)
+    else:
+        planner_class = ICEMPlanner if config.planner == "icem" else CrossEntropyPlanner
+        planner = planner_class(env, top_k=config.top_k, **options)
     return TensorDictSequential(env.initial_state, planner), planner
 
 
-class RandomThenPlanned(TensorDictModuleBase):
-    """Act at random for the first steps, then by a policy.
+class Explorer(TensorDictModuleBase):
+    """Act at random at first, then by a policy, with phases of random actions in between.
 
     Args:
-        policy: acts after the random phase.
+        policy: acts outside of random phases.
         action_spec: random actions are drawn from.
-        init_random_frames: env steps of the random phase.
+        init_random_steps: actions of the first random phase, at least 1.
+        planned_steps: actions of the policy between two later random phases; 0 for none of these.
+        random_steps: actions of each later random phase.
 
     Reads:
         What ``policy`` reads.
 
     Writes:
-        ``action`` ``[..., A]`` and ``planned`` ``[..., 1]`` bool, False in the random phase; after
-        it also what ``policy`` writes.
+        ``action`` ``[..., A]`` and ``planned`` ``[..., 1]`` bool, False in a random phase; outside
+        of it also what ``policy`` writes.
     """
 
     def __init__(
-        self, policy: TensorDictModuleBase, action_spec: TensorSpec, init_random_frames: int
+        self,
+        policy: TensorDictModuleBase,
+        action_spec: TensorSpec,
+        init_random_steps: int,
+        planned_steps: int = 0,
+        random_steps: int = 0,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.action_spec = action_spec
-        self.init_random_frames = init_random_frames
-        self.frames = 0
+        self.init_random_steps = init_random_steps
+        self.planned_steps = planned_steps
+        self.random_steps = random_steps
+        self.steps = 0
         self.in_keys = policy.in_keys
         self.out_keys = [*policy.out_keys, keys.PLANNED]
 
+    def plans(self, step: int) -> bool:
+        """Whether action number ``step`` is the policy's."""
+        if step < self.init_random_steps:
+            return False
+        period = self.planned_steps + self.random_steps
+        if not (self.planned_steps and self.random_steps):
+            return True
+        return (step - self.init_random_steps) % period < self.planned_steps
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Choose an action for every env of the batch."""
-        planned = self.frames >= self.init_random_frames
+        planned = self.plans(self.steps)
         if planned:
             tensordict = self.policy(tensordict)
         else:
             tensordict.set(keys.ACTION, self.action_spec.rand(tensordict.batch_size))
-        self.frames += tensordict.numel()
-        flag = tensordict.get(keys.ACTION).new_full((*tensordict.batch_size, 1), planned)
-        return tensordict.set(keys.PLANNED, flag.bool())
+        self.steps += tensordict.numel()
+        flag = torch.full((*tensordict.batch_size, 1), planned, device=tensordict.device)
+        return tensordict.set(keys.PLANNED, flag)

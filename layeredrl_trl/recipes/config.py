@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,13 +18,21 @@ class TrainConfig:
     """Learn a world model of an environment and act by planning in it."""
 
     env: str = "Pendulum-v1"
-    """Id of a Gymnasium environment with a flat observation and continuous actions."""
+    """Id of a Gymnasium environment, or dm_control/DOMAIN-TASK; observations are vectors (several
+    are joined), actions a vector or one discrete choice."""
     seed: int = 0
     """Of everything: environment, exploration, networks, planner."""
     total_frames: int = 3000
     """Environment steps in all, random exploration included."""
+    action_repeat: int = 1
+    """Environment steps per action. Each of them counts as a step here, in all options."""
     init_random_frames: int = 400
     """Environment steps with random actions at first."""
+    planned_frames: int = 0
+    """Environment steps of planning between two phases of random actions later on; 0 for no such
+    phases."""
+    random_frames: int = 0
+    """Environment steps of such a phase of random actions."""
     device: str = "cpu"
     """Of model and planner: cpu or cuda. The environment runs on the CPU."""
     num_threads: int = 1
@@ -59,12 +68,14 @@ class TrainConfig:
     """Most rewards in a value target."""
     tau: float = 0.02
     """How far the value's target moves after each optimisation step."""
+    planner: Literal["icem", "cem", "mppi"] = "icem"
+    """How continuous actions are searched; discrete ones always by categorical cross-entropy."""
     planning_horizon: int = 15
     """Steps that the planner looks ahead."""
     num_candidates: int = 128
-    """Action sequences that the planner tries in each of its iterations."""
+    """Action sequences that the planner tries in its first iteration (icem: fewer later on)."""
     top_k: int = 16
-    """Best candidates that the planner keeps of each iteration."""
+    """Best candidates, to which icem and cem fit the next iteration's."""
     num_particles: int = 1
     """Particles per candidate: 1 (candidates are spread over the members), or a multiple of
     n-models."""
@@ -81,6 +92,7 @@ class TrainConfig:
         """
         positive = (
             "total_frames",
+            "action_repeat",
             "init_random_frames",
             "num_threads",
             "checkpoint_interval",
@@ -99,12 +111,17 @@ class TrainConfig:
             "optim_steps",
         )
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} must be positive, got {getattr(self, name)}.")
-        if self.updates_per_frame < 0:
-            raise RecipeError(
-                f"updates_per_frame must not be negative, got {self.updates_per_frame}."
-            )
+        for name in ("updates_per_frame", "planned_frames", "random_frames"):
+            if not getattr(self, name) >= 0:
+                raise RecipeError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("total_frames", "frames_per_batch", "init_random_frames"):
+            if getattr(self, name) % self.action_repeat:
+                raise RecipeError(
+                    f"{name} must be a multiple of action_repeat={self.action_repeat}, "
+                    f"got {getattr(self, name)}."
+                )
         check_device(self.device)
         for name in ("gamma", "tau"):
             if not 0 <= getattr(self, name) <= 1:
@@ -113,7 +130,7 @@ class TrainConfig:
             raise RecipeError(
                 f"top_k must not exceed num_candidates={self.num_candidates}, got {self.top_k}."
             )
-        if self.init_random_frames > self.total_frames:
+        if self.resume is None and self.init_random_frames > self.total_frames:
             raise RecipeError(
                 f"init_random_frames must not exceed total_frames={self.total_frames}, "
                 f"got {self.init_random_frames}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_trl import keys
 from layeredrl_trl.predictors import RewardPredictor
@@ -28,12 +29,14 @@ def run_episodes(
         The rollout, ``[episodes, T]`` with ``T`` the length of the longest, and
         ``("collector", "mask")`` False behind the end of each episode.
     """
-    env = make_env(config.env, num_envs=episodes, seed=seed)
+    repeat = config.action_repeat
+    env = make_env(config.env, num_envs=episodes, seed=seed, action_repeat=repeat)
     policy, planner = make_policy(config, predictor, env.action_spec_unbatched)
     env.append_transform(planner.make_tensordict_primer())
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        rollout = env.rollout(max_episode_steps(config.env), policy, break_when_all_done=True)
+        max_steps = -(-max_episode_steps(config.env) // repeat)
+        rollout = env.rollout(max_steps, policy, break_when_all_done=True)
     env.close()
     rollout = rollout.reshape(episodes, -1)
     done = rollout.get(keys.NEXT_DONE)
@@ -45,3 +48,15 @@ def episode_returns(rollout: TensorDictBase) -> Tensor:
     """Sum the rewards of each episode of :func:`run_episodes`; ``[episodes]``."""
     reward = torch.where(rollout.get(keys.MASK), rollout.get(keys.NEXT_REWARD), 0.0)
     return reward.sum((1, 2))
+
+
+def as_buffer(rollout: TensorDictBase) -> TensorDictReplayBuffer:
+    """Put the real steps of :func:`run_episodes` into a replay buffer, episode after episode."""
+    rollout = rollout.clone(recurse=False)
+    mask, done = rollout.get(keys.MASK), rollout.get(keys.NEXT_DONE).clone()
+    done[:, -1] = True  # where no time limit ends an episode
+    rollout.set(keys.NEXT_DONE, done)
+    steps = rollout[mask.squeeze(-1)].exclude(keys.MASK, keys.TRAJ_IDS)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(steps)))
+    buffer.extend(steps)
+    return buffer

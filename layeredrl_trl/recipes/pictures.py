@@ -162,7 +162,7 @@ def _draw_returns(axes: Axes, score: ImaginationScore) -> None:
     axes.set(
         xlabel=f"real return of {score.horizon} steps",
         ylabel="imagined return",
-        title=f"Imagined returns follow real ones: correlation {score.correlation:.3f}",
+        title=f"Imagined against real returns: correlation {score.correlation:.3f}",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from torchrl.record.loggers.tensorboard import TensorboardLogger
 from tqdm import tqdm
 
 from layeredrl_trl import keys
+from layeredrl_trl.diagnostics import ModelReport, ModelReportHook
 from layeredrl_trl.predictors import RewardPredictor
-from layeredrl_trl.recipes.agent import RandomThenPlanned, make_policy, make_predictor
+from layeredrl_trl.recipes.agent import Explorer, make_policy, make_predictor
 from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
 from layeredrl_trl.recipes.config import RecipeError, TrainConfig
 from layeredrl_trl.recipes.environments import make_env
-from layeredrl_trl.recipes.evaluation import episode_returns, run_episodes
+from layeredrl_trl.recipes.evaluation import as_buffer, episode_returns, run_episodes
 from layeredrl_trl.recipes.pictures import (
     ImaginationScore,
     draw_imagination,
@@ -54,6 +56,7 @@ class Run:
         episodes: ``(env steps at its end, return)`` of every finished episode.
         eval_returns: of the final evaluation, one per episode.
         imagination: how well imagined returns follow real ones.
+        report: on the model, over the evaluation episodes.
         seconds: wall time of training.
         interrupted: whether Ctrl-C ended the run.
     """
@@ -63,6 +66,7 @@ class Run:
     episodes: list[tuple[int, float]] = field(default_factory=list)
     eval_returns: list[float] = field(default_factory=list)
     imagination: ImaginationScore | None = None
+    report: ModelReport | None = None
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -93,30 +97,32 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         resumed = Checkpoint.load(config.resume, config.device)
         config = _resumed_config(config, resumed)
     torch.manual_seed(config.seed if resumed is None else config.seed + resumed.frames)
-    env = make_env(config.env, seed=config.seed)
+    repeat = config.action_repeat
+    env = make_env(config.env, seed=config.seed, action_repeat=repeat)
     predictor = make_predictor(config, env)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames // repeat))
     if resumed is None:
         run = Run(_make_folder(config))
     else:
         restore(predictor, resumed.predictor, config.resume)
         run = Run(config.resume.parent, frames=resumed.frames, episodes=resumed.episodes)
-        transitions = TensorDict(resumed.transitions, batch_size=[resumed.frames])
+        transitions = TensorDict(resumed.transitions, batch_size=[resumed.frames // repeat])
         for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
             transitions.get(key)[-1] = True
         buffer.extend(transitions)
     predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
     policy, planner = make_policy(config, predictor, env.action_spec)
     env.append_transform(planner.make_tensordict_primer())
-    explorer = RandomThenPlanned(policy, env.action_spec, config.init_random_frames)
+    phases = (config.init_random_frames, config.planned_frames, config.random_frames)
+    explorer = Explorer(policy, env.action_spec, *(frames // repeat for frames in phases))
     collector = Collector(
         env,
         explorer,
-        frames_per_batch=config.frames_per_batch,
-        total_frames=config.total_frames - run.frames,
+        frames_per_batch=config.frames_per_batch // repeat,
+        total_frames=(config.total_frames - run.frames) // repeat,
         auto_register_policy_transforms=False,
     )
-    explorer.frames = run.frames  # the collector has tried the policy once
+    explorer.steps = run.frames // repeat  # the collector has tried the policy once
     bar = tqdm(
         total=config.total_frames,
         initial=run.frames,
@@ -130,11 +136,12 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     try:
         for batch in collector:
             buffer.extend(batch.select(*_STORED).reshape(-1))
-            _note_episodes(run, batch, logger)
-            info = _learn(config, predictor, buffer, run.frames, new_frames=batch.numel())
+            new_frames = batch.numel() * repeat
+            _note_episodes(run, batch, repeat, logger)
+            info = _learn(config, predictor, buffer, run.frames, new_frames)
             bar.set_postfix_str(_status(run, info), refresh=False)
-            bar.update(batch.numel())
-            if run.frames % config.checkpoint_interval < batch.numel():
+            bar.update(new_frames)
+            if run.frames % config.checkpoint_interval < new_frames:
                 _save(config, predictor, buffer, run)
     except KeyboardInterrupt:
         run.interrupted = True
@@ -213,6 +220,12 @@ def _evaluate(
     logger.log_scalar("eval/mean_return", _mean(run.eval_returns), run.frames)
     run.imagination = score_imagination(predictor, rollout, horizon=config.planning_horizon)
     logger.log_scalar("eval/imagined_return_correlation", run.imagination.correlation, run.frames)
+    reporting = ModelReportHook(
+        predictor, as_buffer(rollout), config.planning_horizon, writer=logger
+    )
+    run.report = reporting(run.frames)
+    (run.folder / "model_report.md").write_text(run.report.markdown() + "\n")
+    run.report.figure().savefig(run.folder / "model_report.png", dpi=130)
     draw_learning_curve(run.folder / "learning_curve.png", config, run.episodes, run.eval_returns)
     draw_imagination(run.folder / "imagination.png", predictor, buffer, rollout, run.imagination)
     summary = {
@@ -242,12 +255,15 @@ def _make_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _note_episodes(run: Run, batch: TensorDictBase, logger: TensorboardLogger) -> None:
-    run.frames += batch.numel()
+def _note_episodes(
+    run: Run, batch: TensorDictBase, action_repeat: int, logger: TensorboardLogger
+) -> None:
+    before = run.frames
+    run.frames += batch.numel() * action_repeat
     done = batch.get(keys.NEXT_DONE).flatten()
     returns = batch.get(("next", "episode_reward")).flatten()
     for i in done.nonzero().flatten().tolist():
-        step = run.frames - batch.numel() + i + 1
+        step = before + (i + 1) * action_repeat
         run.episodes.append((step, returns[i].item()))
         logger.log_scalar("train/episode_return", returns[i].item(), step)
 
@@ -268,14 +284,21 @@ def _summary(config: TrainConfig, run: Run) -> list[str]:
         f"  mean return of {len(returns)} evaluation episodes: {returns.mean():.1f} "
         f"(worst {returns.min():.1f}, best {returns.max():.1f})",
         f"  imagined against real {run.imagination.horizon}-step returns: "
-        f"correlation {run.imagination.correlation:.3f} over {run.imagination.segments} segments",
+        f"{_correlation(run.imagination)} over {run.imagination.segments} segments",
         f"  learning curve   {run.folder / 'learning_curve.png'}",
         f"  imagination      {run.folder / 'imagination.png'}",
+        f"  model report     {run.folder / 'model_report.md'} (and .png)",
         f"  checkpoint       {run.checkpoint}",
         f"  act with it      {_program('python')} -m layeredrl_trl evaluate "
         f"--checkpoint {run.checkpoint}",
         f"  all the scalars  {_program('tensorboard')} --logdir {run.folder}",
     ]
+
+
+def _correlation(score: ImaginationScore) -> str:
+    if math.isnan(score.correlation):
+        return "no correlation to be had, one of them is always the same,"
+    return f"correlation {score.correlation:.3f}"
 
 
 def _mean(values: list[float]) -> float:

@@ -44,6 +44,8 @@ def test_a_run_leaves_all_its_files(tiny):
         "episodes.csv",
         "imagination.png",
         "learning_curve.png",
+        "model_report.md",
+        "model_report.png",
         "summary.json",
         "tensorboard",
     } <= files
@@ -60,6 +62,33 @@ def test_random_steps_are_marked_as_not_planned(tiny):
     run = train(tiny, say=lambda _: None)
     planned = Checkpoint.load(run.checkpoint).transitions["planned"].squeeze(-1)
     assert planned.tolist() == [False] * 40 + [True] * 20
+
+
+def test_phases_of_random_actions_later_on(tiny):
+    config = replace(tiny, total_frames=100, planned_frames=25, random_frames=15)
+    run = train(config, say=lambda _: None)
+    planned = Checkpoint.load(run.checkpoint).transitions["planned"].squeeze(-1)
+    assert planned.tolist() == [False] * 40 + [True] * 25 + [False] * 15 + [True] * 20
+
+
+def test_repeated_steps_count_as_steps(tiny):
+    config = replace(tiny, total_frames=120, init_random_frames=80, action_repeat=2)
+    run = train(config, say=lambda _: None)
+    assert run.frames == 120
+    planned = Checkpoint.load(run.checkpoint).transitions["planned"].squeeze(-1)
+    assert planned.tolist() == [False] * 40 + [True] * 20
+    config = TrainConfig(resume=run.checkpoint, total_frames=160)
+    longer = train(config, say=lambda _: None)
+    assert longer.frames == 160
+    assert len(Checkpoint.load(run.checkpoint).transitions["planned"]) == 80
+
+
+@pytest.mark.parametrize(
+    "env", ["CartPole-v1", "InvertedPendulum-v5", "dm_control/cartpole-swingup"]
+)
+def test_other_environments(tiny, env):
+    run = train(replace(tiny, env=env), say=lambda _: None)
+    assert len(run.eval_returns) == 2
 
 
 def test_the_same_seed_gives_the_same_run(tiny):
@@ -161,8 +190,8 @@ def test_episodes_csv_holds_every_finished_episode(tiny):
     ("arguments", "text"),
     [
         (["train", "--env", "Pendulm-v1"], "no environment 'Pendulm-v1'.*Pendulum-v1"),
-        (["train", "--env", "CartPole-v1"], "OneHot.*continuous action vectors only"),
-        (["train", "--env", "FrozenLake-v1"], "OneHot.*continuous action vectors only"),
+        (["train", "--env", "Blackjack-v1"], "no observation made of vectors"),
+        (["train", "--env", "dm_control/cart"], "no task 'dm_control/cart'"),
         (["train", "--resume", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["evaluate", "--checkpoint", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["evaluate", "--checkpoint", __file__], "cannot be read"),
@@ -207,6 +236,8 @@ def test_an_unknown_choice_names_the_choices(arguments, capsys):
         ({"init_random_frames": 9999}, "init_random_frames must not exceed"),
         ({"device": "tpu"}, "device must be cpu"),
         ({"updates_per_frame": -1.0}, "must not be negative"),
+        ({"planned_frames": -1}, "planned_frames must not be negative"),
+        ({"action_repeat": 7}, "total_frames must be a multiple of action_repeat=7, got 3000"),
     ],
 )
 def test_options_out_of_range(change, text):

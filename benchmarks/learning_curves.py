@@ -1,0 +1,148 @@
+"""Learn five environments from scratch, some seeds each: a table of all returns, and the curves.
+
+    python -m benchmarks.learning_curves                      # all of the table in the README
+    python -m benchmarks.learning_curves --tasks pendulum --seeds 0 1 --workers 1
+
+Each run is the command line of the library, in a process of its own, with one thread. A run that
+is there already (by its options) is not done again, so the script can be stopped and gone on with.
+What counts is the mean return of the evaluation episodes after the last step, never that of the
+best seed or of the best checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment, the options to learn it with, and what it must reach."""
+
+    env: str
+    frames: int
+    target: float
+    options: tuple[str, ...] = ()
+
+    def command(self, seed: int, folder: Path) -> list[str]:
+        return [
+            *("train", "--env", self.env, "--seed", str(seed)),
+            *("--total-frames", str(self.frames), *self.options, "--logdir", str(folder)),
+        ]
+
+    @property
+    def shown(self) -> str:
+        """The command line, as one would type it."""
+        return " ".join(["python -m layeredrl_trl", *self.command(0, Path("X"))[:-2]]).replace(
+            "--seed 0", "--seed N"
+        )
+
+
+TASKS = {
+    "pendulum": Task("Pendulum-v1", 2000, -180.0),
+    "inverted-pendulum": Task("InvertedPendulum-v5", 5000, 1000.0),
+    "reacher": Task("Reacher-v5", 10_000, -6.0),
+    "cartpole": Task("CartPole-v1", 5000, 475.0),
+    "swingup": Task("dm_control/cartpole-swingup", 20_000, 800.0, ("--action-repeat", "2")),
+}
+
+
+def run(task: Task, seed: int, folder: Path) -> dict:
+    """Learn, or read what an earlier run has left; the content of its ``summary.json``."""
+    options = " ".join(task.options) or "default"
+    place = folder / f"{task.env}_{task.frames}_{options}".replace("/", "_").replace(" ", "_")
+    place = place / f"seed{seed}"
+    found = sorted(place.glob("*/summary.json"))
+    if not found:
+        place.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "layeredrl_trl", *task.command(seed, place)]
+        with (place / "log.txt").open("w") as log:
+            subprocess.run(
+                command,
+                stdout=log,
+                stderr=log,
+                check=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        found = sorted(place.glob("*/summary.json"))
+    summary = json.loads(found[-1].read_text())
+    episodes = np.loadtxt(found[-1].with_name("episodes.csv"), delimiter=",", skiprows=1, ndmin=2)
+    summary["episodes"] = episodes.tolist()
+    print(f"{task.env} seed {seed}: {statistics.mean(summary['eval_returns']):.1f}", flush=True)
+    return summary
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    lines = [
+        "| environment | env steps | must reach | median | all seeds | training, median |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        task = TASKS[name]
+        means = [statistics.mean(r["eval_returns"]) for r in runs]
+        seconds = statistics.median(r["seconds"] for r in runs)
+        lines.append(
+            f"| `{task.env}` | {task.frames:,} | {task.target:g} "
+            f"| **{statistics.median(means):.1f}** "
+            f"| {', '.join(f'{mean:.1f}' for mean in means)} | {seconds / 60:.1f} min |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """Draw the returns of the training episodes of every seed, and the target."""
+    figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, runs) in zip(
+        np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True
+    ):
+        task = TASKS[name]
+        for one in runs:
+            steps, returns = np.array(one["episodes"]).T
+            axes.plot(steps, returns, color="#1f6fb4", alpha=0.5, linewidth=1)
+        means = [statistics.mean(one["eval_returns"]) for one in runs]
+        axes.scatter([task.frames] * len(means), means, color="#222222", s=14, zorder=3)
+        axes.axhline(task.target, color="#c44e52", linestyle="--", linewidth=1)
+        axes.set_title(task.env.removeprefix("dm_control/"), fontsize=10)
+        axes.set(xlabel="environment steps", xlim=(0, task.frames * 1.03))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("return of an episode")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning_curves"))
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.workers) as pool:
+        jobs = {
+            name: [pool.submit(run, TASKS[name], seed, args.folder) for seed in args.seeds]
+            for name in args.tasks
+        }
+        results = {name: [job.result() for job in of_task] for name, of_task in jobs.items()}
+    print()
+    print(table(results))
+    print()
+    for name in results:
+        print(f"    {TASKS[name].shown}")
+    picture = args.folder / "learning_curves.png"
+    draw(results, picture)
+    print(f"\n{picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""How the agent of the recipe explores."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import Bounded
+
+from layeredrl_trl.recipes.agent import Explorer
+
+
+def explorer(*phases):
+    policy = TensorDictModule(lambda x: torch.full_like(x, 7.0), ["observation"], ["action"])
+    return Explorer(policy, Bounded(-1.0, 1.0, (1,)), *phases)
+
+
+def flags(module, n):
+    tensordicts = [module(TensorDict({"observation": torch.zeros(1)})) for _ in range(n)]
+    for tensordict in tensordicts:
+        assert (tensordict["action"] == 7).all() == tensordict["planned"].item()
+    return "".join("p" if tensordict["planned"].item() else "r" for tensordict in tensordicts)
+
+
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        ((3,), "rrrppppppp"),
+        ((3, 2, 1), "rrrpprpprp"),
+        ((1, 3, 2), "rppprrpppr"),
+        ((2, 0, 4), "rrpppppppp"),
+        ((2, 4, 0), "rrpppppppp"),
+    ],
+)
+def test_phases(phases, expected):
+    assert flags(explorer(*phases), 10) == expected
+
+
+def test_marks_every_env_of_a_batch():
+    out = explorer(1)(TensorDict({"observation": torch.zeros(4, 1)}, batch_size=[4]))
+    assert out["planned"].shape == (4, 1) and out["planned"].dtype == torch.bool

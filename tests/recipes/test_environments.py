@@ -1,0 +1,89 @@
+"""Real environments by id: entries, types, action repeat, and what bad ids get."""
+
+import re
+
+import pytest
+import torch
+from torchrl.data import Bounded, OneHot
+
+from layeredrl_trl.recipes import RecipeError, make_env
+from layeredrl_trl.recipes.environments import max_episode_steps
+
+SWINGUP = "dm_control/cartpole-swingup"
+ENVS = {
+    "Pendulum-v1": (3, 1),
+    "CartPole-v1": (4, 2),
+    "InvertedPendulum-v5": (4, 1),
+    "Reacher-v5": (10, 2),
+    SWINGUP: (5, 1),
+    "gymnasium_robotics:PointMaze_UMaze-v3": (8, 2),
+}
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("env_id", ENVS)
+def test_one_float32_vector_and_one_action(env_id, num_envs):
+    env = make_env(env_id, num_envs=num_envs)
+    batch = () if num_envs == 1 else (num_envs,)
+    rollout = env.rollout(2, break_when_any_done=False)
+    obs_dim, action_dim = ENVS[env_id]
+    assert rollout["observation"].shape == (*batch, 2, obs_dim)
+    assert rollout["action"].shape == (*batch, 2, action_dim)
+    for key in ("observation", ("next", "observation"), ("next", "reward")):
+        assert rollout[key].dtype == torch.float32
+    assert {"is_init", "step_count"} <= set(rollout.keys())
+    spec = env.action_spec_unbatched
+    assert isinstance(spec, OneHot if env_id == "CartPole-v1" else Bounded)
+    env.close()
+
+
+def test_episodes_of_unlike_length_in_float64_simulators():
+    """SerialEnv could not write the rest of a batch once one of its envs was done."""
+    env = make_env("InvertedPendulum-v5", num_envs=3)
+    rollout = env.rollout(50, break_when_all_done=True, break_when_any_done=False)
+    lengths = (rollout["next", "done"].cumsum(1) == 0).sum(1)
+    assert len(lengths.unique()) > 1
+    env.close()
+
+
+def test_the_same_seed_starts_the_same_episodes():
+    starts = [make_env("Pendulum-v1", num_envs=2, seed=s).reset()["observation"] for s in (3, 3, 4)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", SWINGUP])
+def test_action_repeat_adds_rewards_up(env_id):
+    once, twice = (make_env(env_id, seed=1, action_repeat=n) for n in (1, 2))
+    action = once.action_spec.rand()
+    first, second = once.reset().set("action", action), None
+    first = once.step(first)
+    second = once.step(first["next"].exclude("reward").set("action", action))
+    both = twice.step(twice.reset().set("action", action))
+    torch.testing.assert_close(
+        both["next", "reward"], first["next", "reward"] + second["next", "reward"]
+    )
+    torch.testing.assert_close(both["next", "observation"], second["next", "observation"])
+
+
+def test_a_time_limit_truncates():
+    env = make_env(SWINGUP, action_repeat=500)
+    last = env.rollout(10)[-1]["next"]
+    assert last["truncated"].item() and not last["terminated"].item()
+
+
+def test_max_episode_steps():
+    assert max_episode_steps("Pendulum-v1") == 200
+    assert max_episode_steps(SWINGUP) == 1000
+
+
+@pytest.mark.parametrize(
+    ("env_id", "text"),
+    [
+        ("Pendlum-v1", "no environment 'Pendlum-v1'.*similar: Pendulum-v1"),
+        ("dm_control/cartpole-swngup", "no task.*similar: dm_control/cartpole-swingup"),
+        ("Blackjack-v1", "no observation made of vectors"),
+    ],
+)
+def test_an_id_that_will_not_do(env_id, text):
+    with pytest.raises(RecipeError, match=re.compile(text, re.S)):
+        make_env(env_id)
