@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
@@ -84,6 +86,8 @@ class Explorer(TensorDictModuleBase):
         init_random_steps: actions of the first random phase, at least 1.
         planned_steps: actions of the policy between two later random phases; 0 for none of these.
         random_steps: actions of each later random phase.
+        statistics: entries ``[..., 1]`` of the policy, which are NaN in a random phase: a collector
+            keeps only what it sees from the first step on.
 
     Reads:
         What ``policy`` reads.
@@ -100,9 +104,11 @@ class Explorer(TensorDictModuleBase):
         init_random_steps: int,
         planned_steps: int = 0,
         random_steps: int = 0,
+        statistics: Sequence[NestedKey] = (),
     ) -> None:
         super().__init__()
         self.policy = policy
+        self.statistics = statistics
         self.action_spec = action_spec
         self.init_random_steps = init_random_steps
         self.planned_steps = planned_steps
@@ -127,6 +133,9 @@ class Explorer(TensorDictModuleBase):
             tensordict = self.policy(tensordict)
         else:
             tensordict.set(keys.ACTION, self.action_spec.rand(tensordict.batch_size))
+            for key in self.statistics:
+                nothing = torch.full((*tensordict.batch_size, 1), torch.nan)
+                tensordict.set(key, nothing.to(tensordict.device))
         self.steps += tensordict.numel()
         flag = torch.full((*tensordict.batch_size, 1), planned, device=tensordict.device)
         return tensordict.set(keys.PLANNED, flag)

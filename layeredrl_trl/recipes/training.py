@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.record.loggers.tensorboard import TensorboardLogger
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from layeredrl_trl import keys
 from layeredrl_trl.diagnostics import ModelReport, ModelReportHook
+from layeredrl_trl.planners import SamplingPlanner
 from layeredrl_trl.predictors import RewardPredictor
 from layeredrl_trl.recipes.agent import Explorer, make_policy, make_predictor
 from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
@@ -114,7 +115,8 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     policy, planner = make_policy(config, predictor, env.action_spec)
     env.append_transform(planner.make_tensordict_primer())
     phases = (config.init_random_frames, config.planned_frames, config.random_frames)
-    explorer = Explorer(policy, env.action_spec, *(frames // repeat for frames in phases))
+    phases = (frames // repeat for frames in phases)
+    explorer = Explorer(policy, env.action_spec, *phases, _statistics(planner))
     collector = Collector(
         env,
         explorer,
@@ -138,6 +140,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
             buffer.extend(batch.select(*_STORED).reshape(-1))
             new_frames = batch.numel() * repeat
             _note_episodes(run, batch, repeat, logger)
+            _log_plans(planner, batch, run.frames, logger)
             info = _learn(config, predictor, buffer, run.frames, new_frames)
             bar.set_postfix_str(_status(run, info), refresh=False)
             bar.update(new_frames)
@@ -266,6 +269,20 @@ def _note_episodes(
         step = before + (i + 1) * action_repeat
         run.episodes.append((step, returns[i].item()))
         logger.log_scalar("train/episode_return", returns[i].item(), step)
+
+
+def _log_plans(
+    planner: SamplingPlanner, batch: TensorDictBase, frames: int, logger: TensorboardLogger
+) -> None:
+    """Log what the planner thinks of its plans, mean over the planned steps of a batch."""
+    planned = batch.get(keys.PLANNED)
+    for key in _statistics(planner):
+        if planned.any():
+            logger.log_scalar(f"planner/{key}", batch.get(key)[planned].mean().item(), frames)
+
+
+def _statistics(planner: SamplingPlanner) -> tuple[NestedKey, ...]:
+    return planner.plan_return_key, planner.plan_spread_key, planner.plan_std_key
 
 
 def _status(run: Run, info: dict[str, float]) -> str:

@@ -38,3 +38,8 @@ def test_phases(phases, expected):
 def test_marks_every_env_of_a_batch():
     out = explorer(1)(TensorDict({"observation": torch.zeros(4, 1)}, batch_size=[4]))
     assert out["planned"].shape == (4, 1) and out["planned"].dtype == torch.bool
+
+
+def test_statistics_are_nan_in_a_random_phase():
+    out = explorer(1, 0, 0, ["plan_return"])(TensorDict({"observation": torch.zeros(1)}))
+    assert out["plan_return"].isnan().all() and out["plan_return"].shape == (1,)

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layeredrl_trl.__main__ import main
 from layeredrl_trl.recipes import RecipeError, TrainConfig, make_env, train, training
@@ -56,6 +58,14 @@ def test_a_run_leaves_all_its_files(tiny):
         assert part in text
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["frames"] == 60 and summary["config"]["env"] == "Pendulum-v1"
+
+
+def test_what_the_planner_thinks_of_its_plans_is_logged(tiny):
+    run = train(tiny, say=lambda _: None)
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    for name in ("plan_return", "plan_spread", "plan_std"):
+        assert all(math.isfinite(point.value) for point in events.Scalars(f"planner/{name}"))
+    assert "model/one_step/nll" in events.Tags()["scalars"]
 
 
 def test_random_steps_are_marked_as_not_planned(tiny):
