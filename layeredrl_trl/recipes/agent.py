@@ -57,6 +57,9 @@ def make_policy(
 ) -> tuple[TensorDictSequential, SamplingPlanner]:
     """Plan in the model: a policy for the real env, and the planner in it.
 
+    It acts by the mean of the elites: with few particles a candidate's return is noisy, and the
+    best of many is the one that was lucky with its member.
+
     The planner's primer (``make_tensordict_primer``) lets an env carry the plan along.
     """
     env = predictor.env(action_spec, num_particles=config.num_particles)
@@ -64,6 +67,7 @@ def make_policy(
         "planning_horizon": config.planning_horizon,
         "optim_steps": config.optim_steps,
         "num_candidates": config.num_candidates,
+        "return_action": "mean",
         "gamma": config.gamma,
         "terminal_value": predictor.val_func if config.terminal_value else None,
     }
