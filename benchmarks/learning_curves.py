@@ -54,7 +54,7 @@ _FEW = ("--eval-episodes", "5")  # of 500 to 1,000 actions
 TASKS = {
     "pendulum": Task("Pendulum-v1", 2000, -180.0),
     "inverted-pendulum": Task("InvertedPendulum-v5", 3000, 1000.0, _FEW),
-    "reacher": Task("Reacher-v5", 5000, -6.0, ("--gamma", "0.9")),
+    "reacher": Task("Reacher-v5", 5000, -6.0, ("--gamma", "0.9", "--return-action", "mean")),
     "cartpole": Task("CartPole-v1", 3000, 475.0, _FEW),
     "swingup": Task(
         "dm_control/cartpole-swingup",

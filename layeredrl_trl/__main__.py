@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
             evaluate(config)
             return 0
         return 130 if train(config).interrupted else 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     except (RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -103,7 +103,7 @@ def read_transitions(
         raise ValueError(f"Cannot read {list(keys)}: the replay buffer is empty.")
     index = _checked_index(index, storage)
     with buffer._replay_lock, buffer._write_lock:
-        if _has_plain_columns(buffer):
+        if has_plain_columns(buffer):
             source, plain = storage._storage, True
         else:
             source, plain = _through_buffer(buffer, index), False
@@ -129,7 +129,7 @@ def read_transitions(
     return out
 
 
-def _has_plain_columns(buffer: ReplayBuffer) -> bool:
+def has_plain_columns(buffer: ReplayBuffer) -> bool:
     """Say whether what is stored is what ``buffer.sample()`` gives."""
     storage, transform = buffer.storage, buffer.transform
     return (

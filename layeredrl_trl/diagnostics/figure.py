@@ -14,6 +14,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:  # only drawing needs it
     _NO_MATPLOTLIB = error
 else:
@@ -69,6 +70,7 @@ def _draw_error(axes: Axes, entries: TensorDict, missing: Mapping[str, str]) -> 
     axes.plot(steps, entries["persistence_error"], color=_GUESS, label="“nothing changes”", **style)
     axes.plot(steps, entries["error"], color=_MODEL, label="the model", **style)
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
 
 
@@ -87,6 +89,7 @@ def _draw_coverage(axes: Axes, entries: TensorDict, missing: Mapping[str, str]) 
         axes.axhline(level, color=shade, linewidth=1, linestyle="--")
         label = f"{100 * level:.0f}% interval"
         axes.plot(steps, share, color=shade, marker="o", markersize=3, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower left", title="dashed: as it should be")
 
 
@@ -136,6 +139,9 @@ def _draw_spread(axes: Axes, entries: TensorDict, missing: Mapping[str, str]) ->
     ends = [values.min().item() / 1.3, values.max().item() * 1.3]
     axes.plot(ends, ends, color=_REAL, linewidth=1, linestyle="--", label="std = error")
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # they would run into each other
     axes.set_ylim(top=4 * ends[1])  # room for the legend
     axes.legend(frameon=False, loc="upper left")
 

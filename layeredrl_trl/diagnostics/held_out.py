@@ -55,14 +55,15 @@ def read_held_out(
         ends = [terminated, *((*terminated[:-1], key) for key in (keys.DONE, keys.TRUNCATED))]
     sampler = TransitionSliceSampler(slice_len=1, end_keys=ends)
     order = torch.randperm(storage.shape.numel())
+    _, mask = sampler.slices_from(storage, torch.unravel_index(order, storage.shape), 1)
+    order = order[mask[:, 0].cpu()]  # what is stored may be padding
+    if not len(order):
+        raise ValueError("model_report: the replay buffer holds nothing but padding.")
 
     def read(n: int, steps: int) -> tuple[TensorDict, Tensor]:
         start = torch.unravel_index(order[:n], storage.shape)
         index, mask = sampler.slices_from(storage, start, steps)
-        real = mask[:, 0]  # else the start is padding that is stored
-        if not real.any():
-            raise ValueError("model_report: the replay buffer holds nothing but padding.")
-        return _read(predictor, buffer, tuple(i[real] for i in index), names), mask[real]
+        return _read(predictor, buffer, index, names), mask
 
     transitions, _ = read(n_transitions, 1)
     segments, mask = read(n_segments, horizon)

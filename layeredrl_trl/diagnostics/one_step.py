@@ -216,6 +216,8 @@ def _reward(
         missing["reward"] = "the predictor has no reward function"
     elif reward is None:
         missing["reward"] = "no rewards in this buffer"
+    elif not reward.isfinite().all():
+        missing["reward"] = "a reward in this buffer is not finite"
     elif not varies(reward):
         missing["reward/explained_variance"] = "the reward is constant in this buffer"
     if "reward" in missing:

@@ -53,7 +53,7 @@ class Imagination(nn.Module):
     Args:
         dynamics: the model.
         reward: reads what ``dynamics`` reads (``latent``, ``context``, ``action``, under its
-            ``in_keys``); ``None`` for a reward of 0.
+            ``in_keys``), or also ``("next", "latent")``; ``None`` for a reward of 0.
         termination: ``"soft"`` keeps every particle and lowers ``alive`` by the termination
             probability; ``"sample"`` draws, so that ``alive`` is 0 or 1.
         propagation: which member moves a particle. ``"fixed_model"`` (TS-inf): its own, for good.
@@ -121,7 +121,7 @@ class Imagination(nn.Module):
             An :class:`ImaginedStep`.
         """
         after = self._move(latent, context, alive, action, member, deterministic)
-        particle_reward = self._particle_reward(latent, context, action)
+        particle_reward = self._particle_reward(latent, context, action, after.latent)
         return after._replace(
             particle_reward=particle_reward, reward=_mean_over_particles(alive * particle_reward)
         )
@@ -159,7 +159,8 @@ class Imagination(nn.Module):
             context.repeat_interleave(horizon, 0),
             actions.flatten(0, 1),
         )
-        particle_reward = self._particle_reward(*steps).unflatten(0, (n, horizon))
+        particle_reward = self._particle_reward(*steps, after.latent.flatten(0, 1))
+        particle_reward = particle_reward.unflatten(0, (n, horizon))
         reward = _mean_over_particles(before_alive * particle_reward)
         after = after._replace(particle_reward=particle_reward, reward=reward)
         if after.epistemic_var is None and self.uncertainty:
@@ -199,7 +200,7 @@ class Imagination(nn.Module):
                 actions.flatten(0, 1),
                 latents.flatten(0, 1),
             )
-            term_prob = self._evaluate(self.termination_fn, *steps).unflatten(0, (n, horizon))
+            term_prob = self._own_termination(*steps).unflatten(0, (n, horizon))
         return ImaginedStep(
             latent=latents,
             alive=alive.unsqueeze(1) * (1 - term_prob).cumprod(1),
@@ -251,7 +252,7 @@ class Imagination(nn.Module):
             term_prob = moves.term_logit.sigmoid()
             next_latent = moves.next_latent(deterministic)
         if self.termination_fn is not None:
-            term_prob = self._evaluate(self.termination_fn, latent, context, action, next_latent)
+            term_prob = self._own_termination(latent, context, action, next_latent)
         terminated = torch.zeros_like(term_prob[:, 0, 0], dtype=torch.bool)
         if self.termination == "soft":
             next_alive = alive * (1 - term_prob)
@@ -273,10 +274,24 @@ class Imagination(nn.Module):
             aleatoric_var=aleatoric,
         )
 
-    def _particle_reward(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
+    def _particle_reward(
+        self, latent: Tensor, context: Tensor, action: Tensor, next_latent: Tensor
+    ) -> Tensor:
         if self.reward is None:
             return torch.zeros_like(latent[..., :1])
-        return self._evaluate(self.reward, latent, context, action)
+        return self._evaluate(self.reward, latent, context, action, next_latent)
+
+    def _own_termination(
+        self, latent: Tensor, context: Tensor, action: Tensor, next_latent: Tensor
+    ) -> Tensor:
+        prob = self._evaluate(self.termination_fn, latent, context, action, next_latent)
+        possible = (prob >= 0) & (prob <= 1)
+        if not prob.is_cuda and not possible.all():  # a GPU would stall for it
+            raise ValueError(
+                "termination_fn: expected probabilities or bools, got values from "
+                f"{prob.min().item()} to {prob.max().item()}."
+            )
+        return torch.where(possible, prob, torch.nan)
 
     def _evaluate(
         self,
@@ -284,7 +299,7 @@ class Imagination(nn.Module):
         latent: Tensor,
         context: Tensor,
         action: Tensor,
-        next_latent: Tensor | None = None,
+        next_latent: Tensor,
     ) -> Tensor:
         """Evaluate a module for every particle ``[N, E, P, D]``; ``[N, E, P, 1]``."""
         names = self.dynamics.in_keys
@@ -292,8 +307,7 @@ class Imagination(nn.Module):
             x[:, None, None].expand(*latent.shape[:3], *x.shape[1:]) for x in (context, action)
         )
         entries = dict(zip(names, (latent, context, action), strict=True))
-        if next_latent is not None:
-            entries[unravel_key(("next", names[0]))] = next_latent
+        entries[unravel_key(("next", names[0]))] = next_latent
         return evaluate(module, entries).to(latent.dtype)
 
     def _predict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
@@ -112,7 +112,8 @@ class PredictorEnv(ModelBasedEnvBase):
         encoder: turns observations into latent states and contexts.
         dynamics: the model.
         reward: reads ``latent``, ``context``, ``action``, writes ``[..., 1]``; a plain
-            ``f(latent, context, action)`` is wrapped; ``None`` for a reward of 0.
+            ``f(latent, context, action)`` is wrapped; ``None`` for a reward of 0. A TensorDict
+            module of yours may also read ``("next", "latent")``.
         action_spec: of one env, without batch dims.
         num_particles: particles that an env carries. ``None``: ``E * P`` of the model. From ``E``
             on, a multiple of ``E``: a row of particles for each member. Below ``E`` all particles
@@ -197,6 +198,13 @@ class PredictorEnv(ModelBasedEnvBase):
         self.start = start
         self._make_specs(encoder, dynamics, action_spec, rows, particles)
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
+
+    @property
+    def one_particle_keys(self) -> list[NestedKey]:
+        """Entries that tell of the first particle only, where an env carries several."""
+        rows, particles, _ = self.observation_spec[self.latent_key].shape
+        several = rows * particles > 1
+        return [unravel_key(self.initial_state.in_keys[0])] if self._decodes and several else []
 
     def imagine(self, tensordict: TensorDictBase, actions: Tensor) -> TensorDictBase:
         """Roll out given actions: as ``rollout``, without the machinery of a step.
@@ -297,6 +305,12 @@ class PredictorEnv(ModelBasedEnvBase):
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
+        if given and self._state_keys <= set(tensordict.keys(True, True)):
+            flat = tensordict.reshape(-1)
+            out = self._before_first_step(flat, self._read_state(flat))
+            names = self.observation_spec.keys(True, True)
+            out = TensorDict({key: out[key] for key in names}, flat.shape, device=self.device)
+            return out.reshape(batch)
         if self.start is not None:
             return self._start_at(self._draw_start(batch), batch)
         out = TensorDict(batch_size=batch, device=self.device)
@@ -333,17 +347,21 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.start[index].to(self.device)
 
     @property
+    def _state_keys(self) -> set[NestedKey]:
+        """Entries that make an imagined state."""
+        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER}
+        return names & set(self.observation_spec.keys(True, True))
+
+    @property
     def _decodes(self) -> bool:
         return self.initial_state.encoder.can_decode
 
     def _decode(self, latent: Tensor, context: Tensor) -> Tensor:
         return self.initial_state.encoder.decode(latent[..., 0, 0, :], context)
 
-    def _read_state(self, flat: TensorDictBase) -> dict[str, Tensor]:
-        names = [self.latent_key, self.context_key, keys.ALIVE]
-        if keys.MEMBER in self.observation_spec.keys(True):
-            names.append(keys.MEMBER)
-        missing = [name for name in names if name not in flat.keys(True)]
+    def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
+        names = self._state_keys
+        missing = sorted(str(name) for name in names if name not in flat.keys(True))
         if missing:
             raise KeyError(
                 f"PredictorEnv: the imagined state has no entry {missing}; there is "
@@ -385,7 +403,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return {key: x for key, x in out.items() if x is not None}
 
     def _before_first_step(
-        self, flat: TensorDictBase, state: dict[str, Tensor]
+        self, flat: TensorDictBase, state: dict[NestedKey, Tensor]
     ) -> dict[NestedKey, Tensor]:
         """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
         specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
@@ -456,7 +474,9 @@ def _check_sizes(
             owner = "action_spec" if name == "action dims" else "encoder"
             raise ValueError(f"PredictorEnv: {owner} has {given} {name}, dynamics {expected}.")
     categorical = isinstance(action_spec, Categorical)
-    if len(action_spec.shape) > 1 or (categorical and action_spec.shape not in ((), (1,))):
+    if len(action_spec.shape) > 1 or (
+        action_spec.shape not in ((), (1,)) if categorical else action_spec.shape == ()
+    ):
         raise ValueError(
             f"PredictorEnv: action_spec must be of one env, without batch dims, got shape "
             f"{list(action_spec.shape)}; see EnvBase.action_spec_unbatched."

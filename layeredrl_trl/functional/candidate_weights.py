@@ -52,7 +52,8 @@ def softmax_weights(returns: Tensor, temperature: float, *, normalize: bool = Fa
     if normalize:
         spread = return_spread(returns).unsqueeze(-2)
         gap = gap / spread.clamp_min(torch.finfo(returns.dtype).tiny)
-    weights = torch.where(finite, gap / temperature, -torch.inf).softmax(-2)
+    gap = torch.nan_to_num(gap / temperature, nan=0.0)  # nan: an infinite gap at no temperature
+    weights = torch.where(finite, gap, -torch.inf).softmax(-2)
     return torch.where(any_finite, weights, 0.0)
 
 

@@ -195,7 +195,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
-        if self.termination_net is None:  # a custom network, of which nothing is known
+        if self.termination_net is None or not self._predicts_as_here:
             return super().propagate(latent, context, actions, member, deterministic=deterministic)
         self._check(latent, context, member)
         n_envs, _, n_particles, dim = latent.shape
@@ -212,9 +212,18 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs, after = self._open_loop().run(start, others, rows, deterministic=deterministic)
         after = centre[:dim] + width[:dim] * after
         term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
-        return tuple(
+        after, term_logit = (
             rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
             for x in (after, term_logit)
+        )
+        return after, term_logit
+
+    @property
+    def _predicts_as_here(self) -> bool:
+        """Whether no subclass changes what is predicted."""
+        names = ("predict_particles", "target_scale", "_inputs", "_by_member", "_run", "_parse")
+        return all(
+            getattr(type(self), name) is getattr(ProbabilisticEnsemble, name) for name in names
         )
 
     def _open_loop(self) -> OpenLoop:

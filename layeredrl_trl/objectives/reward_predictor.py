@@ -163,9 +163,10 @@ class RewardPredictorLoss(LossModule):
                 raise ValueError(f"{name} must be at least 0, got {weight}.")
         self.encoder = encoder
         self.dynamics = dynamics
-        self.reward = as_reward_module(reward)
+        names = (*encoder.out_keys, dynamics.in_keys[2])
+        self.reward = as_reward_module(reward, names)
         self.standardizer = standardizer
-        value = as_value_module(value)
+        value = as_value_module(value, names)
         self.has_value = value is not None
         if value is not None:
             self.convert_to_functional(value, "value_network", create_target_params=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
@@ -27,19 +27,18 @@ class ForeachSoftUpdate(SoftUpdate):
     def __init__(self, loss_module: LossModule, tau: float) -> None:
         super().__init__(loss_module, eps=1.0)
         self.eps = 1 - tau  # set later: the constructor warns of a tau above 0.5
-        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._names: list[tuple[NestedKey, NestedKey]] | None = None
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every target by ``tau`` towards its parameter."""
-        if self._pairs is None:
-            sources, targets = self._sources.flatten_keys(), self._targets.flatten_keys()
-            names = list(sources.keys())
-            self._pairs = (
-                [targets.get(f"target_{name}").data for name in names],
-                [sources.get(name).data for name in names],
-            )
-        torch._foreach_lerp_(*self._pairs, 1 - self.eps)
+        if self._names is None:
+            paths = [unravel_key_list([key])[0] for key in self._sources.keys(True, True)]
+            self._names = [(path, (f"target_{path[0]}", *path[1:])) for path in paths]
+        # asked anew each time: a parameter may have been given another storage
+        sources = [self._sources.get(name).data for name, _ in self._names]
+        targets = [self._targets.get(name).data for _, name in self._names]
+        torch._foreach_lerp_(targets, sources, 1 - self.eps)
 
 
 class Update:

@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase
 from layeredrl_trl import keys
 from layeredrl_trl.functional import return_spread
 from layeredrl_trl.planners.carrier import PlanCarrier
-from layeredrl_trl.planners.scoring import CandidateReturn
+from layeredrl_trl.planners.scoring import CandidateReturn, base_env
 
 ReturnAction = Literal["mean", "best", "sample"]
 
@@ -134,12 +134,17 @@ class SamplingPlanner(PlanCarrier, ABC):
         self._carry(self.plan_key, (planning_horizon, *self._cold_step.shape))
         if warm_start:
             self.in_keys.append(self.is_init_key)
-        self.out_keys += [self.plan_return_key, self.plan_spread_key, self.plan_std_key]
+        self.out_keys += self.statistics_keys
 
     @property
     def env(self) -> EnvBase:
         """The environment that is planned in."""
         return self.score.env
+
+    @property
+    def statistics_keys(self) -> tuple[NestedKey, ...]:
+        """Entries ``[..., 1]`` that say what the planner thinks of its plan."""
+        return self.plan_return_key, self.plan_spread_key, self.plan_std_key
 
     # ---- what a subclass gives
 
@@ -286,8 +291,9 @@ class SamplingPlanner(PlanCarrier, ABC):
         return returns
 
     def _repeat(self, state: TensorDictBase, num_candidates: int) -> TensorDictBase:
-        if callable(getattr(type(self.env), "repeat_state", None)):
-            return self.env.repeat_state(state, num_candidates)
+        env = base_env(self.env)  # transforms change nothing about copies
+        if callable(getattr(type(env), "repeat_state", None)):
+            return env.repeat_state(state, num_candidates)
         return state.unsqueeze(-1).expand(*state.batch_size, num_candidates).clone()
 
     def _state(self, tensordict: TensorDictBase) -> TensorDictBase:

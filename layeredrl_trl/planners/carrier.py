@@ -32,6 +32,21 @@ class PlanCarrier(TensorDictModuleBase):
         self.is_init_key = unravel_key(is_init_key)
         self._carried_shapes: dict[NestedKey, tuple[int, ...]] = {}
 
+    def forget(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Carry nothing to the next step, where something else than the planner has acted.
+
+        Args:
+            tensordict: before the step; modified in place.
+
+        Returns:
+            ``tensordict`` with NaN under ``("next", "plan")`` and whatever else is carried.
+        """
+        like = {"dtype": self._cold_step.dtype, "device": self._cold_step.device}
+        for key, shape in self._carried_shapes.items():
+            nothing = torch.full((*tensordict.batch_size, *shape), torch.nan, **like)
+            tensordict.set(unravel_key(("next", key)), nothing)
+        return tensordict
+
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Make the transform that lets an environment carry the plan from step to step.
 

@@ -9,7 +9,7 @@ from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
 from layeredrl_trl import keys
 from layeredrl_trl.functional import disagreement as member_disagreement
@@ -57,7 +57,8 @@ class CandidateReturn(nn.Module):
         TypeError: if ``env`` is no ``EnvBase`` or ``terminal_value`` no ``TensorDictModule``.
         ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range,
             ``terminal_penalty`` or ``disagreement`` is not finite, ``terminal_value`` reads the
-            action or does not write ``value_key``, or ``disagreement`` is not 0 and ``env`` does
+            action or what the environment gives of one of several particles, or does not write
+            ``value_key``, or ``disagreement`` is not 0 and ``env`` does
             not write ``epistemic_var_key``.
         KeyError: if ``terminal_value`` reads what the environment does not have.
     """
@@ -242,6 +243,13 @@ class CandidateReturn(nn.Module):
                 f"terminal_value must be a state value, but it reads {in_keys}: the last state of "
                 "a plan has no action. Give a module that reads no action."
             )
+        of_one_particle = getattr(base_env(self.env), "one_particle_keys", ())
+        if partial := [key for key in in_keys if key in of_one_particle]:
+            raise ValueError(
+                f"terminal_value reads {partial}, which {type(self.env).__name__} gives of its "
+                "first particle only. Give a value of the latent state, or carry one particle "
+                "(num_particles=1)."
+            )
         if self.value_key not in out_keys:
             raise ValueError(
                 f"terminal_value must write {self.value_key!r} (value_key), it writes {out_keys}."
@@ -267,3 +275,10 @@ def _outermost(done_keys: list[NestedKey], name: str) -> NestedKey | None:
     """Where the flag ``name`` of a step is found; TorchRL gives outer done groups precedence."""
     found = [unravel_key(("next", key)) for key in done_keys]
     return min((key for key in found if key[-1] == name), key=len, default=None)
+
+
+def base_env(env: EnvBase) -> EnvBase:
+    """Return what is beneath all transforms."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env

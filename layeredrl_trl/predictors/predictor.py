@@ -189,12 +189,14 @@ class Predictor(nn.Module, abc.ABC):
 
         Args:
             action_spec: of one env, without batch dims.
-            options: of :class:`~layeredrl_trl.envs.PredictorEnv`.
+            options: of :class:`~layeredrl_trl.envs.PredictorEnv`; ``reward`` replaces the learned
+                one.
 
         Returns:
             An env that shares the parts of this predictor: what these learn, it knows.
         """
-        return PredictorEnv(self.encoder, self.model, self.rew_func, action_spec, **options)
+        reward = options.pop("reward", self.rew_func)
+        return PredictorEnv(self.encoder, self.model, reward, action_spec, **options)
 
     @abc.abstractmethod
     def loss(self, batch: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
@@ -253,7 +255,10 @@ class Predictor(nn.Module, abc.ABC):
 
     def _rollout_env(self, deterministic: bool, discrete: bool) -> PredictorEnv:
         """An env for :meth:`rollout`; kept, because making specs takes longer than a step."""
-        envs = self.__dict__.setdefault("_envs", {})
+        parts = (self.encoder, self.model, self.rew_func)
+        if self.__dict__.get("_parts") != parts:
+            self._envs, self._parts = {}, parts
+        envs = self._envs
         if (deterministic, discrete) not in envs:
             n = self.model.action_dim
             spec = Categorical(n) if discrete else Unbounded((n,))

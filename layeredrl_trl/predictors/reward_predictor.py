@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.data import TransitionSliceSampler, read_transitions, stack_index
+from layeredrl_trl.data import (
+    TransitionSliceSampler,
+    has_plain_columns,
+    read_transitions,
+    stack_index,
+)
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import (
     ForeachSoftUpdate,
@@ -462,9 +467,14 @@ class RewardPredictor(Predictor):
     def _read_batches(
         self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
     ) -> Iterator[tuple[TensorDictBase, TensorDictBase]]:
-        """Draw and read slices and transitions for ``n_steps`` steps, those of many at once."""
-        loss = self.loss_module
-        ahead = max(1, _READ_AHEAD // (batch_size * loss.slice_len + model_batch_size))
+        """Draw and read slices and transitions for ``n_steps`` steps, those of many at once.
+
+        Transforms of the buffer are asked anew for every step: what they give may change with what
+        is learned.
+        """
+        loss, ahead = self.loss_module, 1
+        if has_plain_columns(buffer):
+            ahead = max(1, _READ_AHEAD // (batch_size * loss.slice_len + model_batch_size))
         for done in range(0, n_steps, ahead):
             n = min(ahead, n_steps - done)
             slices = self._read_slices(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
@@ -20,7 +18,9 @@ from layeredrl_trl.planners import (
     SamplingPlanner,
 )
 from layeredrl_trl.predictors import RewardPredictor
-from layeredrl_trl.recipes.config import TrainConfig
+from layeredrl_trl.recipes.config import RecipeError, TrainConfig
+
+_PLANNERS = {"icem": ICEMPlanner, "cem": CrossEntropyPlanner, "mppi": PathIntegralPlanner}
 
 
 def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> RewardPredictor:
@@ -57,27 +57,28 @@ def make_policy(
 ) -> tuple[TensorDictSequential, SamplingPlanner]:
     """Plan in the model: a policy for the real env, and the planner in it.
 
-    It acts by the mean of the elites: with few particles a candidate's return is noisy, and the
-    best of many is the one that was lucky with its member.
-
     The planner's primer (``make_tensordict_primer``) lets an env carry the plan along.
+
+    Raises:
+        RecipeError: if the planner refuses an option.
     """
     env = predictor.env(action_spec, num_particles=config.num_particles)
     options = {
         "planning_horizon": config.planning_horizon,
         "optim_steps": config.optim_steps,
         "num_candidates": config.num_candidates,
-        "return_action": "mean",
+        "return_action": config.return_action,
         "gamma": config.gamma,
         "terminal_value": predictor.val_func if config.terminal_value else None,
     }
-    if action_spec.domain == "discrete":
-        planner = CategoricalCrossEntropyPlanner(env, top_k=config.top_k, **options)
-    elif config.planner == "mppi":
-        planner = PathIntegralPlanner(env, **options)
-    else:
-        planner_class = ICEMPlanner if config.planner == "icem" else CrossEntropyPlanner
-        planner = planner_class(env, top_k=config.top_k, **options)
+    is_discrete = action_spec.domain == "discrete"
+    planner_class = CategoricalCrossEntropyPlanner if is_discrete else _PLANNERS[config.planner]
+    if planner_class is not PathIntegralPlanner:
+        options["top_k"] = config.top_k
+    try:
+        planner = planner_class(env, **options)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     return TensorDictSequential(env.initial_state, planner), planner
 
 
@@ -90,8 +91,8 @@ class Explorer(TensorDictModuleBase):
         init_random_steps: actions of the first random phase, at least 1.
         planned_steps: actions of the policy between two later random phases; 0 for none of these.
         random_steps: actions of each later random phase.
-        statistics: entries ``[..., 1]`` of the policy, which are NaN in a random phase: a collector
-            keeps only what it sees from the first step on.
+        planner: in ``policy``. In a random phase its plan is forgotten, and what it says of it is
+            NaN (a collector keeps only what it sees from the first step on).
 
     Reads:
         What ``policy`` reads.
@@ -108,11 +109,11 @@ class Explorer(TensorDictModuleBase):
         init_random_steps: int,
         planned_steps: int = 0,
         random_steps: int = 0,
-        statistics: Sequence[NestedKey] = (),
+        planner: SamplingPlanner | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
-        self.statistics = statistics
+        self.planner = planner
         self.action_spec = action_spec
         self.init_random_steps = init_random_steps
         self.planned_steps = planned_steps
@@ -137,9 +138,11 @@ class Explorer(TensorDictModuleBase):
             tensordict = self.policy(tensordict)
         else:
             tensordict.set(keys.ACTION, self.action_spec.rand(tensordict.batch_size))
-            for key in self.statistics:
+            if self.planner is not None:
+                self.planner.forget(tensordict)
                 nothing = torch.full((*tensordict.batch_size, 1), torch.nan)
-                tensordict.set(key, nothing.to(tensordict.device))
+                for key in self.planner.statistics_keys:
+                    tensordict.set(key, nothing.to(tensordict.device))
         self.steps += tensordict.numel()
         flag = torch.full((*tensordict.batch_size, 1), planned, device=tensordict.device)
         return tensordict.set(keys.PLANNED, flag)

@@ -70,6 +70,9 @@ class TrainConfig:
     """How far the value's target moves after each optimisation step."""
     planner: Literal["icem", "cem", "mppi"] = "icem"
     """How continuous actions are searched; discrete ones always by categorical cross-entropy."""
+    return_action: Literal["best", "mean"] = "best"
+    """Act by the best candidate, which commits to one way out of several, or by the mean of the
+    best few, which is steadier where one candidate is as good as its luck with a member."""
     planning_horizon: int = 15
     """Steps that the planner looks ahead."""
     num_candidates: int = 128
@@ -116,7 +119,23 @@ class TrainConfig:
         for name in ("updates_per_frame", "planned_frames", "random_frames"):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("total_frames", "frames_per_batch", "init_random_frames"):
+        if bool(self.planned_frames) != bool(self.random_frames):
+            raise RecipeError(
+                "planned_frames and random_frames must both be 0 or both be positive, got "
+                f"{self.planned_frames} and {self.random_frames}."
+            )
+        if self.num_particles >= self.n_models and self.num_particles % self.n_models:
+            raise RecipeError(
+                f"num_particles must be below n_models={self.n_models} or a multiple of it, got "
+                f"{self.num_particles}."
+            )
+        for name in (
+            "total_frames",
+            "frames_per_batch",
+            "init_random_frames",
+            "planned_frames",
+            "random_frames",
+        ):
             if getattr(self, name) % self.action_repeat:
                 raise RecipeError(
                     f"{name} must be a multiple of action_repeat={self.action_repeat}, "

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.record.loggers.tensorboard import TensorboardLogger
@@ -101,22 +101,23 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     repeat = config.action_repeat
     env = make_env(config.env, seed=config.seed, action_repeat=repeat)
     predictor = make_predictor(config, env)
+    policy, planner = make_policy(config, predictor, env.action_spec)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames // repeat))
     if resumed is None:
         run = Run(_make_folder(config))
     else:
         restore(predictor, resumed.predictor, config.resume)
         run = Run(config.resume.parent, frames=resumed.frames, episodes=resumed.episodes)
-        transitions = TensorDict(resumed.transitions, batch_size=[resumed.frames // repeat])
-        for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
-            transitions.get(key)[-1] = True
-        buffer.extend(transitions)
+        if resumed.frames:
+            transitions = TensorDict(resumed.transitions, batch_size=[resumed.frames // repeat])
+            for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
+                transitions.get(key)[-1] = True
+            buffer.extend(transitions)
     predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
-    policy, planner = make_policy(config, predictor, env.action_spec)
     env.append_transform(planner.make_tensordict_primer())
     phases = (config.init_random_frames, config.planned_frames, config.random_frames)
     phases = (frames // repeat for frames in phases)
-    explorer = Explorer(policy, env.action_spec, *phases, _statistics(planner))
+    explorer = Explorer(policy, env.action_spec, *phases, planner)
     collector = Collector(
         env,
         explorer,
@@ -155,7 +156,10 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     _save(config, predictor, buffer, run)
     if run.interrupted:
         say(f"Interrupted after {run.frames} steps. Checkpoint: {run.checkpoint}")
-        say(f"  to go on: {_program('python')} -m layeredrl_trl train --resume {run.checkpoint}")
+        say(
+            f"  to go on: {_program('python')} -m layeredrl_trl train --resume {run.checkpoint} "
+            f"--total-frames {config.total_frames}"
+        )
         return run
     _evaluate(config, predictor, buffer, run, logger)
     for line in _summary(config, run):
@@ -164,7 +168,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
 
 
 def _resumed_config(config: TrainConfig, resumed: Checkpoint) -> TrainConfig:
-    total_frames = max(config.total_frames, resumed.config.total_frames)
+    total_frames = config.total_frames
     if total_frames <= resumed.frames:
         raise RecipeError(
             f"resume: the run has taken {resumed.frames} steps already; raise total_frames, "
@@ -276,13 +280,9 @@ def _log_plans(
 ) -> None:
     """Log what the planner thinks of its plans, mean over the planned steps of a batch."""
     planned = batch.get(keys.PLANNED)
-    for key in _statistics(planner):
+    for key in planner.statistics_keys:
         if planned.any():
             logger.log_scalar(f"planner/{key}", batch.get(key)[planned].mean().item(), frames)
-
-
-def _statistics(planner: SamplingPlanner) -> tuple[NestedKey, ...]:
-    return planner.plan_return_key, planner.plan_spread_key, planner.plan_std_key
 
 
 def _status(run: Run, info: dict[str, float]) -> str:

@@ -281,6 +281,27 @@ def test_returns_of_segments_that_a_termination_ended_count():
     assert "the reward is constant in this buffer" in report.markdown()
 
 
+def test_a_reward_that_is_not_finite_is_said_to_be_so():
+    """It was reported as a constant reward."""
+    buffer = buffer_of(episodes_of([20, 20]))
+    buffer.storage._storage["next", "reward"][7] = torch.nan
+    report = model_report(known_predictor(KnownReward()), buffer, 5, **EVERYTHING)
+    assert report.missing["reward"] == "a reward in this buffer is not finite"
+    assert "not finite" in report.markdown() and "is constant in" not in report.markdown()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_padding_that_is_drawn_first_is_passed_over(seed):
+    """It was taken for a buffer of nothing but padding."""
+    steps = steps_of(episodes_of([10])[0])
+    steps.set(keys.MASK, (torch.arange(10) < 2).unsqueeze(-1))
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
+    buffer.extend(steps)
+    options = {"n_transitions": 1, "n_segments": 1, "seed": seed}
+    report = model_report(known_predictor(KnownReward()), buffer, 1, **options)
+    assert report.metrics["open_loop", "segments"].tolist() == [1]
+
+
 # --- units
 
 

@@ -868,3 +868,65 @@ def test_latent_context_and_action_are_called_what_the_parts_call_them():
     options = {"planning_horizon": 3, "optim_steps": 1, "num_candidates": 8, "top_k": 2}
     planner = CrossEntropyPlanner(env, terminal_value=value, **options)
     assert planner(state)["agent", "action"].shape == (5, 2)
+
+
+# --- functions of the user's own
+
+
+def test_a_reward_of_the_next_latent_state():
+    reads = ["latent", ("next", "latent")]
+    progress = TensorDictModule(lambda x, y: (y - x).sum(-1, keepdim=True), reads, ["reward"])
+    env = make_env(with_reward=False, deterministic=True)
+    env = PredictorEnv(
+        env.initial_state.encoder,
+        env.world_model.dynamics,
+        progress,
+        CONTINUOUS,
+        deterministic=True,
+    )
+    start = env.initial_state(observations(env, 4))
+    actions = random_actions(env, 4, 5)
+    out = env.imagine(start, actions)
+    expected = (out["next", "latent"] - out["latent"]).sum(-1, keepdim=True)
+    torch.testing.assert_close(out["next", "particle_reward"], expected)
+    step = env.step(start.set("action", actions[:, 0]))
+    torch.testing.assert_close(step["next", "particle_reward"], expected[:, 0])
+
+
+def test_termination_fn_under_every_way_of_stepping():
+    def far(latent, context, action, next_latent):
+        return next_latent.square().sum(-1, keepdim=True) > 4
+
+    env = make_env(termination_fn=far)
+    start = env.initial_state(observations(env, 6))
+    actions = random_actions(env, 6, 5)
+    torch.manual_seed(0)
+    out = env.imagine(start, actions)
+    over = (out["next", "latent"].square().sum(-1, keepdim=True) > 4).float()
+    torch.testing.assert_close(out["next", "term_prob"], over)
+    torch.testing.assert_close(out["next", "alive"], (1 - over).cumprod(1))
+    assert 0 < over.mean() < 1
+
+
+@pytest.mark.parametrize("values", [(-5.0, 0.5), (0.5, 3.0), (0.5, float("nan"))])
+def test_termination_fn_that_gives_no_probabilities(values):
+    def wrong(latent, context, action, next_latent):
+        return torch.where(latent[..., :1] > 0, *torch.tensor(values))
+
+    env = make_env(termination_fn=wrong)
+    start = env.initial_state(observations(env, 50))
+    with pytest.raises(ValueError, match="termination_fn: expected probabilities or bools"):
+        env.imagine(start, random_actions(env, 50, 2))
+
+
+@pytest.mark.parametrize("num_particles", [None, 1])
+def test_reset_keeps_an_imagined_state_that_it_is_given(num_particles):
+    """With an encoder that cannot decode, `rollout(tensordict=start)` began somewhere else."""
+    env = make_env(encoder=SplitEncoder(4), num_particles=num_particles)
+    start = env.initial_state(observations(env, 3)).exclude("observation")
+    start["alive"] = torch.rand_like(start["alive"])
+    out = env.reset(start.clone())
+    for key in env.state_spec.keys(True, True):
+        torch.testing.assert_close(out[key], start[key])
+    rollout = env.rollout(2, tensordict=start)
+    torch.testing.assert_close(rollout["latent"][:, 0], start["latent"])

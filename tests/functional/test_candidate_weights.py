@@ -115,3 +115,9 @@ def test_normalized_weights_do_not_depend_on_the_scale(scale):
         softmax_weights(returns * scale, 0.3, normalize=True),
         softmax_weights(returns, 0.3, normalize=True),
     )
+
+
+def test_at_infinite_temperature_an_infinite_gap_counts_alike():
+    returns = torch.tensor([[3e38], [-3e38], [0.0], [-torch.inf]])
+    weights = softmax_weights(returns, math.inf).flatten()
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)

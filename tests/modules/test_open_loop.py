@@ -122,3 +122,20 @@ def test_on_a_gpu(kind):
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_subclass_that_predicts_otherwise_is_asked():
+    """Known physics on top of the ensemble were left out of rollouts."""
+
+    class Residual(type(random_ensemble())):
+        def predict_particles(self, latent, context, action, member=None):
+            out = super().predict_particles(latent, context, action, member)
+            return out._replace(mean=out.mean + 5.0)
+
+    model = random_ensemble()
+    model.__class__ = Residual
+    given = start(model, None)
+    found = model.propagate(*given, deterministic=True)
+    expected = DynamicsModel.propagate(model, *given, deterministic=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,5 +1,6 @@
 """Update: contract, oracle, property, errors."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
 from layeredrl_trl.modules import DeltaStandardizer
-from layeredrl_trl.objectives import RewardPredictorLoss, Update
+from layeredrl_trl.objectives import ForeachSoftUpdate, RewardPredictorLoss, Update
 from tests.oracles_predictors import adam_oracle, small_parts
 
 MASK = ("collector", "mask")
@@ -290,3 +291,48 @@ def test_an_error_changes_nothing():
         update(make_slices().set("action", torch.zeros(8, 2, 7)))
     assert not changed(before, snapshot(update))
     assert update.steps == 0
+
+
+# --- ForeachSoftUpdate
+
+
+def soft_updates(tau):
+    """TorchRL's updater and ours on two equal losses."""
+    torch.manual_seed(0)
+    _, theirs = make()
+    ours = copy.deepcopy(theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        updater = SoftUpdate(theirs, eps=1.0)
+        updater.eps = 1 - tau  # the constructor warns of a tau above 0.5
+        return (theirs, updater), (ours, ForeachSoftUpdate(ours, tau=tau))
+
+
+def disturb(loss):
+    torch.manual_seed(1)
+    for parameter in loss.value_network_params.values(True, True):
+        parameter.data = parameter.data + torch.randn_like(parameter)  # of another storage
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
+def test_foreach_soft_update_is_torchrls(tau):
+    pairs = soft_updates(tau)
+    for _ in range(3):
+        for loss, updater in pairs:
+            disturb(loss)
+            updater.step()
+        targets = [loss.target_value_network_params for loss, _ in pairs]
+        before = pairs[1][0].value_network_params
+        for key, one in targets[0].items(True, True):
+            torch.testing.assert_close(one, targets[1][key])
+            assert torch.equal(targets[1][key], before[key]) or tau < 1
+
+
+def test_foreach_soft_update_follows_parameters_that_change_their_type():
+    _, (loss, updater) = soft_updates(1.0)
+    updater.step()
+    loss.double()
+    disturb(loss)
+    updater.step()
+    for key, target in loss.target_value_network_params.items(True, True):
+        torch.testing.assert_close(target, loss.value_network_params[key].data)

@@ -7,9 +7,9 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
-from torchrl.envs import ModelBasedEnvBase
+from torchrl.envs import ModelBasedEnvBase, RewardScaling, TransformedEnv
 
-from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.envs import PessimismPenalty, PredictorEnv
 from layeredrl_trl.modules import IdentityEncoder
 from layeredrl_trl.planners import CandidateReturn, CrossEntropyPlanner
 from tests.oracles import random_ensemble, random_reward
@@ -210,3 +210,28 @@ def test_refuses_a_q_function():
     )
     with pytest.raises(ValueError, match="must be a state value, but it reads"):
         CandidateReturn(predictor_env(), terminal_value=value)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_refuses_a_value_of_what_only_the_first_particle_saw(transformed):
+    """A critic over `observation` valued all particles by the first one's."""
+    critic = TensorDictModule(lambda x: x[..., :1], ["observation"], ["state_value"])
+    env, one = predictor_env(), predictor_env(num_particles=1)
+    if transformed:
+        env, one = (TransformedEnv(e, RewardScaling(0.0, 1.0)) for e in (env, one))
+    with pytest.raises(ValueError, match="of its first particle only"):
+        CandidateReturn(env, terminal_value=critic)
+    state = starts(one, 4)
+    assert CandidateReturn(one, terminal_value=critic)(state, torch.zeros(4, 2, 2)).shape == (4, 1)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_candidates_are_spread_over_the_members(transformed):
+    """Under a transform all candidates of a state were one arbitrary member's."""
+    env = predictor_env(num_particles=1)
+    state = starts(env, 2)
+    if transformed:
+        env = TransformedEnv(env, PessimismPenalty(0.1))
+    planner = CrossEntropyPlanner(env, planning_horizon=2, optim_steps=1, num_candidates=9, top_k=2)
+    member = planner._repeat(planner._state(state), 9)["member"].squeeze(-1)
+    assert [row.bincount(minlength=3).tolist() for row in member] == [[3, 3, 3]] * 2

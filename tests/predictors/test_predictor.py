@@ -3,11 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_trl.envs import PredictorEnv
-from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
+from layeredrl_trl.modules import (
+    IdentityEncoder,
+    ProbabilisticEnsemble,
+    RewardNet,
+    ValueNet,
+    as_reward_module,
+)
 from layeredrl_trl.predictors import Predictor
 from tests.oracles_predictors import LearnedEncoder, ToyQ, ToyValue, filled_buffer, small_parts
 
@@ -310,3 +317,19 @@ def test_partial_trajectories_of_an_empty_buffer():
 def test_a_base_class_is_no_predictor():
     with pytest.raises(TypeError, match="abstract"):
         Predictor(*small_parts(), 2, 1)
+
+
+def test_a_part_that_is_exchanged_is_used_by_rollout_too():
+    predictor = make()
+    obs, act = torch.randn(4, 3), torch.randn(4, 2, 1)
+    predictor.rollout(obs, act)
+    predictor.rew_func = as_reward_module(lambda latent, context, action: latent[..., :1] * 0 + 7)
+    out, _ = predictor.rollout(obs, act)
+    assert (out["next", "particle_reward"] == 7).all()
+
+
+def test_env_takes_another_reward():
+    predictor = make()
+    env = predictor.env(Bounded(-1.0, 1.0, (1,)), reward=lambda s, c, a: s[..., :1] * 0 + 7)
+    start = env.initial_state(TensorDict({"observation": torch.randn(4, 3)}, batch_size=[4]))
+    assert (env.imagine(start, torch.zeros(4, 2, 1))["next", "particle_reward"] == 7).all()

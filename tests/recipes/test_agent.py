@@ -6,7 +6,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded
 
+from layeredrl_trl.planners import ICEMPlanner
 from layeredrl_trl.recipes.agent import Explorer
+from tests.problems import PendulumModel
 
 
 def explorer(*phases):
@@ -40,6 +42,13 @@ def test_marks_every_env_of_a_batch():
     assert out["planned"].shape == (4, 1) and out["planned"].dtype == torch.bool
 
 
-def test_statistics_are_nan_in_a_random_phase():
-    out = explorer(1, 0, 0, ["plan_return"])(TensorDict({"observation": torch.zeros(1)}))
+def test_a_random_phase_forgets_the_plan():
+    """A plan that is some random steps old was moved on by one step and used."""
+    env = PendulumModel()
+    planner = ICEMPlanner(env, planning_horizon=3, optim_steps=1, num_candidates=8, top_k=2)
+    module = Explorer(planner, env.action_spec, 1, 2, 2, planner)
+    module.steps = 3
+    out = module(planner(TensorDict({"x": torch.tensor([1.0, 0.0, 0.0])})))
+    assert not out["planned"].item()
+    assert out["next", "plan"].isnan().all() and out["next", "elites"].isnan().all()
     assert out["plan_return"].isnan().all() and out["plan_return"].shape == (1,)

@@ -218,6 +218,38 @@ def test_a_wrong_option_gets_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_option_that_the_planner_refuses_gets_one_line_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--num-candidates", "2", "--top-k", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "no room" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_the_final_evaluation_is_no_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "run_episodes", interrupt)
+    options = "--total-frames 40 --init-random-frames 40 --updates-per-frame 0"
+    arguments = ["train", "--logdir", str(tmp_path), *options.split()]
+    assert main(arguments) == 130
+    assert "Interrupted" in capsys.readouterr().err
+    assert list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_a_run_interrupted_at_once_can_be_gone_on_from(tiny, monkeypatch):
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_note_episodes", interrupt)
+        run = train(tiny, say=lines.append)
+    assert run.interrupted and run.frames == 0
+    assert f"--total-frames {tiny.total_frames}" in "".join(lines)
+    config = TrainConfig(resume=run.checkpoint, total_frames=60)
+    assert train(config, say=lambda _: None).frames == 60
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_an_unwritable_log_folder(tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -247,6 +279,12 @@ def test_an_unknown_choice_names_the_choices(arguments, capsys):
         ({"device": "tpu"}, "device must be cpu"),
         ({"updates_per_frame": -1.0}, "must not be negative"),
         ({"planned_frames": -1}, "planned_frames must not be negative"),
+        ({"planned_frames": 5}, "planned_frames and random_frames must both"),
+        ({"num_particles": 7}, "num_particles must be below n_models=5 or a multiple"),
+        (
+            {"action_repeat": 2, "planned_frames": 7, "random_frames": 2},
+            "planned_frames must be a multiple of action_repeat=2, got 7",
+        ),
         ({"action_repeat": 7}, "total_frames must be a multiple of action_repeat=7, got 3000"),
     ],
 )

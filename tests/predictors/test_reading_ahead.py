@@ -1,0 +1,75 @@
+"""Learning reads the batches of many steps at once, and nobody can tell."""
+
+import pytest
+import torch
+from torchrl.envs import Transform
+
+from layeredrl_trl.predictors import reward_predictor
+from tests.oracles_predictors import filled_buffer, small_predictor
+from tests.predictors.test_hooks import learn
+
+
+class Counting(Transform):
+    """Notes for how many steps it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, tensordict):
+        self.sizes.append(tensordict.numel())
+        return tensordict
+
+
+@pytest.mark.parametrize("value", ["state", "q", None])
+def test_every_step_gets_a_batch_of_its_own(value, monkeypatch):
+    """Four steps read in one go, in two, or one by one: as many, all full, none twice."""
+    for ahead in (10_000, 70, 1):
+        monkeypatch.setattr(reward_predictor, "_READ_AHEAD", ahead)
+        predictor, seen = small_predictor(value), []
+        update = predictor.update
+
+        def spy(batch, model_batch, update=update, seen=seen):
+            seen.append((batch["index"].flatten().tolist(), model_batch["index"].tolist()))
+            return update(batch, model_batch)
+
+        spy.steps, spy.skipped, spy.optimizer = 0, 0, update.optimizer
+        predictor.update = spy
+        learn(predictor, filled_buffer().buffer, n_steps=4)
+        assert [len(model) for _, model in seen] == [8] * 4
+        assert len({tuple(slices) for slices, _ in seen}) == 4
+
+
+def test_transforms_of_the_buffer_are_asked_anew_for_every_step():
+    """A bonus that a transform computes with the model would be that of a model of long ago."""
+    toy, counting = filled_buffer(), Counting()
+    learn(small_predictor(), toy.buffer, n_steps=1)
+    toy.buffer.append_transform(counting)
+    learn(small_predictor(), toy.buffer, n_steps=1)
+    once = list(counting.sizes)
+    counting.sizes.clear()
+    learn(small_predictor(), toy.buffer, n_steps=5)
+    assert counting.sizes == once * 5
+
+
+def test_a_step_is_aimed_at_the_target_network_of_the_step_before():
+    """Targets of slices that were read together must not be of one and the same network."""
+    torch.manual_seed(0)
+    predictor, seen = small_predictor("state", tau=1.0, value_lr=0.1), []
+    loss, update = predictor.loss_module, predictor.update
+
+    def spy(slices, encode=loss.encode_slices):
+        out = encode(slices)
+        behind = slices["bootstrap"]
+        with torch.no_grad():
+            latent, _ = predictor.encode(behind["observation"])
+            value = predictor.val_func(latent, out["context"])
+        expected = behind["return"] + behind["mask"] * behind["discount"] * value
+        mask = out["collector", "mask"]
+        seen.append(torch.allclose(out["value_target"][mask], expected[mask].float(), atol=1e-4))
+        return out
+
+    update.target_updater.step()
+    loss.encode_slices = spy
+    learn(predictor, filled_buffer().buffer, n_steps=6)
+    assert seen == [True] * 6
