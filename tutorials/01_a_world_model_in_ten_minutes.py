@@ -402,8 +402,8 @@ if not SMOKE:
 #
 # - [`README.md`](../README.md): the composition example, with a planner that acts through this
 #   environment and a loop of collecting and learning.
-# - [`layeredrl_trl/planners`](../layeredrl_trl/planners): `CrossEntropyPlanner` is a policy; with
-#   `TensorDictSequential(imagined_env.initial_state, planner)` it acts in the real pendulum.
+# - [Planning](02_planning.ipynb), the second tutorial: with
+#   `TensorDictSequential(imagined_env.initial_state, planner)` the model acts in the real pendulum.
 # - [`layeredrl_trl/keys.py`](../layeredrl_trl/keys.py): the names of all entries and the letters
 #   of all shapes. Every part takes other names by `in_keys`, `out_keys` and `set_keys`.
 # - `predictor.loss_module` is a TorchRL `LossModule`, for a training loop of your own.

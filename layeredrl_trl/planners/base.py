@@ -33,7 +33,8 @@ class SamplingPlanner(PlanCarrier, ABC):
     True. Otherwise it is the plan found, moved on by one step, with a last step that knows nothing.
     How candidates are scored at termination, truncation and the horizon: see
     :class:`~layeredrl_trl.planners.CandidateReturn`. Where no candidate of a round has a finite
-    return, the belief stays as it is.
+    return, the belief stays as it is. A model of your own plans faster if its class brings
+    ``imagine(tensordict, actions)``, see there.
 
     The planner has no state of its own: it writes its plan under ``"next"``, and the environment
     carries it to the next step if it has the transform of :meth:`make_tensordict_primer`. Without
