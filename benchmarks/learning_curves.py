@@ -54,7 +54,8 @@ _FEW = ("--eval-episodes", "5")  # of 500 to 1,000 actions
 TASKS = {
     "pendulum": Task("Pendulum-v1", 2000, -180.0),
     "inverted-pendulum": Task("InvertedPendulum-v5", 3000, 1000.0, _FEW),
-    "reacher": Task("Reacher-v5", 5000, -6.0, ("--gamma", "0.9", "--return-action", "mean")),
+    # returns differ by the goal that is drawn, by some 2.4 per episode
+    "reacher": Task("Reacher-v5", 5000, -6.0, ("--gamma", "0.9", "--eval-episodes", "50")),
     "cartpole": Task("CartPole-v1", 3000, 475.0, _FEW),
     "swingup": Task(
         "dm_control/cartpole-swingup",
