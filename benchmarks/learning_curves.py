@@ -55,7 +55,12 @@ TASKS = {
     "pendulum": Task("Pendulum-v1", 2000, -180.0),
     "inverted-pendulum": Task("InvertedPendulum-v5", 3000, 1000.0, _FEW),
     # returns differ by the goal that is drawn, by some 2.4 per episode
-    "reacher": Task("Reacher-v5", 5000, -6.0, ("--gamma", "0.9", "--eval-episodes", "50")),
+    "reacher": Task(
+        "Reacher-v5",
+        10_000,
+        -6.0,
+        ("--gamma", "0.9", "--planning-horizon", "8", "--eval-episodes", "50"),
+    ),
     "cartpole": Task("CartPole-v1", 3000, 475.0, _FEW),
     "swingup": Task(
         "dm_control/cartpole-swingup",

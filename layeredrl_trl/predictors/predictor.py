@@ -255,15 +255,20 @@ class Predictor(nn.Module, abc.ABC):
 
     def _rollout_env(self, deterministic: bool, discrete: bool) -> PredictorEnv:
         """An env for :meth:`rollout`; kept, because making specs takes longer than a step."""
-        parts = (self.encoder, self.model, self.rew_func)
-        if self.__dict__.get("_parts") != parts:
-            self._envs, self._parts = {}, parts
-        envs = self._envs
-        if (deterministic, discrete) not in envs:
+        envs = self.__dict__.setdefault("_envs", {})
+        env = envs.get((deterministic, discrete))
+        if env is None or not self._is_of_my_parts(env):
             n = self.model.action_dim
             spec = Categorical(n) if discrete else Unbounded((n,))
-            envs[deterministic, discrete] = self.env(spec, deterministic=deterministic)
-        return envs[deterministic, discrete]
+            env = envs[deterministic, discrete] = self.env(spec, deterministic=deterministic)
+        return env
+
+    def _is_of_my_parts(self, env: PredictorEnv) -> bool:
+        return (
+            env.initial_state.encoder is self.encoder
+            and env.world_model.dynamics is self.model
+            and env.world_model.reward is self.rew_func
+        )
 
     def _evaluate(
         self, module: nn.Module, latent: Tensor, context: Tensor, act: Tensor | None
