@@ -52,6 +52,22 @@ def stack_index(index: tuple[Tensor, ...]) -> Tensor:
     return index[0] if len(index) == 1 else torch.stack(index, -1)
 
 
+def flat_position(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
+    """Number storage positions in the order of the storage's memory, time being its first dim.
+
+    Args:
+        index: one LongTensor ``[*S]`` per storage dim.
+        lanes: sizes of the storage's dims behind time.
+
+    Returns:
+        long ``[*S]``; what ``np.ravel_multi_index`` gives.
+    """
+    position = index[0]
+    for i, size in zip(index[1:], lanes, strict=True):
+        position = position * size + i
+    return position
+
+
 def leaf_keys(tensordict: TensorDictBase) -> list[NestedKey]:
     """List the keys of a TensorDict's entries in order, for the text of an error."""
     return sorted(tensordict.keys(include_nested=True, leaves_only=True), key=str)

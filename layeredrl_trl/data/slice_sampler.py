@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import NestedKey, is_tensor_collection, unravel_key
 from torch import Tensor
-from torchrl.data import RoundRobinWriter, SliceSampler, TensorStorage
+from torchrl.data import SliceSampler, TensorStorage
 from torchrl.data.replay_buffers.storages import Storage
 
-from layeredrl_trl.data.reading import gather, leaf_keys
+from layeredrl_trl.data.boundaries import Columns, read_flags, walk
+from layeredrl_trl.data.reading import flat_position, leaf_keys
 from layeredrl_trl.keys import IS_INIT, MASK, NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED, TRAJ_IDS
 
 DEFAULT_END_KEYS = (NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED)
@@ -25,16 +26,6 @@ DEFAULT_TRAJ_KEYS = (TRAJ_IDS, "episode")
 # A start that falls on stored padding is drawn again, at most so often: with half of the storage
 # being padding one slice in 65536 still starts on it.
 _DRAWS_PER_START = 16
-
-
-class _Columns(NamedTuple):
-    """The stored entries that tell where an episode ends, each of the whole storage."""
-
-    ends: list[Tensor]
-    traj: Tensor | None
-    init: Tensor | None
-    mask: Tensor | None
-    device: torch.device
 
 
 class TransitionSliceSampler(SliceSampler):
@@ -175,7 +166,7 @@ class TransitionSliceSampler(SliceSampler):
         _check_count("slice_len", slice_len)
         columns = self._columns(storage)
         start = self._draw_starts(columns, storage.shape, num_slices)
-        return self._walk(storage, columns, start, slice_len)
+        return walk(storage, columns, start, slice_len)
 
     def slices_from(
         self, storage: Storage, start_index: tuple[Tensor, ...], slice_len: int
@@ -215,7 +206,7 @@ class TransitionSliceSampler(SliceSampler):
                     f"{position.min().item()} to {position.max().item()} for a size of {size}."
                 )
         start = tuple(i.to(columns.device) for i in start_index)
-        return self._walk(storage, columns, start, slice_len)
+        return walk(storage, columns, start, slice_len)
 
     def _adjusted_batch_size(self, batch_size: int) -> tuple[int, int]:
         """Split a batch size into ``(T, B)``."""
@@ -240,7 +231,7 @@ class TransitionSliceSampler(SliceSampler):
         self._columns(storage)
         return storage.shape.numel()
 
-    def _columns(self, storage: Storage) -> _Columns:
+    def _columns(self, storage: Storage) -> Columns:
         """Find the stored entries that tell where an episode ends."""
         if not isinstance(storage, TensorStorage):
             raise TypeError(
@@ -284,10 +275,10 @@ class TransitionSliceSampler(SliceSampler):
                 f"there are {leaf_keys(data)}."
             )
         device = (ends[0] if ends else traj).device
-        return _Columns(ends, traj, stored(self.init_key), stored(MASK), device)
+        return Columns(ends, traj, stored(self.init_key), stored(MASK), device)
 
     def _draw_starts(
-        self, columns: _Columns, shape: torch.Size, num_slices: int
+        self, columns: Columns, shape: torch.Size, num_slices: int
     ) -> tuple[Tensor, ...]:
         """Draw ``[B]`` positions, uniform over the stored (and not padding) transitions."""
         generator = self._rng
@@ -301,88 +292,10 @@ class TransitionSliceSampler(SliceSampler):
             for size in shape
         )
         if columns.mask is not None:
-            real = _flags(columns.mask, _positions(start, shape[1:]), len(shape))
+            real = read_flags(columns.mask, flat_position(start, shape[1:]), len(shape))
             first_real = real.byte().argmax(-1, keepdim=True)
             start = tuple(i.gather(-1, first_real) for i in start)
         return tuple(i.squeeze(-1) for i in start)
-
-    @staticmethod
-    def _walk(
-        storage: TensorStorage, columns: _Columns, start: tuple[Tensor, ...], slice_len: int
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Follow each start for ``T`` steps, up to the first boundary."""
-        shape = storage.shape
-        rows, lanes = shape[0], shape[1:]
-        first, lane = start[0].unsqueeze(-1), [i.unsqueeze(-1) for i in start[1:]]
-        offset = torch.arange(slice_len, device=columns.device)
-        time = (first + offset) % rows
-        position = _positions((time, *lane), lanes)
-
-        # cut[:, j]: step j + 1 of the window does not continue step j
-        cut = torch.zeros_like(time, dtype=torch.bool)
-        for row in _last_rows(storage, rows):
-            cut |= time == row
-        for column in columns.ends:
-            cut |= _flags(column, position, storage.ndim)
-        cut = cut[:, :-1]
-        if columns.traj is not None:
-            ids = _read(columns.traj, position, storage.ndim)
-            cut |= _any_feature(ids[:, 1:] != ids[:, :-1])
-        if columns.init is not None:
-            cut |= _flags(columns.init, position, storage.ndim)[:, 1:]
-        if columns.mask is not None:
-            real = _flags(columns.mask, position, storage.ndim)
-            cut |= ~real[:, 1:]
-
-        last = (cut.cumsum(-1) == 0).sum(-1, keepdim=True)
-        mask = offset <= last
-        if columns.mask is not None:
-            mask &= real[:, :1]
-        time = (first + torch.minimum(offset, last)) % rows
-        return (time, *(i.expand_as(time) for i in lane)), mask
-
-
-def _positions(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
-    """Number the positions in the order of the storage's memory; time is its first dim."""
-    position = index[0]
-    for i, size in zip(index[1:], lanes, strict=True):
-        position = position * size + i
-    return position
-
-
-def _read(column: Tensor, position: Tensor, ndim: int) -> Tensor:
-    """Read a stored entry at positions ``[B, T]``: ``[B, T, *F]``."""
-    return gather(column.flatten(0, ndim - 1), (position,))
-
-
-def _flags(column: Tensor, position: Tensor, ndim: int) -> Tensor:
-    """Read a stored flag at positions ``[B, T]``: bool, ``[B, T]``."""
-    return _any_feature(_read(column, position, ndim)).bool()
-
-
-def _any_feature(value: Tensor) -> Tensor:
-    """Reduce ``[B, T, *F]`` to ``[B, T]``, True where any feature is."""
-    if value.ndim == 2:
-        return value
-    return value.squeeze(-1) if value.shape[2:] == (1,) else value.flatten(2).any(-1)
-
-
-def _last_rows(storage: TensorStorage, rows: int) -> set[int]:
-    """Give the rows along time that nothing stored continues.
-
-    Of a full ring it is the row last written. A storage forgets it when it is loaded from a
-    checkpoint, its buffer's writer does not: so both are asked. A full storage that was never
-    written (data given at construction) begins at row 0.
-    """
-    if not storage._is_full:
-        return {rows - 1}
-    cursor = storage._last_cursor_index
-    written = set() if cursor is None else {int(cursor)}
-    for buffer in storage._attached_entities:
-        writer = getattr(buffer, "_writer", None)
-        if isinstance(writer, RoundRobinWriter) and writer._write_count:
-            written.add((writer._cursor - 1) % rows)
-    return written or {rows - 1}
 
 
 def _check_count(name: str, value: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDict, unravel_key
+from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
 from layeredrl_trl.data import TransitionSliceSampler, read_transitions
+from layeredrl_trl.objectives.slices import SliceKeys
 from layeredrl_trl.predictors import Predictor, RewardPredictor
 
 
@@ -49,10 +50,8 @@ def read_held_out(
     if len(storage) == 0:
         raise ValueError("model_report: the replay buffer is empty.")
     names = _names(predictor)
-    terminated = names["terminated"]
-    ends = None
-    if terminated != keys.NEXT_TERMINATED:  # a renamed flag has renamed flags beside it
-        ends = [terminated, *((*terminated[:-1], key) for key in (keys.DONE, keys.TRUNCATED))]
+    # a renamed flag has renamed flags beside it
+    ends = None if names.next_terminated == keys.NEXT_TERMINATED else names.end_keys
     sampler = TransitionSliceSampler(slice_len=1, end_keys=ends)
     order = torch.randperm(storage.shape.numel())
     _, mask = sampler.slices_from(storage, torch.unravel_index(order, storage.shape), 1)
@@ -70,41 +69,34 @@ def read_held_out(
     return HeldOut(transitions.squeeze(1), segments, mask.to(predictor.device))
 
 
-def _names(predictor: Predictor) -> dict[str, NestedKey]:
+def _names(predictor: Predictor) -> SliceKeys:
     """What the entries are called in the buffer."""
-    names: list[Any] = [predictor.encoder.in_keys[0], predictor.model.in_keys[2]]
-    names += [keys.REWARD, keys.TERMINATED]
     if isinstance(predictor, RewardPredictor):
-        renamed = predictor.loss_module.tensor_keys
-        names = [renamed.observation, renamed.action, renamed.reward, renamed.terminated]
-    observation, action, reward, terminated = names
-    return {
-        "observation": observation,
-        "action": action,
-        "next_observation": unravel_key(("next", observation)),
-        "reward": unravel_key(("next", reward)),
-        "terminated": unravel_key(("next", terminated)),
-    }
+        return predictor.loss_module.tensor_keys
+    return SliceKeys(predictor.encoder.in_keys[0], predictor.model.in_keys[2])
 
 
 def _read(
     predictor: Predictor,
     buffer: TensorDictReplayBuffer,
     index: tuple[Tensor, ...],
-    names: dict[str, NestedKey],
+    names: SliceKeys,
 ) -> TensorDict:
-    optional = ("reward", "terminated")
-    needed = [name for key, name in names.items() if key not in optional]
-    stored = read_transitions(buffer, index, needed, [names[key] for key in optional])
+    needed = {
+        "observation": names.observation,
+        "action": names.action,
+        "next_observation": names.next_observation,
+    }
+    optional = {"reward": names.next_reward, "terminated": names.next_terminated}
+    stored = read_transitions(buffer, index, list(needed.values()), list(optional.values()))
     batch = stored.batch_size
-    out = {key: stored.get(name, None) for key, name in names.items()}
-    for key in optional:
+    out = {key: stored.get(name, None) for key, name in (needed | optional).items()}
+    for key, name in optional.items():
         if out[key] is None:
             continue
         if out[key].numel() != batch.numel():
             raise ValueError(
-                f"{names[key]}: expected one number per step, {[*batch, 1]}, "
-                f"got {list(out[key].shape)}."
+                f"{name}: expected one number per step, {[*batch, 1]}, got {list(out[key].shape)}."
             )
         out[key] = out[key].reshape(batch)
     if out["terminated"] is not None:

@@ -6,7 +6,8 @@ for what the model does not know, on either.
 
 from layeredrl_trl.envs.flat_observation import flatten_observation, observation_layout
 from layeredrl_trl.envs.imagination import Imagination, ImaginedStep
-from layeredrl_trl.envs.predictor_env import InitialState, PredictorEnv, spread_members
+from layeredrl_trl.envs.initial_state import InitialState, spread_members
+from layeredrl_trl.envs.predictor_env import PredictorEnv
 from layeredrl_trl.envs.uncertainty_rewards import (
     DisagreementBonus,
     DisagreementReward,

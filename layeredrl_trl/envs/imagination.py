@@ -151,17 +151,11 @@ class Imagination(nn.Module):
         """
         move = self._move_by_own_member if self._is_open_loop else self._move_step_by_step
         after = move(latent, context, alive, actions, member, deterministic)
-        before_latent = torch.cat([latent.unsqueeze(1), after.latent[:, :-1]], 1)
-        before_alive = torch.cat([alive.unsqueeze(1), after.alive[:, :-1]], 1)
         n, horizon = actions.shape[:2]
-        steps = (
-            before_latent.flatten(0, 1),
-            context.repeat_interleave(horizon, 0),
-            actions.flatten(0, 1),
-        )
+        steps = _flat_steps(latent, context, actions, after.latent)
         particle_reward = self._particle_reward(*steps, after.latent.flatten(0, 1))
         particle_reward = particle_reward.unflatten(0, (n, horizon))
-        reward = _mean_over_particles(before_alive * particle_reward)
+        reward = _mean_over_particles(_before(alive, after.alive) * particle_reward)
         after = after._replace(particle_reward=particle_reward, reward=reward)
         if after.epistemic_var is None and self.uncertainty:
             if member is not None:
@@ -187,20 +181,20 @@ class Imagination(nn.Module):
     ) -> ImaginedStep:
         """All of a rollout that moves particles; what can be had for all steps at once is left."""
         latents, term_logit = self.dynamics.propagate(
-            latent, context, actions, member, deterministic=deterministic
+            latent,
+            context,
+            actions,
+            member,
+            deterministic=deterministic,
+            terminations=self.termination_fn is None,
         )
         n, horizon = actions.shape[:2]
         if self.termination_fn is None:
             term_prob = term_logit.sigmoid()
         else:
-            before = torch.cat([latent.unsqueeze(1), latents[:, :-1]], 1)
-            steps = (
-                before.flatten(0, 1),
-                context.repeat_interleave(horizon, 0),
-                actions.flatten(0, 1),
-                latents.flatten(0, 1),
-            )
-            term_prob = self._own_termination(*steps).unflatten(0, (n, horizon))
+            steps = _flat_steps(latent, context, actions, latents)
+            term_prob = self._own_termination(*steps, latents.flatten(0, 1))
+            term_prob = term_prob.unflatten(0, (n, horizon))
         return ImaginedStep(
             latent=latents,
             alive=alive.unsqueeze(1) * (1 - term_prob).cumprod(1),
@@ -330,6 +324,33 @@ class Imagination(nn.Module):
         beliefs = model.predict_particles(_permute(latent, order), context, action)
         back = order.argsort(1)
         return ParticlePrediction(*(_permute(x, back) for x in beliefs)), beliefs
+
+
+def _before(first: Tensor, after: Tensor) -> Tensor:
+    """What was there before each step ``[N, H, ...]``, from the start and what is there after."""
+    return torch.cat([first.unsqueeze(1), after[:, :-1]], 1)
+
+
+def _flat_steps(
+    latent: Tensor, context: Tensor, actions: Tensor, latents: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each step of a rollout starts from, as a batch of ``N * H`` single steps.
+
+    Args:
+        latent: where the rollout starts, ``[N, ...]``.
+        context: ``[N, C]``.
+        actions: ``[N, H, ...]``.
+        latents: after each step, ``[N, H, ...]``.
+
+    Returns:
+        latent state before each step, context and action.
+    """
+    before = _before(latent, latents)
+    return (
+        before.flatten(0, 1),
+        context.repeat_interleave(actions.shape[1], 0),
+        actions.flatten(0, 1),
+    )
 
 
 def _mean_over_particles(x: Tensor) -> Tensor:

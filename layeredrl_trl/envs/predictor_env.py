@@ -6,90 +6,23 @@ from collections.abc import Callable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import TensorSpec
 from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.envs.imagination import Imagination, ImaginedStep, Propagation, Termination
+from layeredrl_trl.envs.imagined_specs import check_sizes, imagined_specs, particle_layout
+from layeredrl_trl.envs.initial_state import InitialState, blank_state, spread_members
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
     as_reward_module,
     as_termination_module,
-    space_dim,
 )
 
 _DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
-
-
-class InitialState(TensorDictModuleBase):
-    """Turn a real observation into the state of an imagined env.
-
-    Every particle starts at the encoded observation, alive.
-
-    Args:
-        encoder: of the predictor.
-        state_spec: what an imagined state holds.
-        n_models: members to spread envs over, if an env's particles are all of one member.
-
-    Reads:
-        ``observation`` ``[..., O]``.
-
-    Writes:
-        ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``, and
-        whatever else the env's ``observation_spec`` holds: ``member`` ``[..., 1]``, and zeros for
-        what only a step has (``particle_reward``, ``term_prob``, variances).
-    """
-
-    def __init__(self, encoder: Encoder, state_spec: Composite, n_models: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.state_spec = state_spec
-        self.n_models = n_models
-        self.in_keys = list(encoder.in_keys)
-        self.out_keys = [key for key in state_spec.keys(True, True) if key not in encoder.in_keys]
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the imagined state."""
-        missing = [key for key in self.in_keys if key not in tensordict.keys(True)]
-        if missing:
-            raise KeyError(
-                f"initial_state reads {missing}, but the TensorDict has only "
-                f"{sorted(map(str, tensordict.keys(True, True)))}."
-            )
-        latent, context = self.encoder.encode(tensordict.get(self.in_keys[0]))
-        batch = tensordict.batch_size
-        if latent.shape[:-1] != batch:
-            raise ValueError(
-                f"observation: expected the batch size {list(batch)} of the TensorDict, got a "
-                f"latent state of shape {list(latent.shape)}."
-            )
-        state = {key: self.state_spec[key].zero() for key in self.out_keys}
-        state = {
-            key: zero.to(latent.device).expand(*batch, *zero.shape).clone()
-            for key, zero in state.items()
-        }
-        latent_key, context_key = self.encoder.out_keys
-        particles = state[latent_key].shape
-        state[latent_key] = latent[..., None, None, :].expand(particles)
-        state[context_key] = context
-        state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
-        if keys.MEMBER in state:
-            state[keys.MEMBER] = spread_members(batch, self.n_models, latent.device)
-        return tensordict.update(state)
-
-
-def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Tensor:
-    """Deal the members out to envs, as evenly as can be, from a random first one on.
-
-    Returns:
-        long ``[*batch, 1]``.
-    """
-    first = torch.randint(n_models, (), device=device)
-    return ((torch.arange(batch.numel(), device=device) + first) % n_models).reshape(*batch, 1)
 
 
 class PredictorEnv(ModelBasedEnvBase):
@@ -151,6 +84,7 @@ class PredictorEnv(ModelBasedEnvBase):
             differ, or a ``num_particles`` that does not divide.
 
     Example:
+        >>> from torchrl.data import Bounded
         >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
         >>> env = PredictorEnv(
         ...     IdentityEncoder(3),
@@ -180,8 +114,8 @@ class PredictorEnv(ModelBasedEnvBase):
         termination_fn: nn.Module | Callable[..., Tensor] | None = None,
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
     ) -> None:
-        _check_sizes(encoder, dynamics, action_spec, start)
-        rows, particles = _particle_layout(dynamics, num_particles)
+        check_sizes(encoder, dynamics, action_spec, start)
+        layout = particle_layout(dynamics, num_particles)
         device = next((p.device for p in dynamics.parameters()), torch.device("cpu"))
         imagination = Imagination(
             dynamics,
@@ -196,7 +130,15 @@ class PredictorEnv(ModelBasedEnvBase):
         self.imagined_action_key = dynamics.in_keys[2]
         self.deterministic = deterministic
         self.start = start
-        self._make_specs(encoder, dynamics, action_spec, rows, particles)
+        specs = imagined_specs(
+            encoder, dynamics, action_spec, layout, uncertainty=uncertainty, device=self.device
+        )
+        self.observation_spec = specs.observation
+        self.state_spec = specs.state
+        self.action_spec = specs.action
+        self.reward_spec = specs.reward
+        self.done_spec = specs.done
+        self._action_shape = action_spec.shape
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
 
     @property
@@ -313,23 +255,15 @@ class PredictorEnv(ModelBasedEnvBase):
             return out.reshape(batch)
         if self.start is not None:
             return self._start_at(self._draw_start(batch), batch)
-        out = TensorDict(batch_size=batch, device=self.device)
         shape = (*batch, *self.observation_spec[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
-        zeros = {
-            key: spec.zero().expand(*batch, *spec.shape).clone()
-            for key, spec in self.observation_spec.items(True, True)
-        }
-        out.update({**zeros, self.latent_key: latent.clone()})
-        out.set(keys.ALIVE, torch.ones_like(zeros[keys.ALIVE]))
-        if keys.MEMBER in zeros:
-            members = self.world_model.dynamics.n_models
-            out.set(keys.MEMBER, spread_members(batch, members, self.device))
+        names = self.observation_spec.keys(True, True)
+        n_models = self.world_model.dynamics.n_models
+        state = blank_state(self.observation_spec, names, batch, n_models, self.device)
+        state[self.latent_key] = latent.clone()
         if self._decodes:
-            out.set(
-                observation_key, self._decode(out.get(self.latent_key), out.get(self.context_key))
-            )
-        return out
+            state[observation_key] = self._decode(latent, state[self.context_key])
+        return TensorDict(batch_size=batch, device=self.device).update(state)
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
@@ -410,94 +344,3 @@ class PredictorEnv(ModelBasedEnvBase):
         zeros = {key: spec.zero().expand(*flat.shape, *spec.shape) for key, spec in specs.items()}
         given = {key: flat.get(key, zero).to(zero.dtype) for key, zero in zeros.items()}
         return given | state
-
-    def _make_specs(
-        self,
-        encoder: Encoder,
-        dynamics: DynamicsModel,
-        action_spec: TensorSpec,
-        rows: int,
-        particles: int,
-    ) -> None:
-        device, latent_dim = self.device, dynamics.latent_state_dim
-
-        def free(*shape: int) -> Unbounded:
-            return Unbounded(shape, device=device)
-
-        def probability() -> Bounded:
-            return Bounded(0.0, 1.0, (rows, particles, 1), device=device)
-
-        observation = {
-            self.latent_key: free(rows, particles, latent_dim),
-            self.context_key: free(dynamics.context_dim),
-            keys.ALIVE: probability(),
-            keys.PARTICLE_REWARD: free(rows, particles, 1),
-            keys.TERM_PROB: probability(),
-        }
-        if rows < dynamics.n_models:
-            observation[keys.MEMBER] = Categorical(dynamics.n_models, (1,), device=device)
-        if self.world_model.uncertainty:
-            observation[keys.EPISTEMIC_VAR] = free(latent_dim)
-            observation[keys.ALEATORIC_VAR] = free(latent_dim)
-        if encoder.can_decode:
-            observation[encoder.in_keys[0]] = free(*encoder.obs_shape)
-        self.observation_spec = Composite(observation)
-        # The observation is no state, but a TransformedEnv hides all else from `reset`.
-        state = [self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER, encoder.in_keys[0]]
-        self.state_spec = Composite(
-            {key: spec.clone() for key, spec in observation.items() if key in state}
-        )
-        self._action_shape = action_spec.shape
-        self.action_spec = Composite({self.imagined_action_key: action_spec.to(device)})
-        self.reward_spec = free(1)
-        self.done_spec = Composite(
-            {
-                key: Categorical(2, (1,), dtype=torch.bool, device=device)
-                for key in (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-            }
-        )
-
-
-def _check_sizes(
-    encoder: Encoder,
-    dynamics: DynamicsModel,
-    action_spec: TensorSpec,
-    start: Tensor | Callable[[torch.Size], Tensor] | None,
-) -> None:
-    sizes = {
-        "latent dims": (encoder.latent_state_dim, dynamics.latent_state_dim),
-        "context dims": (encoder.context_dim, dynamics.context_dim),
-        "action dims": (space_dim(action_spec, "action_spec"), dynamics.action_dim),
-    }
-    for name, (given, expected) in sizes.items():
-        if given != expected:
-            owner = "action_spec" if name == "action dims" else "encoder"
-            raise ValueError(f"PredictorEnv: {owner} has {given} {name}, dynamics {expected}.")
-    categorical = isinstance(action_spec, Categorical)
-    if len(action_spec.shape) > 1 or (
-        action_spec.shape not in ((), (1,)) if categorical else action_spec.shape == ()
-    ):
-        raise ValueError(
-            f"PredictorEnv: action_spec must be of one env, without batch dims, got shape "
-            f"{list(action_spec.shape)}; see EnvBase.action_spec_unbatched."
-        )
-    if isinstance(start, Tensor) and (start.shape[1:] != encoder.obs_shape or not start.numel()):
-        raise ValueError(
-            f"PredictorEnv: start must hold observations [N, "
-            f"{', '.join(map(str, encoder.obs_shape))}], at least one, got {list(start.shape)}."
-        )
-
-
-def _particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple[int, int]:
-    """Rows and particles per row that an env carries."""
-    n_models = dynamics.n_models
-    if num_particles is None:
-        return n_models, dynamics.n_particles_per_model
-    if num_particles < 1 or (num_particles >= n_models and num_particles % n_models):
-        raise ValueError(
-            f"PredictorEnv: num_particles must be in 1..{n_models - 1} or a multiple of the "
-            f"{n_models} members, got {num_particles}."
-        )
-    if num_particles < n_models:
-        return 1, num_particles
-    return n_models, num_particles // n_models

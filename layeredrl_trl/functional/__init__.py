@@ -12,6 +12,7 @@ from layeredrl_trl.functional.calibration import (
     sample_pit,
 )
 from layeredrl_trl.functional.candidate_weights import (
+    draw_by_weight,
     elite_weights,
     return_spread,
     softmax_weights,
@@ -19,6 +20,7 @@ from layeredrl_trl.functional.candidate_weights import (
 )
 from layeredrl_trl.functional.clustering import spread_modes
 from layeredrl_trl.functional.coloured_noise import colour, coloured_noise, colouring_matrix
+from layeredrl_trl.functional.masking import zero_where_not
 from layeredrl_trl.functional.mixtures import (
     MixtureNoise,
     gaussian_mixture_log_prob,
@@ -64,6 +66,7 @@ __all__ = [
     "covariance",
     "disagreement",
     "discounted_window_sum",
+    "draw_by_weight",
     "elite_weights",
     "epistemic_variance",
     "event_scores",
@@ -89,4 +92,5 @@ __all__ = [
     "varies",
     "weighted_moments",
     "whitening_residual",
+    "zero_where_not",
 ]

@@ -97,3 +97,23 @@ def weighted_moments(samples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     weights = weights.unsqueeze(-1).to(samples.dtype)
     mean = (weights * samples).sum(-3)
     return mean, (weights * (samples - mean.unsqueeze(-3)).square()).sum(-3).sqrt()
+
+
+def draw_by_weight(weights: Tensor, dim: int) -> Tensor:
+    """Draw an index along ``dim`` by weight; follows torch's global generator.
+
+    The largest of ``w / Exp(1)`` is such a draw; ``torch.multinomial`` would wait for the GPU.
+
+    Args:
+        weights: at least 0, of any sum.
+        dim: of ``weights``.
+
+    Returns:
+        long, of the shape of ``weights`` but for a ``dim`` of size 1.
+
+    Example:
+        >>> draw_by_weight(torch.tensor([[0.0, 2.0, 0.0]]), -1)
+        tensor([[1]])
+    """
+    noise = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device).exponential_()
+    return (weights / noise).argmax(dim, keepdim=True)

@@ -16,6 +16,7 @@ from layeredrl_trl.modules.heads import (
     as_termination_module,
     as_value_module,
     evaluate,
+    head_entries,
     reads_action,
 )
 from layeredrl_trl.modules.learned_encoder import LearnedEncoder
@@ -53,6 +54,7 @@ __all__ = [
     "as_termination_module",
     "as_value_module",
     "evaluate",
+    "head_entries",
     "reads_action",
     "space_dim",
 ]

@@ -20,6 +20,7 @@ from layeredrl_trl.functional import (
     gaussian_mixture_log_prob,
     gaussian_mixture_mean,
     sample_gaussian_mixture,
+    zero_where_not,
 )
 
 
@@ -121,7 +122,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         member: Tensor | None = None,
         *,
         deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        terminations: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Roll particles out under given actions, each moved by the member it belongs to.
 
         Args:
@@ -130,10 +132,11 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             actions: ``[N, H, A]``, or indices ``[N, H]`` of discrete actions.
             member: long ``[N, 1]``, the member that all particles of an env belong to.
             deterministic: move particles to the mean of their mixture instead of drawing.
+            terminations: whether the probabilities that steps terminate are asked for.
 
         Returns:
             latent states after each step ``[N, H, E, P, D]``, and the logits of the probabilities
-            that it terminates ``[N, H, E, P, 1]``; what as many calls of
+            that it terminates ``[N, H, E, P, 1]``, or ``None``; what as many calls of
             :meth:`predict_particles` lead to.
 
         Raises:
@@ -145,7 +148,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             latent = prediction.next_latent(deterministic)
             latents.append(latent)
             term_logits.append(prediction.term_logit)
-        return torch.stack(latents, 1), torch.stack(term_logits, 1)
+        return torch.stack(latents, 1), torch.stack(term_logits, 1) if terminations else None
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
@@ -331,7 +334,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             return (nll + bce).mean() + self.regularization()
         # Before the networks, else garbage on padding reaches the gradient (0 * NaN).
         counts = (weight > 0).any(-1)
-        entries = [_blank(x, counts) for x in entries]
+        entries = [zero_where_not(counts, x) for x in entries]
         nll, bce = self.negative_log_likelihood(*entries, weight)
         total = weight.mean(-1).sum()
         return (nll + bce).sum() / torch.where(total > 0, total, 1.0) + self.regularization()
@@ -402,11 +405,6 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             own_std.squeeze(-3) if std is None else torch.as_tensor(std).to(mean).expand_as(mean)
         )
         return ParticlePrediction(mean, own_std, log_weights.squeeze(-2), term_logit.squeeze(-2))
-
-
-def _blank(x: Tensor, mask: Tensor) -> Tensor:
-    """Put 0 into the entries of ``x`` ``[..., *]`` where ``mask`` ``[...]`` is False."""
-    return torch.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), x, 0)
 
 
 def _check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:

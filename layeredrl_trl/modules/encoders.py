@@ -49,7 +49,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
                 f"{type(self).__name__}: latent_state_dim must be at least 1 and context_dim at "
                 f"least 0, got {latent_state_dim} and {context_dim}."
             )
-        self.obs_shape = torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)
+        self.obs_shape = as_shape(obs_shape)
         self.latent_state_dim = latent_state_dim
         self.context_dim = context_dim
         self.in_keys = list(in_keys)
@@ -155,7 +155,7 @@ class IdentityEncoder(Encoder):
         in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
-        size = torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape).numel()
+        size = as_shape(obs_shape).numel()
         super().__init__(obs_shape, size, 0, in_keys=in_keys, out_keys=out_keys)
 
     def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,3 +164,8 @@ class IdentityEncoder(Encoder):
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
         """Return the latent state in the observation's shape."""
         return latent.reshape(latent.shape[:-1] + self.obs_shape)
+
+
+def as_shape(obs_shape: int | Sequence[int]) -> torch.Size:
+    """Read the shape of one observation; an int means ``(int,)``."""
+    return torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)

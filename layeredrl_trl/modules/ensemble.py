@@ -164,22 +164,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         action: Tensor,
         member: Tensor | None = None,
     ) -> ParticlePrediction:
-        """Predict one step of every particle with the member it belongs to.
-
-        Args:
-            latent: ``[..., E, P, D]``, row ``e`` belongs to member ``e``; with ``member`` given
-                ``[..., 1, P, D]``.
-            context: ``[..., C]``.
-            action: ``[..., A]``, or indices ``[...]`` of discrete actions.
-            member: long ``[..., 1]``, the member that all particles of an env belong to.
-
-        Returns:
-            ``mean`` and ``std`` ``[..., E, P, M, D]``, ``log_weights`` ``[..., E, P, M]`` and
-            ``term_logit`` ``[..., E, P, 1]``.
-
-        Raises:
-            ValueError: if a last dim or a leading shape does not fit.
-        """
+        """Predict one step of every particle; see :class:`DynamicsModel` for the shapes."""
         self._check(latent, context, member)
         latent = latent.to(self.target_moments.mean.dtype)
         inputs = self._inputs(latent, context, action)
@@ -193,10 +178,18 @@ class ProbabilisticEnsemble(DynamicsModel):
         member: Tensor | None = None,
         *,
         deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        terminations: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
         if self.termination_net is None or not self._predicts_as_here:
-            return super().propagate(latent, context, actions, member, deterministic=deterministic)
+            return super().propagate(
+                latent,
+                context,
+                actions,
+                member,
+                deterministic=deterministic,
+                terminations=terminations,
+            )
         self._check(latent, context, member)
         n_envs, _, n_particles, dim = latent.shape
         horizon = actions.shape[1]
@@ -211,12 +204,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         others = others.unflatten(-1, (horizon, -1))
         inputs, after = self._open_loop().run(start, others, rows, deterministic=deterministic)
         after = centre[:dim] + width[:dim] * after
+
+        def by_env(x: Tensor) -> Tensor:
+            return rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
+
+        if not terminations:
+            return by_env(after), None
         term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
-        after, term_logit = (
-            rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
-            for x in (after, term_logit)
-        )
-        return after, term_logit
+        return by_env(after), by_env(term_logit)
 
     @property
     def _predicts_as_here(self) -> bool:

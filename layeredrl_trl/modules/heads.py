@@ -169,6 +169,32 @@ def reads_action(module: TensorDictModuleBase, action_key: NestedKey = keys.ACTI
     return action_key in module.in_keys
 
 
+def head_entries(
+    names: Sequence[NestedKey],
+    latent: Tensor,
+    context: Tensor,
+    action: Tensor | None,
+    action_dim: int,
+) -> dict[NestedKey, Tensor]:
+    """Name what a reward or value module reads, for :func:`evaluate`.
+
+    Args:
+        names: of latent state, context and action.
+        latent: ``[..., D]``.
+        context: ``[..., C]``.
+        action: ``[..., A]``, or indices ``[...]``; ``None``: no entry.
+        action_dim: ``A``.
+
+    Raises:
+        ValueError: if the shape of ``action`` does not fit: a plain module might broadcast it.
+    """
+    entries = dict(zip(names[:2], (latent, context), strict=True))
+    if action is not None:
+        action_features(action, latent.shape[:-1], action_dim)
+        entries[names[2]] = action
+    return entries
+
+
 def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) -> Tensor:
     """Evaluate a reward or value module on tensors by name.
 

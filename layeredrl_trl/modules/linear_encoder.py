@@ -17,26 +17,8 @@ class LinearEncoder(LearnedEncoder):
 
     ``latent = A x_changing`` and ``context = B x_constant`` with ``x`` the standardised
     observation. See :class:`~layeredrl_trl.modules.LearnedEncoder` for which dim is which, also
-    before any data and with ``context_dim=0``.
-
-    Args:
-        obs_shape: shape of one observation; an int means ``(int,)``.
-        latent_state_dim: ``D``, at least 1.
-        context_dim: ``C``, at least 0.
-        standardize: shift and scale the inputs by running moments of the observations.
-        freeze_after: number of statistics updates after which the moments do not move any more;
-            ``None``: never.
-        in_keys: of the observation.
-        out_keys: of the latent state and the context.
-
-    Reads:
-        ``observation`` ``[..., *obs_shape]``; cast to float32.
-
-    Writes:
-        ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
-
-    Raises:
-        ValueError: if a dim or ``freeze_after`` is out of its range.
+    before any data and with ``context_dim=0``; arguments, keys and errors are those of that class
+    too.
 
     Reference:
         LayeredRL's ``EncoderNet``. Deviations: it standardises by default, and before any data all

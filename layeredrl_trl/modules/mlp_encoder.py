@@ -18,28 +18,11 @@ class MLPEncoder(LearnedEncoder):
     ``latent = f(x_changing)`` and ``context = g(x_constant)`` with ``x`` the standardised
     observation; where no dim is known to be constant, the context is ``g(0)``, the same for all.
     See :class:`~layeredrl_trl.modules.LearnedEncoder` for which dim is which, also before any data
-    and with ``context_dim=0``.
+    and with ``context_dim=0``; keys, errors and all other arguments are those of that class too.
 
     Args:
-        obs_shape: shape of one observation; an int means ``(int,)``.
-        latent_state_dim: ``D``, at least 1.
-        context_dim: ``C``, at least 0.
         hidden_sizes: width of each hidden layer, of both perceptrons.
         activation: class of the nonlinearity.
-        standardize: shift and scale the inputs by running moments of the observations.
-        freeze_after: number of statistics updates after which the moments do not move any more;
-            ``None``: never.
-        in_keys: of the observation.
-        out_keys: of the latent state and the context.
-
-    Reads:
-        ``observation`` ``[..., *obs_shape]``; cast to float32.
-
-    Writes:
-        ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
-
-    Raises:
-        ValueError: if a dim or ``freeze_after`` is out of its range.
 
     Example:
         >>> import torch

@@ -10,7 +10,7 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from layeredrl_trl import keys
-from layeredrl_trl.modules.encoders import Encoder
+from layeredrl_trl.modules.encoders import Encoder, as_shape
 
 
 class SelectEncoder(Encoder):
@@ -61,7 +61,7 @@ class SelectEncoder(Encoder):
         in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
-        shape = torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)
+        shape = as_shape(obs_shape)
         latent_state_dims = _as_indices("latent_state_dims", latent_state_dims, shape)
         context_dims = _as_indices("context_dims", context_dims, shape)
         super().__init__(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +11,32 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
-from layeredrl_trl.functional import n_step_sums, n_step_window
+from layeredrl_trl.functional import zero_where_not
 from layeredrl_trl.modules import (
     DeltaStandardizer,
     DynamicsModel,
     Encoder,
-    action_features,
     as_reward_module,
     as_value_module,
     evaluate,
+    head_entries,
     reads_action,
 )
 from layeredrl_trl.objectives.slices import (
     Reader,
+    SliceKeys,
+    as_slices,
+    check_keys,
     per_step,
     read_steps,
     rows_with_data,
-    zero_where_not,
 )
-
-_BOOTSTRAP = "bootstrap"
+from layeredrl_trl.objectives.value_targets import (
+    BOOTSTRAP,
+    Bootstrap,
+    bootstrapped_return,
+    read_target_parts,
+)
 
 
 class RewardPredictorLoss(LossModule):
@@ -118,16 +122,8 @@ class RewardPredictorLoss(LossModule):
         ['loss_consistency', 'loss_reward', 'loss_value']
     """
 
-    @dataclass
-    class _AcceptedKeys:
+    class _AcceptedKeys(SliceKeys):
         """Names of the entries that the loss reads; see ``set_keys``."""
-
-        observation: NestedKey = keys.OBSERVATION
-        action: NestedKey = keys.ACTION
-        reward: NestedKey = keys.REWARD
-        terminated: NestedKey = keys.TERMINATED
-        mask: NestedKey = keys.MASK
-        planned: NestedKey = keys.PLANNED
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
@@ -187,6 +183,12 @@ class RewardPredictorLoss(LossModule):
         return self.has_value and reads_action(self.value_network, self.tensor_keys.action)
 
     @property
+    def _bootstrap(self) -> Bootstrap | None:
+        if not self.has_value:
+            return None
+        return "action" if self.bootstraps_action else "state"
+
+    @property
     def slice_len(self) -> int:
         """``T``, the steps of a slice that the loss reads."""
         return self.k_steps + self.n_steps - (0 if self.bootstraps_action else 1)
@@ -195,11 +197,12 @@ class RewardPredictorLoss(LossModule):
     def in_keys(self) -> list[NestedKey]:
         """Entries that :meth:`forward` reads from slices; ``planned`` is optional."""
         names = self.tensor_keys
-        following = (names.observation, names.reward, names.terminated)
         return [
             names.observation,
             names.action,
-            *(unravel_key(("next", key)) for key in following),
+            names.next_observation,
+            names.next_reward,
+            names.next_terminated,
             names.mask,
         ]
 
@@ -243,8 +246,9 @@ class RewardPredictorLoss(LossModule):
                     "transitions as second argument; or pass slices alone."
                 )
         else:
-            slices = self._as_slices(tensordict)
-            mask = per_step(slices, self.tensor_keys.mask, slices.batch_size, flag=True)
+            mask_key = self.tensor_keys.mask
+            slices = as_slices(tensordict, self.slice_len, self.in_keys, mask_key)
+            mask = per_step(slices, mask_key, slices.batch_size, flag=True)
             mask = mask.squeeze(-1)
             row = rows_with_data(mask)
             targets = self.compute_targets(
@@ -302,14 +306,8 @@ class RewardPredictorLoss(LossModule):
     ) -> TensorDict:
         r"""Read all that :meth:`encode_slices` makes targets of; no network is asked yet.
 
-        So the slices of many optimisation steps can be read at once.
-
-        Args:
-            read: as for :meth:`compute_targets`, as all other arguments.
-            mask: bool ``[B, T]``.
-            k_steps: instead of the loss's own.
-            n_steps: instead of the loss's own.
-            gamma: instead of the loss's own.
+        So the slices of many optimisation steps can be read at once. The arguments are those of
+        :meth:`compute_targets`.
 
         Returns:
             TensorDict ``[B, k]``: ``observation``, ``action``, ``("next", "reward")``,
@@ -318,46 +316,18 @@ class RewardPredictorLoss(LossModule):
             behind the last reward, ``return``, the discounted sum up to there, ``discount`` of the
             value, and ``mask``, whether it counts.
         """
-        names = self.tensor_keys
         k_steps = self.k_steps if k_steps is None else k_steps
         n_steps = self.n_steps if n_steps is None else n_steps
         gamma = self.gamma if gamma is None else gamma
         _check_options(gamma, k_steps, n_steps, self.reduction)
-        reward_key, terminated_key = (
-            unravel_key(("next", key)) for key in (names.reward, names.terminated)
-        )
-        every = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        outcome = read([reward_key, terminated_key], every)
-        reward = per_step(outcome, reward_key, mask.shape)
-        terminated = per_step(outcome, terminated_key, mask.shape, flag=True)
-        window = n_step_window(
-            terminated.squeeze(-1), mask, k_steps, n_steps, next_action=self.bootstraps_action
-        )
-        total, discount = n_step_sums(reward.squeeze(-1), window, gamma=gamma, n_steps=n_steps)
-        first = every[:, :k_steps]
-        last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
-        steps = read([names.observation, names.action, names.planned], first.minimum(last))
-        planned = torch.ones_like(first, dtype=torch.bool).unsqueeze(-1)
-        if names.planned in steps.keys(True):
-            planned = per_step(steps, names.planned, first.shape, flag=True)
-        bootstrap = self._read_bootstrap(read, first + window.steps, last)
-        bootstrap |= {
-            "return": total.unsqueeze(-1),
-            "discount": discount.unsqueeze(-1),
-            "mask": window.bootstrap.unsqueeze(-1),
-        }
-        batch_size = [mask.shape[0], k_steps]
-        return TensorDict(
-            {
-                names.observation: steps.get(names.observation),
-                names.action: steps.get(names.action),
-                reward_key: reward[:, :k_steps],
-                terminated_key: terminated[:, :k_steps],
-                names.mask: (mask[:, :k_steps] & window.valid).unsqueeze(-1),
-                names.planned: planned,
-                _BOOTSTRAP: TensorDict(bootstrap, batch_size=batch_size),
-            },
-            batch_size=batch_size,
+        return read_target_parts(
+            read,
+            mask,
+            self.tensor_keys,
+            k_steps=k_steps,
+            n_steps=n_steps,
+            gamma=gamma,
+            bootstrap=self._bootstrap,
         )
 
     def encode_slices(self, slices: TensorDictBase) -> TensorDict:
@@ -369,24 +339,17 @@ class RewardPredictorLoss(LossModule):
         Returns:
             As :meth:`compute_targets`.
         """
-        names = self.tensor_keys
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            latent, context = self.encoder.encode(slices.get(names.observation))
+            latent, context = self.encoder.encode(slices.get(self.tensor_keys.observation))
         context = context[:, :1].expand_as(context)
-        behind = slices.get(_BOOTSTRAP)
-        target = behind.get("return")
-        if self.has_value:
-            value = self._bootstrap_value(behind, context.detach()).double()
-            counts = behind.get("mask")
-            target = target + torch.where(counts, value * behind.get("discount"), 0.0)
-        valid = slices.get(names.mask)
-        out = slices.exclude(names.observation, _BOOTSTRAP)
-        reward = out.get(unravel_key(("next", names.reward)))
+        behind = slices.get(BOOTSTRAP)
+        value = self._bootstrap_value(behind, context.detach()) if self.has_value else None
+        out = slices.exclude(self.tensor_keys.observation, BOOTSTRAP)
         return out.update(
             {
                 self.encoder.out_keys[0]: latent,
                 self.encoder.out_keys[1]: context,
-                keys.VALUE_TARGET: torch.where(valid, target, 0.0).to(reward.dtype),
+                keys.VALUE_TARGET: bootstrapped_return(slices, value, self.tensor_keys),
             }
         )
 
@@ -405,36 +368,16 @@ class RewardPredictorLoss(LossModule):
         """
         names = self.tensor_keys
         latent, context = self.encoder.encode(transitions.get(names.observation))
-        next_key, terminated_key = (
-            unravel_key(("next", key)) for key in (names.observation, names.terminated)
-        )
-        next_latent, _ = self.encoder.encode(transitions.get(next_key))
-        passed_on = [names.action, terminated_key, keys.WEIGHT, keys.INDEX]
+        next_latent, _ = self.encoder.encode(transitions.get(names.next_observation))
+        passed_on = [names.action, names.next_terminated, keys.WEIGHT, keys.INDEX]
         if self.encoder.has_statistics:
-            passed_on += [names.observation, next_key]
+            passed_on += [names.observation, names.next_observation]
         encoded = {
             self.encoder.out_keys[0]: latent,
             self.encoder.out_keys[1]: context,
             unravel_key(("next", self.encoder.out_keys[0])): next_latent,
         }
         return transitions.select(*passed_on, strict=False).update(encoded)
-
-    def _read_bootstrap(self, read: Reader, end: Tensor, last: Tensor) -> dict[NestedKey, Tensor]:
-        """Read what is valued behind the last reward of each target, ``[B, k, ...]``.
-
-        Args:
-            read: of the slices.
-            end: long ``[B, k]``, the first step of the slice that the target does not sum.
-            last: long ``[B, 1]``, the last real step.
-        """
-        names = self.tensor_keys
-        if not self.has_value:
-            return {}
-        if self.bootstraps_action:
-            pair = read([names.observation, names.action], end.minimum(last))
-            return {key: pair.get(key) for key in (names.observation, names.action)}
-        next_key = unravel_key(("next", names.observation))
-        return {names.observation: read([next_key], (end - 1).clamp_min(0)).get(next_key)}
 
     @torch.no_grad()
     def _bootstrap_value(self, behind: TensorDictBase, context: Tensor) -> Tensor:
@@ -448,7 +391,7 @@ class RewardPredictorLoss(LossModule):
 
     def _head_terms(self, targets: TensorDictBase) -> dict[str, Tensor]:
         names = self.tensor_keys
-        _check_keys(targets, (*self.encoder.out_keys, names.action))
+        check_keys(targets, (*self.encoder.out_keys, names.action))
         latent, context = (targets.get(key) for key in self.encoder.out_keys)
         action = targets.get(names.action)
         if not self.learn_encoder:
@@ -460,7 +403,7 @@ class RewardPredictorLoss(LossModule):
         )
         terms = {}
         if self.reward is not None:
-            reward = per_step(targets, unravel_key(("next", names.reward)), shape)
+            reward = per_step(targets, names.next_reward, shape)
             predicted = evaluate(self.reward, self._entries(latent, context, action))
             error = zero_where_not(valid, predicted - reward).square()
             terms["loss_reward"] = self.rew_loss_weight * self._reduce(error, targets)
@@ -479,9 +422,9 @@ class RewardPredictorLoss(LossModule):
         latent_key, context_key = self.encoder.out_keys
         next_latent_key = unravel_key(("next", latent_key))
         inputs = (latent_key, context_key, names.action, next_latent_key)
-        terminated_key = unravel_key(("next", names.terminated))
-        terminated = per_step(transitions, terminated_key, transitions.batch_size, flag=True)
-        _check_keys(transitions, inputs)
+        batch_size = transitions.batch_size
+        terminated = per_step(transitions, names.next_terminated, batch_size, flag=True)
+        check_keys(transitions, inputs)
         weight = self.dynamics.batch_weight(transitions)
         latent, context, action, next_latent = (transitions.get(key).detach() for key in inputs)
         counts = None if weight is None else (weight > 0).any(-1)
@@ -520,19 +463,15 @@ class RewardPredictorLoss(LossModule):
         self.dynamics.update_statistics(latent, context, action, next_latent, counts)
         if self.standardizer is not None:
             self.standardizer.update_statistics(next_latent - latent, counts)
-        observation_key = self.tensor_keys.observation
-        observation = transitions.get(observation_key, default=None)
+        names = self.tensor_keys
+        observation = transitions.get(names.observation, default=None)
         if self.encoder.has_statistics and observation is not None:
-            next_observation = transitions.get(unravel_key(("next", observation_key)))
+            next_observation = transitions.get(names.next_observation)
             self.encoder.update_statistics(observation, next_observation, counts)
 
     def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
-        entries = dict(zip(self.encoder.out_keys, (latent, context), strict=True))
-        if action is not None:
-            # A plain module might broadcast an action of another shape.
-            action_features(action, latent.shape[:-1], self.dynamics.action_dim)
-            entries[self.tensor_keys.action] = action
-        return entries
+        names = (*self.encoder.out_keys, self.tensor_keys.action)
+        return head_entries(names, latent, context, action, self.dynamics.action_dim)
 
     def _reduce(
         self, per_step: Tensor, targets: TensorDictBase | None, extra_mask: Tensor | None = None
@@ -545,20 +484,6 @@ class RewardPredictorLoss(LossModule):
     def _mean(self, x: Tensor, targets: TensorDictBase, mask: Tensor) -> Tensor:
         return self._reduce_loss(x.detach(), targets, mask=mask, reduction="mean")
 
-    def _as_slices(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Check the entries and the shape of a sample; return it as ``[B, T]``."""
-        _check_keys(tensordict, self.in_keys)
-        per_step(tensordict, self.tensor_keys.mask, tensordict.batch_size)
-        if tensordict.ndim == 2 and tensordict.shape[1] >= self.slice_len:
-            return tensordict
-        if tensordict.ndim != 1 or tensordict.shape[0] % self.slice_len:
-            raise ValueError(
-                f"RewardPredictorLoss: expected slices of slice_len={self.slice_len} steps, flat "
-                f"[B * {self.slice_len}] or [B, {self.slice_len}], got batch size "
-                f"{list(tensordict.batch_size)}."
-            )
-        return tensordict.reshape(-1, self.slice_len)
-
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Called by ``set_keys``: let ``_reduce_loss`` find the mask under its new name."""
         self.loss_mask_key = self.tensor_keys.mask
@@ -567,15 +492,6 @@ class RewardPredictorLoss(LossModule):
         super().__setstate__(state)
         if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
             self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
-
-
-def _check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
-    there = set(tensordict.keys(True, True))
-    missing = [key for key in needed if key not in there]
-    if missing:
-        raise KeyError(
-            f"RewardPredictorLoss: the batch has no {missing}; it has {sorted(map(str, there))}."
-        )
 
 
 def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:

@@ -1,15 +1,51 @@
-"""Reading masked slices so that nothing behind the mask is ever looked at."""
+"""Masked slices of transitions: their entries, and reading them without what is masked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
+
+from layeredrl_trl import keys
 
 Reader = Callable[[Sequence[NestedKey], Tensor], TensorDictBase]
 """Reads the named entries at steps ``[B, J]`` of ``B`` slices, as a TensorDict ``[B, J]``."""
+
+
+@dataclass
+class SliceKeys:
+    """What the entries of slices are called; all that is under ``"next"`` without it."""
+
+    observation: NestedKey = keys.OBSERVATION
+    action: NestedKey = keys.ACTION
+    reward: NestedKey = keys.REWARD
+    terminated: NestedKey = keys.TERMINATED
+    mask: NestedKey = keys.MASK
+    planned: NestedKey = keys.PLANNED
+
+    @property
+    def next_observation(self) -> NestedKey:
+        """The observation after a step."""
+        return unravel_key(("next", self.observation))
+
+    @property
+    def next_reward(self) -> NestedKey:
+        """The reward of a step."""
+        return unravel_key(("next", self.reward))
+
+    @property
+    def next_terminated(self) -> NestedKey:
+        """Whether a step terminated."""
+        return unravel_key(("next", self.terminated))
+
+    @property
+    def end_keys(self) -> list[NestedKey]:
+        """Flags of an episode's end: ``done`` and ``truncated`` stand beside ``terminated``."""
+        *beside, _ = self.next_terminated
+        return [self.next_terminated, (*beside, keys.DONE), (*beside, keys.TRUNCATED)]
 
 
 def rows_with_data(mask: Tensor) -> Tensor:
@@ -32,16 +68,6 @@ def read_steps(
 ) -> TensorDictBase:
     """Read ``slices`` ``[N, T]`` at ``row`` ``[B]`` and ``steps`` ``[B, J]``, where there."""
     return slices.select(*names, strict=False)[row[:, None], steps]
-
-
-def zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
-    """Set ``x`` to 0 where ``mask`` is False; ``mask`` has the leading dims of ``x``.
-
-    What does not count may hold anything. Masking the loss alone would not do: backward, a
-    gradient of 0 times NaN is NaN.
-    """
-    mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
-    return torch.where(mask, x, torch.zeros_like(x))
 
 
 def per_step(
@@ -68,3 +94,48 @@ def per_step(
             f"{key}: expected shape {[*batch, 1]} (a trailing dim of 1), got {list(x.shape)}."
         )
     return x != 0 if flag and x.dtype is not torch.bool else x
+
+
+def check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
+    """Check that a batch for the loss has the entries that it needs.
+
+    Raises:
+        KeyError: naming those that are missing and those that are there.
+    """
+    there = set(tensordict.keys(True, True))
+    missing = [key for key in needed if key not in there]
+    if missing:
+        raise KeyError(
+            f"RewardPredictorLoss: the batch has no {missing}; it has {sorted(map(str, there))}."
+        )
+
+
+def as_slices(
+    tensordict: TensorDictBase, slice_len: int, needed: Sequence[NestedKey], mask_key: NestedKey
+) -> TensorDictBase:
+    """Check the entries and the shape of a sample of slices.
+
+    Args:
+        tensordict: flat ``[B * T]``, or ``[B, T]``.
+        slice_len: ``T``; slices of a rectangular sample may be longer.
+        needed: entries that it must have.
+        mask_key: the one that says what is padding.
+
+    Returns:
+        The sample as ``[B, T]``.
+
+    Raises:
+        KeyError: if an entry is missing.
+        ValueError: if a shape does not fit.
+    """
+    check_keys(tensordict, needed)
+    per_step(tensordict, mask_key, tensordict.batch_size)
+    if tensordict.ndim == 2 and tensordict.shape[1] >= slice_len:
+        return tensordict
+    if tensordict.ndim != 1 or tensordict.shape[0] % slice_len:
+        raise ValueError(
+            f"RewardPredictorLoss: expected slices of slice_len={slice_len} steps, flat "
+            f"[B * {slice_len}] or [B, {slice_len}], got batch size "
+            f"{list(tensordict.batch_size)}."
+        )
+    return tensordict.reshape(-1, slice_len)

@@ -12,7 +12,7 @@ from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, One
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.functional import elite_weights
+from layeredrl_trl.functional import draw_by_weight, elite_weights
 from layeredrl_trl.planners.base import SamplingPlanner
 from layeredrl_trl.planners.cem import check_elites
 
@@ -151,7 +151,7 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
     def _draw(self, belief: Probabilities, number: int) -> Tensor:
         probs = belief.probs.unsqueeze(-3)
         shape = (*probs.shape[:-3], self.num_candidates, *probs.shape[-2:])
-        samples = _draw_by(probs, shape)
+        samples = draw_by_weight(probs.expand(shape), -1)
         samples[..., 0, :, :] = self._mode(belief)
         return samples
 
@@ -168,7 +168,7 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
         return belief.probs.argmax(-1, keepdim=True)
 
     def _sample(self, belief: Probabilities, chosen: Tensor, weights: Tensor) -> Tensor:
-        return _draw_by(belief.probs, belief.probs.shape)
+        return draw_by_weight(belief.probs, -1)
 
     def _width(self, belief: Probabilities) -> Tensor:
         n = self._labels.shape[0]
@@ -177,12 +177,3 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
 
     def _carry_on(self, belief: Probabilities, sequence: Tensor) -> dict[NestedKey, Tensor]:
         return {self.plan_key: belief.probs}
-
-
-def _draw_by(probs: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Draw indices ``[..., 1]`` by ``probs`` ``[..., n]``, expanded to ``shape``.
-
-    The largest of ``p / Exp(1)`` is a draw by ``p``; torch.multinomial would wait for the GPU.
-    """
-    exponential = torch.empty(shape, dtype=probs.dtype, device=probs.device).exponential_()
-    return (probs / exponential).argmax(-1, keepdim=True)

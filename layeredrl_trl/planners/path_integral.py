@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.functional import softmax_weights
+from layeredrl_trl.functional import draw_by_weight, softmax_weights
 from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
 
 
@@ -104,7 +104,6 @@ class PathIntegralPlanner(GaussianPlanner):
         )
 
     def _sample(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Tensor:
-        # The largest of w / Exp(1) is a draw by weight; torch.multinomial would wait for the GPU.
-        index = (weights / torch.empty_like(weights).exponential_()).argmax(-2, keepdim=True)
+        index = draw_by_weight(weights, -2)
         drawn = chosen.take_along_dim(index.unsqueeze(-1), -3).squeeze(-3)
         return torch.where(weights.sum(-2, keepdim=True) > 0, drawn, self._mode(belief))

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
 from layeredrl_trl.data import TransitionSliceSampler
+from layeredrl_trl.data.reading import flat_position
 from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
-    action_features,
     as_reward_module,
     as_value_module,
     evaluate,
+    head_entries,
     reads_action,
 )
 from layeredrl_trl.predictors.logging import check_writer
@@ -243,9 +244,7 @@ class Predictor(nn.Module, abc.ABC):
         storage = buffer.storage
         sampler = TransitionSliceSampler(slice_len=n_steps)
         index, mask = sampler.sample_slices(storage, batch_size, n_steps)
-        position = index[0]
-        for other, size in zip(index[1:], storage.shape[1:], strict=True):
-            position = position * size + other
+        position = flat_position(index, storage.shape[1:])
         mask = mask.to(device)
         return position.mT.cpu().numpy(), mask.sum(-1), mask.to(torch.float32)
 
@@ -273,11 +272,8 @@ class Predictor(nn.Module, abc.ABC):
     def _evaluate(
         self, module: nn.Module, latent: Tensor, context: Tensor, act: Tensor | None
     ) -> Tensor:
-        if act is not None:  # a plain module might broadcast it
-            action_features(act, latent.shape[:-1], self.model.action_dim)
         names = (*self.encoder.out_keys, self.model.in_keys[2])
-        entries = dict(zip(names, (latent, context, act), strict=True))
-        entries = {key: x for key, x in entries.items() if x is not None}
+        entries = head_entries(names, latent, context, act, self.model.action_dim)
         return evaluate(module, entries).squeeze(-1)
 
     def _tensor(self, x: Tensor | np.ndarray) -> Tensor:

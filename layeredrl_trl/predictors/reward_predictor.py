@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 
-from layeredrl_trl import keys
-from layeredrl_trl.data import (
-    TransitionSliceSampler,
-    has_plain_columns,
-    read_transitions,
-    stack_index,
-)
+from layeredrl_trl.data import TransitionSliceSampler
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import (
     ForeachSoftUpdate,
@@ -26,15 +19,16 @@ from layeredrl_trl.objectives import (
     Update,
     total_loss,
 )
-from layeredrl_trl.objectives.slices import rows_with_data
+from layeredrl_trl.predictors.batches import BatchReader
+from layeredrl_trl.predictors.learning_rates import (
+    LearningRate,
+    check_rate,
+    rates_at,
+    rates_from_state,
+    rates_to_state,
+)
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.predictor import Predictor, check_counts
-from layeredrl_trl.schedules import Schedule
-
-_READ_AHEAD = 2**16
-"""Most steps that ``learn`` reads from a buffer at once, for several optimisation steps."""
-
-LearningRate = float | Callable[[int], float]
 
 
 class RewardPredictor(Predictor):
@@ -110,6 +104,8 @@ class RewardPredictor(Predictor):
         torch.Size([4])
     """
 
+    loss_module: RewardPredictorLoss
+
     def __init__(
         self,
         model: DynamicsModel,
@@ -179,18 +175,8 @@ class RewardPredictor(Predictor):
             "value_lr": value_lr,
         }
         for name, rate in rates.items():
-            if not callable(rate) and not (isinstance(rate, float | int) and rate >= 0):
-                raise ValueError(
-                    f"{name} must be a number of at least 0 or a function of env steps, "
-                    f"got {rate!r}."
-                )
-        self._rates: dict[str, LearningRate] = {
-            "model": model_lr,
-            "value": value_lr,
-            "reward": reward_lr,
-            "encoder": encoder_lr,
-            "delta_standardizer": delta_standardizer_lr,
-        }
+            check_rate(name, rate)
+        self._rates = {name.removesuffix("_lr"): rate for name, rate in rates.items()}
         self._update_options = {
             "tau": tau,
             "clip_grad_max_norm": clip_grad_max_norm,
@@ -229,7 +215,7 @@ class RewardPredictor(Predictor):
             KeyError: if the buffer lacks an entry.
             ValueError: if it is empty, or a shape or number does not fit.
         """
-        slices = self._read_slices(buffer, batch_size, k_steps, n_steps, gamma)
+        slices = self._reader.slices(buffer, batch_size, k_steps, n_steps, gamma)
         return self.loss_module.encode_slices(slices)
 
     def sample_model_batch(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDict:
@@ -248,7 +234,7 @@ class RewardPredictor(Predictor):
             KeyError: if the buffer lacks an entry.
             ValueError: if it is empty, or a shape or number does not fit.
         """
-        return self.loss_module.encode_transitions(self._read_transitions(buffer, batch_size))
+        return self.loss_module.encode_transitions(self._reader.transitions(buffer, batch_size))
 
     def loss(
         self, batch: TensorDictBase, model_batch: TensorDictBase | None = None
@@ -300,17 +286,21 @@ class RewardPredictor(Predictor):
             KeyError: if the buffer lacks an entry.
             ValueError: if it is empty, or a shape or number does not fit.
         """
-        for name, number in (("n_steps", n_steps), ("n_total_env_steps", n_total_env_steps)):
-            if number < (name == "n_steps"):
+        for name, number, least in (
+            ("n_steps", n_steps, 1),
+            ("n_total_env_steps", n_total_env_steps, 0),
+        ):
+            if number < least:
                 raise ValueError(f"learn: {name} must not be {number}.")
         check_counts(batch_size=batch_size, model_batch_size=model_batch_size)
-        rates = self._learning_rates(n_total_env_steps)
+        groups = self.update.optimizer.param_groups
+        rates = rates_at(n_total_env_steps, self._rates, [group["name"] for group in groups])
         loss = self.loss_module
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         skipped_before = self.update.skipped
-        for group in self.update.optimizer.param_groups:
+        for group in groups:
             group["lr"] = rates[group["name"]]
-        for slices, transitions in self._read_batches(
+        for slices, transitions in self._reader.batches(
             buffer, n_steps, batch_size, model_batch_size
         ):
             batch = loss.encode_slices(slices)
@@ -350,10 +340,9 @@ class RewardPredictor(Predictor):
             ValueError: if there is no such entry.
         """
         self.loss_module.set_keys(**names)
-        terminated = unravel_key(("next", self.loss_module.tensor_keys.terminated))
-        beside = terminated[:-1]
-        ends = [terminated, *((*beside, key) for key in (keys.DONE, keys.TRUNCATED))]
-        self._sampler = TransitionSliceSampler(slice_len=self.loss_module.slice_len, end_keys=ends)
+        self._sampler = TransitionSliceSampler(
+            slice_len=self.loss_module.slice_len, end_keys=self.loss_module.tensor_keys.end_keys
+        )
 
     def get_standardized_log_prob(
         self,
@@ -400,13 +389,8 @@ class RewardPredictor(Predictor):
         A learning rate that is a function, but no :class:`~layeredrl_trl.schedules.Schedule`, has
         no state; after loading it is what it was.
         """
-        rates = {
-            name: rate.state_dict() if isinstance(rate, Schedule) else rate
-            for name, rate in self._rates.items()
-            if isinstance(rate, Schedule | float | int)
-        }
         return {
-            "rates": rates,
+            "rates": rates_to_state(self._rates),
             "optimizer": self.update.optimizer.state_dict(),
             "steps": self.update.steps,
             "skipped": self.update.skipped,
@@ -420,8 +404,7 @@ class RewardPredictor(Predictor):
         self.update.steps = state["steps"]
         self.update.skipped = state["skipped"]
         self.n_learn_calls = state["n_learn_calls"]
-        for name, rate in state["rates"].items():
-            self._rates[name] = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate
+        self._rates |= rates_from_state(state["rates"])
 
     def train(self, mode: bool = True) -> RewardPredictor:
         """Set training or evaluation mode; in the latter :meth:`loss` changes no statistics."""
@@ -452,98 +435,9 @@ class RewardPredictor(Predictor):
             warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
         )
 
-    def _learning_rates(self, n_total_env_steps: int) -> dict[str, float]:
-        rates = {}
-        for group in self.update.optimizer.param_groups:
-            name = group["name"]
-            rate = self._rates[name]
-            rates[name] = float(rate(n_total_env_steps)) if callable(rate) else rate
-            if not rates[name] >= 0:
-                raise ValueError(
-                    f"{name}_lr must be at least 0, got {rates[name]} at {n_total_env_steps} steps."
-                )
-        return rates
-
-    def _read_batches(
-        self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
-    ) -> Iterator[tuple[TensorDictBase, TensorDictBase]]:
-        """Draw and read slices and transitions for ``n_steps`` steps, those of many at once.
-
-        Transforms of the buffer are asked anew for every step: what they give may change with what
-        is learned.
-        """
-        loss, ahead = self.loss_module, 1
-        if has_plain_columns(buffer):
-            ahead = max(1, _READ_AHEAD // (batch_size * loss.slice_len + model_batch_size))
-        for done in range(0, n_steps, ahead):
-            n = min(ahead, n_steps - done)
-            slices = self._read_slices(
-                buffer, n * batch_size, loss.k_steps, loss.n_steps, loss.gamma
-            )
-            transitions = self._read_transitions(buffer, n * model_batch_size)
-            yield from zip(
-                slices.reshape(n, batch_size, -1).unbind(0),
-                transitions.reshape(n, model_batch_size).unbind(0),
-                strict=True,
-            )
-
-    def _read_slices(
-        self,
-        buffer: TensorDictReplayBuffer,
-        batch_size: int,
-        k_steps: int,
-        n_steps: int,
-        gamma: float,
-    ) -> TensorDict:
-        """Draw slices and read what targets are made of, ``[B, k_steps]``."""
-        check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
-        loss = self.loss_module
-        length = k_steps + n_steps - (0 if loss.bootstraps_action else 1)
-        index, mask = self._draw_slices(buffer, batch_size, length)
-
-        def read(names: Sequence[NestedKey], steps: Tensor) -> TensorDictBase:
-            steps = steps.to(index[0].device)
-            return self._read(buffer, tuple(i.gather(1, steps) for i in index), names)
-
-        slices = loss.read_slices(
-            read, mask.to(self.device), k_steps=k_steps, n_steps=n_steps, gamma=gamma
-        )
-        first = stack_index(tuple(i[:, :k_steps] for i in index))
-        return slices.set(keys.INDEX, first.to(self.device))
-
-    def _read_transitions(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDictBase:
-        """Draw and read single transitions for the dynamics, ``[B]``."""
-        names = self.loss_module.tensor_keys
-        check_counts(batch_size=batch_size)
-        index, _ = self._draw_slices(buffer, batch_size, 1)
-        wanted = [
-            names.observation,
-            names.action,
-            unravel_key(("next", names.observation)),
-            unravel_key(("next", names.terminated)),
-            keys.WEIGHT,
-        ]
-        index = tuple(i[:, 0] for i in index)
-        transitions = self._read(buffer, index, wanted)
-        return transitions.set(keys.INDEX, stack_index(index).to(self.device))
-
-    def _draw_slices(
-        self, buffer: TensorDictReplayBuffer, batch_size: int, length: int
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        index, mask = self._sampler.sample_slices(buffer.storage, batch_size, length)
-        row = rows_with_data(mask)
-        return tuple(i[row] for i in index), mask
-
-    def _read(
-        self,
-        buffer: TensorDictReplayBuffer,
-        index: tuple[Tensor, ...],
-        names: Sequence[NestedKey],
-    ) -> TensorDictBase:
-        maybe = {self.loss_module.tensor_keys.planned, keys.WEIGHT}
-        needed = [name for name in names if name not in maybe]
-        optional = [name for name in names if name in maybe]
-        return read_transitions(buffer, index, needed, optional).to(self.device)
+    @property
+    def _reader(self) -> BatchReader:
+        return BatchReader(self.loss_module, self._sampler, self.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RewardPredictor:
         super()._apply(fn, recurse)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layeredrl_trl.functional import (
+    draw_by_weight,
     elite_weights,
     return_spread,
     softmax_weights,
@@ -121,3 +122,16 @@ def test_at_infinite_temperature_an_infinite_gap_counts_alike():
     returns = torch.tensor([[3e38], [-3e38], [0.0], [-torch.inf]])
     weights = softmax_weights(returns, math.inf).flatten()
     torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_draws_are_as_frequent_as_their_weights(dim):
+    torch.manual_seed(0)
+    weights = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    shape = [20_000, 20_000]
+    shape[dim] = 4
+    weights = weights.unsqueeze(1 - dim % 2).expand(shape)
+    index = draw_by_weight(weights, dim)
+    assert index.shape[dim] == 1
+    found = index.flatten().bincount(minlength=4) / 20_000
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.125, 0.25, 0.625]), atol=0.01, rtol=0)

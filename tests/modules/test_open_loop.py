@@ -57,6 +57,17 @@ def test_equals_one_step_after_the_other(model, kind, deterministic):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_terminations_that_nobody_asks_for_change_nothing(model):
+    given = start(model, None)
+    for propagate in (type(model).propagate, DynamicsModel.propagate):
+        torch.manual_seed(3)
+        expected, _ = propagate(model, *given)
+        torch.manual_seed(3)
+        found, nothing = propagate(model, *given, terminations=False)
+        assert nothing is None
+        assert torch.equal(found, expected)
+
+
 def test_gradients_equal_those_of_one_step_after_the_other(model):
     given = start(model, None)
     params = [p for p in model.parameters() if p.requires_grad]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchrl.envs import Transform
 
-from layeredrl_trl.predictors import reward_predictor
+from layeredrl_trl.predictors import batches
 from tests.oracles_predictors import filled_buffer, small_predictor
 from tests.predictors.test_hooks import learn
 
@@ -25,7 +25,7 @@ class Counting(Transform):
 def test_every_step_gets_a_batch_of_its_own(value, monkeypatch):
     """Four steps read in one go, in two, or one by one: as many, all full, none twice."""
     for ahead in (10_000, 70, 1):
-        monkeypatch.setattr(reward_predictor, "_READ_AHEAD", ahead)
+        monkeypatch.setattr(batches, "READ_AHEAD", ahead)
         predictor, seen = small_predictor(value), []
         update = predictor.update
 

@@ -1,0 +1,143 @@
+"""What an imagined state looks like: its specs, and checks that the parts of the env fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules import DynamicsModel, Encoder, space_dim
+
+
+class ImaginedSpecs(NamedTuple):
+    """The specs of a ``PredictorEnv``, of one env.
+
+    Attributes:
+        observation: all that a step gives beside reward and flags.
+        state: the part of it that a step or a reset starts from.
+        action: under the key that the dynamics read.
+        reward: of one step.
+        done: ``done``, ``terminated`` and ``truncated``.
+    """
+
+    observation: Composite
+    state: Composite
+    action: Composite
+    reward: TensorSpec
+    done: Composite
+
+
+def imagined_specs(
+    encoder: Encoder,
+    dynamics: DynamicsModel,
+    action_spec: TensorSpec,
+    layout: tuple[int, int],
+    *,
+    uncertainty: bool,
+    device: torch.device,
+) -> ImaginedSpecs:
+    """Make the specs of a ``PredictorEnv``; see there for the entries.
+
+    Args:
+        encoder: names observation, latent state and context.
+        dynamics: names the action.
+        action_spec: of one env.
+        layout: rows of particles and particles of a row, from :func:`particle_layout`.
+        uncertainty: whether a step gives variances.
+        device: of the specs.
+    """
+    rows, particles = layout
+    latent_dim = dynamics.latent_state_dim
+    latent_key, context_key = encoder.out_keys
+
+    def free(*shape: int) -> Unbounded:
+        return Unbounded(shape, device=device)
+
+    def probability() -> Bounded:
+        return Bounded(0.0, 1.0, (rows, particles, 1), device=device)
+
+    observation: dict[NestedKey, TensorSpec] = {
+        latent_key: free(rows, particles, latent_dim),
+        context_key: free(dynamics.context_dim),
+        keys.ALIVE: probability(),
+        keys.PARTICLE_REWARD: free(rows, particles, 1),
+        keys.TERM_PROB: probability(),
+    }
+    if rows < dynamics.n_models:
+        observation[keys.MEMBER] = Categorical(dynamics.n_models, (1,), device=device)
+    if uncertainty:
+        observation[keys.EPISTEMIC_VAR] = free(latent_dim)
+        observation[keys.ALEATORIC_VAR] = free(latent_dim)
+    if encoder.can_decode:
+        observation[encoder.in_keys[0]] = free(*encoder.obs_shape)
+    # The observation is no state, but a TransformedEnv hides all else from `reset`.
+    state = (latent_key, context_key, keys.ALIVE, keys.MEMBER, encoder.in_keys[0])
+    flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+    return ImaginedSpecs(
+        observation=Composite(observation),
+        state=Composite({key: spec.clone() for key, spec in observation.items() if key in state}),
+        action=Composite({dynamics.in_keys[2]: action_spec.to(device)}),
+        reward=free(1),
+        done=Composite(
+            {key: Categorical(2, (1,), dtype=torch.bool, device=device) for key in flags}
+        ),
+    )
+
+
+def check_sizes(
+    encoder: Encoder,
+    dynamics: DynamicsModel,
+    action_spec: TensorSpec,
+    start: Tensor | Callable[[torch.Size], Tensor] | None,
+) -> None:
+    """Check that encoder, dynamics, action and start of a ``PredictorEnv`` fit together.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    sizes = {
+        "latent dims": (encoder.latent_state_dim, dynamics.latent_state_dim),
+        "context dims": (encoder.context_dim, dynamics.context_dim),
+        "action dims": (space_dim(action_spec, "action_spec"), dynamics.action_dim),
+    }
+    for name, (given, expected) in sizes.items():
+        if given != expected:
+            owner = "action_spec" if name == "action dims" else "encoder"
+            raise ValueError(f"PredictorEnv: {owner} has {given} {name}, dynamics {expected}.")
+    categorical = isinstance(action_spec, Categorical)
+    if len(action_spec.shape) > 1 or (
+        action_spec.shape not in ((), (1,)) if categorical else action_spec.shape == ()
+    ):
+        raise ValueError(
+            f"PredictorEnv: action_spec must be of one env, without batch dims, got shape "
+            f"{list(action_spec.shape)}; see EnvBase.action_spec_unbatched."
+        )
+    if isinstance(start, Tensor) and (start.shape[1:] != encoder.obs_shape or not start.numel()):
+        raise ValueError(
+            f"PredictorEnv: start must hold observations [N, "
+            f"{', '.join(map(str, encoder.obs_shape))}], at least one, got {list(start.shape)}."
+        )
+
+
+def particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple[int, int]:
+    """Say how many rows of particles an env carries, and how many particles each.
+
+    Raises:
+        ValueError: if ``num_particles`` does not divide, see ``PredictorEnv``.
+    """
+    n_models = dynamics.n_models
+    if num_particles is None:
+        return n_models, dynamics.n_particles_per_model
+    if num_particles < 1 or (num_particles >= n_models and num_particles % n_models):
+        raise ValueError(
+            f"PredictorEnv: num_particles must be in 1..{n_models - 1} or a multiple of the "
+            f"{n_models} members, got {num_particles}."
+        )
+    if num_particles < n_models:
+        return 1, num_particles
+    return n_models, num_particles // n_models

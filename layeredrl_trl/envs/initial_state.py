@@ -1,0 +1,99 @@
+"""Where an imagined rollout starts: the real observation, encoded, for every particle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Composite
+
+from layeredrl_trl import keys
+from layeredrl_trl.modules import Encoder
+
+
+class InitialState(TensorDictModuleBase):
+    """Turn a real observation into the state of an imagined env.
+
+    Every particle starts at the encoded observation, alive.
+
+    Args:
+        encoder: of the predictor.
+        state_spec: what an imagined state holds.
+        n_models: members to spread envs over, if an env's particles are all of one member.
+
+    Reads:
+        ``observation`` ``[..., O]``.
+
+    Writes:
+        ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``, and
+        whatever else the env's ``observation_spec`` holds: ``member`` ``[..., 1]``, and zeros for
+        what only a step has (``particle_reward``, ``term_prob``, variances).
+    """
+
+    def __init__(self, encoder: Encoder, state_spec: Composite, n_models: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.state_spec = state_spec
+        self.n_models = n_models
+        self.in_keys = list(encoder.in_keys)
+        self.out_keys = [key for key in state_spec.keys(True, True) if key not in encoder.in_keys]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the imagined state."""
+        missing = [key for key in self.in_keys if key not in tensordict.keys(True)]
+        if missing:
+            raise KeyError(
+                f"initial_state reads {missing}, but the TensorDict has only "
+                f"{sorted(map(str, tensordict.keys(True, True)))}."
+            )
+        latent, context = self.encoder.encode(tensordict.get(self.in_keys[0]))
+        batch = tensordict.batch_size
+        if latent.shape[:-1] != batch:
+            raise ValueError(
+                f"observation: expected the batch size {list(batch)} of the TensorDict, got a "
+                f"latent state of shape {list(latent.shape)}."
+            )
+        state = blank_state(self.state_spec, self.out_keys, batch, self.n_models, latent.device)
+        latent_key, context_key = self.encoder.out_keys
+        state[latent_key] = latent[..., None, None, :].expand(state[latent_key].shape)
+        state[context_key] = context
+        return tensordict.update(state)
+
+
+def blank_state(
+    spec: Composite,
+    names: Iterable[NestedKey],
+    batch: torch.Size,
+    n_models: int,
+    device: torch.device,
+) -> dict[NestedKey, Tensor]:
+    """Make an imagined state of zeros in which every particle is alive.
+
+    Args:
+        spec: of one env.
+        names: entries of ``spec`` to make.
+        batch: of the state.
+        n_models: members to spread envs over, if there is an entry ``member``.
+        device: of the state.
+    """
+    state = {
+        key: torch.zeros((*batch, *spec[key].shape), dtype=spec[key].dtype, device=device)
+        for key in names
+    }
+    state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
+    if keys.MEMBER in state:
+        state[keys.MEMBER] = spread_members(batch, n_models, device)
+    return state
+
+
+def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Tensor:
+    """Deal the members out to envs, as evenly as can be, from a random first one on.
+
+    Returns:
+        long ``[*batch, 1]``.
+    """
+    first = torch.randint(n_models, (), device=device)
+    return ((torch.arange(batch.numel(), device=device) + first) % n_models).reshape(*batch, 1)

@@ -1,0 +1,27 @@
+"""Keeping what does not count from counting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
+    """Set ``x`` to 0 where ``mask`` is False.
+
+    What does not count may hold anything. Masking the loss alone would not do: backward, a
+    gradient of 0 times NaN is NaN.
+
+    Args:
+        mask: bool ``[...]``, the leading dims of ``x``.
+        x: ``[..., *]``.
+
+    Returns:
+        As ``x``, of its dtype.
+
+    Example:
+        >>> zero_where_not(torch.tensor([True, False]), torch.tensor([[1.0], [torch.nan]])).tolist()
+        [[1.0], [0.0]]
+    """
+    mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+    return torch.where(mask, x, torch.zeros_like(x))
