@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "layeredrl_trl"
 # The floors from the ground up. Places on one floor are neighbours and do not import each other.
 # The command line stands on the recipes it runs, and the package's own names on everything.
 FLOORS = (
-    ("functional", "keys", "schedules"),
+    ("checks", "functional", "keys", "schedules"),
     ("modules", "data"),
     ("objectives",),
     ("envs",),

@@ -4,7 +4,18 @@
 entries that are needed of them, and nothing here changes what is stored.
 """
 
-from layeredrl_trl.data.reading import has_plain_columns, read_transitions, stack_index
+from layeredrl_trl.data.reading import (
+    check_buffer,
+    has_plain_columns,
+    read_transitions,
+    stack_index,
+)
 from layeredrl_trl.data.slice_sampler import TransitionSliceSampler
 
-__all__ = ["TransitionSliceSampler", "has_plain_columns", "read_transitions", "stack_index"]
+__all__ = [
+    "TransitionSliceSampler",
+    "check_buffer",
+    "has_plain_columns",
+    "read_transitions",
+    "stack_index",
+]

@@ -13,6 +13,19 @@ from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.storages.utils import _collate_id
 
 
+def check_buffer(buffer: object) -> None:
+    """Check that what was handed in as ``buffer`` is a replay buffer.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(buffer, ReplayBuffer):
+        raise TypeError(
+            f"buffer: expected a TorchRL replay buffer, got {type(buffer).__module__}."
+            f"{type(buffer).__name__}."
+        )
+
+
 def gather(column: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     """Read one stored entry at storage positions.
 

@@ -7,8 +7,8 @@ transitions, and only the boundary flags of the steps in the drawn windows are l
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchrl.data import SliceSampler, TensorStorage
 from torchrl.data.replay_buffers.storages import Storage
 
+from layeredrl_trl.checks import check_count
 from layeredrl_trl.data.boundaries import Columns, read_flags, walk
 from layeredrl_trl.data.reading import flat_position, leaf_keys
 from layeredrl_trl.keys import IS_INIT, MASK, NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED, TRAJ_IDS
@@ -42,7 +43,11 @@ class TransitionSliceSampler(SliceSampler):
     one dim that holds the steps of several envs one after the other, only a trajectory id tells
     where an env's steps stop: have it stored, as TorchRL's collectors do. The same holds for data
     from which rows were removed: without an id that changes there, the rows around the gap are
-    taken for consecutive steps.
+    taken for consecutive steps. And for stretches that end in mid-episode: two
+    ``buffer.extend(env.rollout(50))`` without an end in between, or a second collector, whose ids
+    begin at 0 again. Have their ends marked (``Collector(..., set_truncated=True)``), their
+    beginnings (TorchRL's ``InitTracker``), or use one collector for all, its random phase by
+    ``init_random_frames``.
 
     Past the end of the episode the last real step repeats and the mask is False. A slice may start
     on any step, the last of an episode included: then it has one real step. Rows of a stored
@@ -109,9 +114,9 @@ class TransitionSliceSampler(SliceSampler):
                 f"slice_len={slice_len} and num_slices={num_slices}."
             )
         if slice_len is not None:
-            _check_count("slice_len", slice_len)
+            check_count("slice_len", slice_len)
         else:
-            _check_count("num_slices", num_slices)
+            check_count("num_slices", num_slices)
         if end_keys is not None and not len(end_keys):
             raise ValueError("TransitionSliceSampler: end_keys is empty; pass None for the usual.")
         super().__init__(
@@ -162,8 +167,8 @@ class TransitionSliceSampler(SliceSampler):
             The storage positions, one LongTensor ``[B, T]`` per storage dim (time first), and the
             mask ``[B, T]``, True on real steps; both on the storage's device.
         """
-        _check_count("num_slices", num_slices)
-        _check_count("slice_len", slice_len)
+        check_count("num_slices", num_slices)
+        check_count("slice_len", slice_len)
         columns = self._columns(storage)
         start = self._draw_starts(columns, storage.shape, num_slices)
         return walk(storage, columns, start, slice_len)
@@ -186,7 +191,7 @@ class TransitionSliceSampler(SliceSampler):
             TypeError: ``start_index`` is no tuple of as many LongTensors as the storage has dims.
             IndexError: a position is negative or beyond what is stored.
         """
-        _check_count("slice_len", slice_len)
+        check_count("slice_len", slice_len)
         columns = self._columns(storage)
         shape = storage.shape
         if not (
@@ -298,8 +303,7 @@ class TransitionSliceSampler(SliceSampler):
         return tuple(i.squeeze(-1) for i in start)
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer of at least 1, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value}.")
+# TorchRL's metaclass takes any arguments, and would tell `help` no more than that.
+TransitionSliceSampler.__signature__ = inspect.Signature(
+    list(inspect.signature(TransitionSliceSampler.__init__).parameters.values())[1:]
+)

@@ -9,10 +9,11 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
+from layeredrl_trl.checks import check_counts
+from layeredrl_trl.data import check_buffer
 from layeredrl_trl.diagnostics.model_report import ModelReport, model_report
 from layeredrl_trl.predictors import Predictor
 from layeredrl_trl.predictors.logging import check_writer, log_scalars
-from layeredrl_trl.predictors.predictor import check_counts
 
 
 class ModelReportHook(TrainerHookBase):
@@ -38,7 +39,8 @@ class ModelReportHook(TrainerHookBase):
         report: the last one; ``None`` before the first.
 
     Raises:
-        TypeError: if ``writer`` is of an unknown kind.
+        TypeError: if ``buffer`` is no replay buffer, a number no integer, or ``writer`` of an
+            unknown kind.
         ValueError: if ``horizon`` or ``interval`` is below 1.
     """
 
@@ -53,6 +55,7 @@ class ModelReportHook(TrainerHookBase):
         prefix: str = "model",
         **options: Any,
     ) -> None:
+        check_buffer(buffer)
         check_counts(horizon=horizon, interval=interval)
         self.predictor = predictor
         self.buffer = buffer

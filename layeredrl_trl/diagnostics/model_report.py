@@ -11,13 +11,15 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 
+from layeredrl_trl.checks import check_counts
+from layeredrl_trl.data import check_buffer
 from layeredrl_trl.diagnostics.figure import draw_report
 from layeredrl_trl.diagnostics.held_out import read_held_out
 from layeredrl_trl.diagnostics.one_step import LEVELS, Dims, measure_one_step
 from layeredrl_trl.diagnostics.open_loop import measure_open_loop
 from layeredrl_trl.diagnostics.table import last_step, report_table
 from layeredrl_trl.predictors import Predictor
-from layeredrl_trl.predictors.predictor import check_counts
+from layeredrl_trl.predictors.modes import in_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,6 +143,9 @@ class ModelReport:
         """
         return draw_report(self.metrics, self.missing)
 
+    def __repr__(self) -> str:
+        return self.markdown()
+
     def _repr_markdown_(self) -> str:
         return self.markdown()
 
@@ -193,6 +198,7 @@ def model_report(
         A :class:`ModelReport`.
 
     Raises:
+        TypeError: if ``buffer`` is no replay buffer, or a number no integer.
         ValueError: if the buffer is empty or holds only padding, or a number is below 1.
         KeyError: if the buffer lacks an observation, the action or the next observation, or
             whatever would tell where an episode ends.
@@ -218,6 +224,7 @@ def model_report(
         n_transitions=n_transitions,
         num_particles=num_particles,
     )
+    check_buffer(buffer)
     missing: dict[str, str] = {}
     with _undisturbed(predictor, seed):
         data = read_held_out(predictor, buffer, horizon, n_segments, n_transitions)
@@ -237,21 +244,15 @@ def model_report(
 @contextmanager
 def _undisturbed(predictor: Predictor, seed: int) -> Iterator[None]:
     """Seed torch's generators and go into evaluation mode; leave as if nothing had been."""
-    modes = [(module, module.training) for module in predictor.modules()]
     device = predictor.device
     cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
+    with in_mode(predictor, False), torch.random.fork_rng(devices=[device] if cuda else []):
         # not torch.manual_seed: it would seed devices that are not put back
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        predictor.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        yield
 
 
 def _notes(dims: Dims, n_transitions: int, segments: torch.Size, n_models: int) -> tuple[str, ...]:

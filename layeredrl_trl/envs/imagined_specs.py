@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from layeredrl_trl import keys
-from layeredrl_trl.modules import DynamicsModel, Encoder, space_dim
+from layeredrl_trl.modules import DynamicsModel, Encoder, check_parts, space_dim
 
 
 class ImaginedSpecs(NamedTuple):
@@ -98,17 +98,26 @@ def check_sizes(
     """Check that encoder, dynamics, action and start of a ``PredictorEnv`` fit together.
 
     Raises:
+        TypeError: naming what is of an unknown kind.
         ValueError: naming what does not fit.
     """
-    sizes = {
-        "latent dims": (encoder.latent_state_dim, dynamics.latent_state_dim),
-        "context dims": (encoder.context_dim, dynamics.context_dim),
-        "action dims": (space_dim(action_spec, "action_spec"), dynamics.action_dim),
-    }
-    for name, (given, expected) in sizes.items():
-        if given != expected:
-            owner = "action_spec" if name == "action dims" else "encoder"
-            raise ValueError(f"PredictorEnv: {owner} has {given} {name}, dynamics {expected}.")
+    check_parts("PredictorEnv", encoder, dynamics)
+    action_dim = space_dim(action_spec, "action_spec")
+    if not isinstance(action_spec, TensorSpec):
+        raise TypeError(
+            "PredictorEnv: action_spec: expected a torchrl TensorSpec, as env.action_spec of a "
+            f"TorchRL env is, got {type(action_spec).__module__}.{type(action_spec).__name__}."
+        )
+    if action_dim != dynamics.action_dim:
+        raise ValueError(
+            f"PredictorEnv: action_spec has {action_dim} action dims, dynamics "
+            f"{dynamics.action_dim}."
+        )
+    if not (start is None or isinstance(start, Tensor) or callable(start)):
+        raise TypeError(
+            "PredictorEnv: start: expected a tensor of observations or a function of a batch "
+            f"shape, got {type(start).__module__}.{type(start).__name__}."
+        )
     categorical = isinstance(action_spec, Categorical)
     if len(action_spec.shape) > 1 or (
         action_spec.shape not in ((), (1,)) if categorical else action_spec.shape == ()

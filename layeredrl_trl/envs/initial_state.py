@@ -58,7 +58,8 @@ class InitialState(TensorDictModuleBase):
             )
         state = blank_state(self.state_spec, self.out_keys, batch, self.n_models, latent.device)
         latent_key, context_key = self.encoder.out_keys
-        state[latent_key] = latent[..., None, None, :].expand(state[latent_key].shape)
+        # a copy: a state may be written to, particle by particle
+        state[latent_key] = latent[..., None, None, :].expand(state[latent_key].shape).clone()
         state[context_key] = context
         return tensordict.update(state)
 

@@ -20,6 +20,7 @@ from layeredrl_trl.modules import (
     Encoder,
     as_reward_module,
     as_termination_module,
+    check_heads,
 )
 
 _DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
@@ -46,7 +47,10 @@ class PredictorEnv(ModelBasedEnvBase):
         dynamics: the model.
         reward: reads ``latent``, ``context``, ``action``, writes ``[..., 1]``; a plain
             ``f(latent, context, action)`` is wrapped; ``None`` for a reward of 0. A TensorDict
-            module of yours may also read ``("next", "latent")``.
+            module of yours may also read ``("next", "latent")``. Every entry is for each particle:
+            ``latent`` ``[..., E, P, D]``, ``context`` ``[..., E, P, C]``, ``action``
+            ``[..., E, P, A]``; of a ``OneHot`` spec ``[..., E, P, n]``, of a ``Categorical`` one
+            the index ``[..., E, P]`` (of shape ``(1,)``: ``[..., E, P, 1]``).
         action_spec: of one env, without batch dims.
         num_particles: particles that an env carries. ``None``: ``E * P`` of the model. From ``E``
             on, a multiple of ``E``: a row of particles for each member. Below ``E`` all particles
@@ -61,7 +65,7 @@ class PredictorEnv(ModelBasedEnvBase):
         uncertainty: also give ``epistemic_var`` (variance over members of the member means) and
             ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``.
         termination_fn: knows when an episode terminates, instead of what ``dynamics`` predicts: a
-            plain ``f(latent, context, action, next_latent)``, each ``[..., E, P, .]``, or a
+            plain ``f(latent, context, action, next_latent)``, shaped as for ``reward``, or a
             TensorDict module that reads some of these, ``("next", "latent")`` among them. Returns
             the probability, or bools, ``[..., E, P, 1]``.
         start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
@@ -80,8 +84,9 @@ class PredictorEnv(ModelBasedEnvBase):
         of the first particle.
 
     Raises:
-        ValueError: at construction, for an unknown option, sizes of encoder and dynamics that
-            differ, or a ``num_particles`` that does not divide.
+        TypeError: at construction, if a part, ``action_spec`` or ``start`` is of an unknown kind.
+        ValueError: at construction, for an unknown option, sizes of the parts that differ, or a
+            ``num_particles`` that does not divide.
 
     Example:
         >>> from torchrl.data import Bounded
@@ -115,15 +120,18 @@ class PredictorEnv(ModelBasedEnvBase):
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
     ) -> None:
         check_sizes(encoder, dynamics, action_spec, start)
+        reward = as_reward_module(reward, dynamics.in_keys)
+        termination_fn = as_termination_module(termination_fn, dynamics.in_keys)
+        check_heads("PredictorEnv", encoder, dynamics, reward=reward)
         layout = particle_layout(dynamics, num_particles)
         device = next((p.device for p in dynamics.parameters()), torch.device("cpu"))
         imagination = Imagination(
             dynamics,
-            as_reward_module(reward, dynamics.in_keys),
+            reward,
             termination=termination,
             propagation=propagation,
             uncertainty=uncertainty,
-            termination_fn=as_termination_module(termination_fn, dynamics.in_keys),
+            termination_fn=termination_fn,
         )
         super().__init__(imagination, device=device)
         self.latent_key, self.context_key = encoder.out_keys
@@ -276,7 +284,15 @@ class PredictorEnv(ModelBasedEnvBase):
 
     def _draw_start(self, batch: torch.Size) -> Tensor:
         if callable(self.start):
-            return self.start(batch).to(self.device)
+            start = self.start(batch)
+            expected = (*batch, *self.initial_state.encoder.obs_shape)
+            if not isinstance(start, Tensor) or start.shape != expected:
+                got = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
+                raise ValueError(
+                    f"PredictorEnv: start must return observations {list(expected)} for the batch "
+                    f"shape {list(batch)}, got {got}."
+                )
+            return start.to(self.device)
         index = torch.randint(self.start.shape[0], batch, device=self.start.device)
         return self.start[index].to(self.device)
 

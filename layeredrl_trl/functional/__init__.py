@@ -20,7 +20,7 @@ from layeredrl_trl.functional.candidate_weights import (
 )
 from layeredrl_trl.functional.clustering import spread_modes
 from layeredrl_trl.functional.coloured_noise import colour, coloured_noise, colouring_matrix
-from layeredrl_trl.functional.masking import zero_where_not
+from layeredrl_trl.functional.masking import can_read, known_to_hold, zero_where_not
 from layeredrl_trl.functional.mixtures import (
     MixtureNoise,
     gaussian_mixture_log_prob,
@@ -59,6 +59,7 @@ __all__ = [
     "aleatoric_variance",
     "bin_mean",
     "bootstrap_weights",
+    "can_read",
     "colour",
     "coloured_noise",
     "colouring_matrix",
@@ -78,6 +79,7 @@ __all__ = [
     "gaussian_mixture_mean",
     "gaussian_mixture_variance",
     "interval_coverage",
+    "known_to_hold",
     "mixture_noise",
     "n_step_sums",
     "n_step_targets",

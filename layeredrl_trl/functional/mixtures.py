@@ -37,8 +37,8 @@ def gaussian_mixture_log_prob(
         tensor(-1250.9189)
     """
     scaled = (value.unsqueeze(-2) - mean) / std
-    log_prob = -0.5 * scaled.square() - std.log() - _LOG_SQRT_2PI
-    log_prob = log_prob.sum(-1) + log_weights
+    distance = torch.addcmul(std.log(), scaled, scaled, value=0.5).sum(-1)
+    log_prob = log_weights - distance - _LOG_SQRT_2PI * mean.shape[-1]
     return log_prob.squeeze(-1) if log_prob.shape[-1] == 1 else torch.logsumexp(log_prob, -1)
 
 

@@ -152,7 +152,7 @@ def n_step_targets(
         n_steps: most rewards in a target.
 
     Returns:
-        ``[..., k]``, of the reward's dtype.
+        ``[..., k]``, of the reward's dtype, or float32 if that is no float.
 
     Example:
         >>> mask, terminated = torch.tensor([[True, True, False]]), torch.zeros(1, 3).bool()
@@ -163,7 +163,8 @@ def n_step_targets(
     """
     total, discount = n_step_sums(reward, window, gamma=gamma, n_steps=n_steps)
     target = total + torch.where(window.bootstrap, value.double() * discount, 0.0)
-    return torch.where(window.valid, target, 0.0).to(reward.dtype)
+    dtype = reward.dtype if reward.is_floating_point() else torch.float32
+    return torch.where(window.valid, target, 0.0).to(dtype)
 
 
 def _ahead(x: Tensor, steps: int) -> Tensor:

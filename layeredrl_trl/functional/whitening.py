@@ -36,6 +36,6 @@ def whitening_residual(matrix: Tensor, samples: Tensor, mask: Tensor | None = No
     Returns:
         Scalar, 0 where ``W`` is ``cov(x)^{-1/2}`` up to a rotation.
     """
-    whitened = covariance(samples @ matrix.mT, mask)
+    whitened = matrix @ covariance(samples, mask) @ matrix.mT
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.matrix_norm(whitened - eye)

@@ -24,6 +24,7 @@ from layeredrl_trl.modules.linear_encoder import LinearEncoder
 from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
 from layeredrl_trl.modules.mlp_encoder import MLPEncoder
 from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.parts import check_heads, check_kinds, check_parts
 from layeredrl_trl.modules.select_encoder import SelectEncoder
 from layeredrl_trl.modules.spaces import action_features, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
@@ -53,6 +54,9 @@ __all__ = [
     "as_reward_module",
     "as_termination_module",
     "as_value_module",
+    "check_heads",
+    "check_kinds",
+    "check_parts",
     "evaluate",
     "head_entries",
     "reads_action",

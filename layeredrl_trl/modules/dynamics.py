@@ -63,6 +63,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         latent_state_dim: ``D``.
         context_dim: ``C``.
         action_dim: ``A``.
+        accepts_indices: whether actions may be indices ``[...]``.
 
     Reads:
         ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
@@ -77,6 +78,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     latent_state_dim: int
     context_dim: int
     action_dim: int
+    accepts_indices: bool = True
 
     def __init__(
         self,
@@ -202,10 +204,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a shape does not fit.
         """
-        _check_shape("next_latent", next_latent, latent.shape)
-        _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
-        if weight is not None:
-            self._check_weight(weight, latent.shape[:-1])
+        self._check_targets(latent, next_latent, terminated, weight)
         mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
         next_latent = next_latent.to(mean.dtype).unsqueeze(-2)
         nll = -gaussian_mixture_log_prob(next_latent, mean, std, log_weights)
@@ -384,6 +383,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             mask = mask.reshape(*batch.shape, 1)
             factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
         return math.prod(factors[1:], start=factors[0]) if factors else None
+
+    def _check_targets(
+        self, latent: Tensor, next_latent: Tensor, terminated: Tensor, weight: Tensor | None
+    ) -> None:
+        _check_shape("next_latent", next_latent, latent.shape)
+        _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
+        if weight is not None:
+            self._check_weight(weight, latent.shape[:-1])
 
     def _check_weight(self, weight: Tensor, batch_shape: Sequence[int]) -> None:
         if weight.shape not in ((*batch_shape, 1), (*batch_shape, self.n_models)):

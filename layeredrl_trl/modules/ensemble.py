@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from layeredrl_trl import keys
-from layeredrl_trl.functional import bootstrap_weights, spread_modes
+from layeredrl_trl.functional import (
+    bootstrap_weights,
+    gaussian_mixture_log_prob,
+    spread_modes,
+)
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
@@ -22,6 +27,12 @@ from layeredrl_trl.modules.stacking import StackedNetworks
 
 _BOUNDS_PENALTY = 0.01
 """Weight of the distance between learned bounds of the log standard deviation, as in PETS."""
+
+_PREDICTING = (
+    *("predict_particles", "target_scale", "_inputs", "_by_member", "_run", "_parse"),
+    "_gaussians",
+)
+"""What a subclass may change of a prediction; the fast paths are for those that do not."""
 
 _TERMINATION_WIDTH = 64
 """Most width of a hidden layer of the default network that predicts termination."""
@@ -43,7 +54,8 @@ class ProbabilisticEnsemble(DynamicsModel):
     Args:
         latent_state_space: ``D``, or a space or spec of that many dims.
         context_space: ``C``, or a space or spec of that many dims; ``None`` for 0.
-        action_space: ``A``, or a space or spec of that many dims; discrete ones are one-hot.
+        action_space: ``A``, or a space or spec of that many dims; discrete ones are one-hot. Of a
+            continuous one, and of a bare 1, actions cannot be indices.
         n_models: ``E``, members.
         n_modes: ``M``, mixture modes of a member.
         n_particles_per_model: ``P``, particles per member in an imagined rollout.
@@ -150,6 +162,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.target_moments = RunningMoments(dim, rate=statistics_rate)
         # of the means and the log standard deviations, in units of the target scale
         self.register_buffer("mode_start", torch.zeros(2, n_modes, dim))
+        self._modes_have_started = False  # as far as the host knows
+        self.register_load_state_dict_post_hook(_look_whether_modes_have_started)
         bounds = torch.tensor(std_bounds).log()
         self.learn_std_bounds = learn_std_bounds
         if learn_std_bounds:
@@ -213,12 +227,50 @@ class ProbabilisticEnsemble(DynamicsModel):
         term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
         return by_env(after), by_env(term_logit)
 
+    def negative_log_likelihood(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        terminated: Tensor,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Score real transitions; see :class:`DynamicsModel` for the shapes.
+
+        Every member sees the same inputs, which are standardised once, and is scored in units of
+        its own outputs.
+        """
+        if self.termination_net is None or not self._predicts_as_here:
+            return super().negative_log_likelihood(
+                latent, context, action, next_latent, terminated, weight
+            )
+        batch = latent.shape[:-1]
+        self._check(latent[..., None, None, :].expand(*batch, self.n_models, 1, -1), context)
+        self._check_targets(latent, next_latent, terminated, weight)
+        dtype = self.target_moments.mean.dtype
+        inputs = self._concatenate(latent, context, action).to(dtype)
+        inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
+        inputs = inputs.expand(self.n_models, -1, -1)
+        scale = self.target_scale
+        target = self._target(latent, next_latent).to(dtype)
+        target = ((target - self.target_moments.mean) / scale).reshape(-1, self.latent_state_dim)
+        parts = self._gaussians(self.net(inputs))
+        nll = scale.log().sum() - gaussian_mixture_log_prob(target, *parts)
+        term_logit = self.termination_net(inputs).squeeze(-1)
+        happened = terminated.to(dtype).reshape(-1).expand_as(term_logit)
+        bce = binary_cross_entropy_with_logits(term_logit, happened, reduction="none")
+        if weight is not None:
+            by_member = weight.reshape(-1, weight.shape[-1]).mT
+            nll, bce = by_member * nll, by_member * bce
+        return nll.mean(0).reshape(*batch, 1), bce.mean(0).reshape(*batch, 1)
+
     @property
     def _predicts_as_here(self) -> bool:
         """Whether no subclass changes what is predicted."""
-        names = ("predict_particles", "target_scale", "_inputs", "_by_member", "_run", "_parse")
-        return all(
-            getattr(type(self), name) is getattr(ProbabilisticEnsemble, name) for name in names
+        return type(self) is ProbabilisticEnsemble or all(
+            getattr(type(self), name) is getattr(ProbabilisticEnsemble, name)
+            for name in _PREDICTING
         )
 
     def _open_loop(self) -> OpenLoop:
@@ -266,9 +318,13 @@ class ProbabilisticEnsemble(DynamicsModel):
         is_first = self.target_moments.count == 0
         self.input_moments.update(inputs, mask)
         self.target_moments.update(target, mask)
-        # Where a number can be had for nothing it decides; a GPU would stall for it.
-        if self.n_modes > 1 and (is_first.is_cuda or bool(is_first)):
+        if self.n_modes == 1 or self._modes_have_started:
+            return
+        # The host waits for a GPU until it knows that there has been a batch; a graph cannot.
+        if torch.compiler.is_compiling() or is_first:
             self._spread_modes(target, mask, is_first & (self.target_moments.count > 0))
+        else:  # only now, as the first batch may have been taken back
+            self._modes_have_started = True
 
     def regularization(self) -> Tensor:
         """Return ``0.01 sum_d (log high_d - log low_d)`` of learned bounds; 0 of given ones.
@@ -358,22 +414,34 @@ class ProbabilisticEnsemble(DynamicsModel):
             raise ValueError(
                 f"network: expected networks of {sum(parts)} outputs, got {raw.shape[-1]}."
             )
-        gaussians, log_weights, term_logit = raw.split(parts, -1)
-        gaussians = gaussians.unflatten(-1, (2, self.n_modes, -1)) + self.mode_start
-        mean, log_std = gaussians.unbind(-3)
-        low, high = self.log_std_bounds.exp()
-        std = low + high * (log_std - self.log_std_bounds[1]).sigmoid()
+        mean, std, log_weights = self._gaussians(raw[..., :-1])
         scale = self.target_scale
         mean = self.target_moments.mean + scale * mean
         if self.predict_delta:
             mean = latent.unsqueeze(-2) + mean
-        if self.n_modes == 1:
-            log_weights = torch.zeros_like(log_weights)
-        else:
-            log_weights = torch.log_softmax(log_weights, -1)
-        return ParticlePrediction(mean, scale * std, log_weights, term_logit)
+        return ParticlePrediction(mean, scale * std, log_weights, raw[..., -1:])
 
-    def _check(self, latent: Tensor, context: Tensor, member: Tensor | None) -> None:
+    def _gaussians(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read a mixture out of what a network returns, in units of the target scale.
+
+        Args:
+            raw: all outputs but the termination logit, ``[..., 2 M D + M]``.
+
+        Returns:
+            means and standard deviations ``[..., M, D]``, log weights ``[..., M]``.
+        """
+        n_modes, dim = self.n_modes, self.latent_state_dim
+        gaussians = raw[..., : 2 * n_modes * dim].unflatten(-1, (2, n_modes, dim))
+        if n_modes > 1:  # one mode starts at 0
+            gaussians = gaussians + self.mode_start
+        mean, log_std = gaussians.unbind(-3)
+        low, high = self.log_std_bounds.exp()
+        std = torch.addcmul(low, high, (log_std - self.log_std_bounds[1]).sigmoid())
+        if n_modes == 1:
+            return mean, std, raw.new_zeros(()).expand(mean.shape[:-1])
+        return mean, std, torch.log_softmax(raw[..., -n_modes:], -1)
+
+    def _check(self, latent: Tensor, context: Tensor, member: Tensor | None = None) -> None:
         n_rows = self.n_models if member is None else 1
         if latent.ndim < 3 or latent.shape[-1] != self.latent_state_dim:
             raise ValueError(
@@ -394,3 +462,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             raise ValueError(
                 f"member: expected shape {[*latent.shape[:-3], 1]}, got {list(member.shape)}."
             )
+
+
+def _look_whether_modes_have_started(model: ProbabilisticEnsemble, _: Any) -> None:
+    model._modes_have_started = bool(model.target_moments.count > 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tensordict import NestedKey, TensorDict, unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_count
 from layeredrl_trl.modules.mlp import ConcatMLP
 from layeredrl_trl.modules.spaces import action_features
 
@@ -23,7 +25,17 @@ class LatentFunction(TensorDictModule):
         module: returns ``[..., 1]``.
         in_keys: names of its arguments, in order.
         out_keys: name of its output.
+
+    Attributes:
+        argument: what it was handed in as, for the text of an error; else the name of the class.
     """
+
+    argument: str | None = None
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """Last dim of each entry that it reads; ``None`` if it does not know."""
+        return self.module.in_dims if isinstance(self.module, ConcatMLP) else None
 
     def evaluate(self, entries: Mapping[NestedKey, Tensor]) -> Tensor:
         """Evaluate on tensors by name, without a TensorDict in between."""
@@ -41,6 +53,10 @@ class RewardNet(LatentFunction):
         activation: class of the nonlinearity.
         in_keys: of the latent state, the context and the action.
         out_keys: of the reward.
+
+    Raises:
+        TypeError: if a number of dims or the width of a layer is no integer.
+        ValueError: if it is below 1 (``context_dim``: below 0).
 
     Reads:
         ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
@@ -65,6 +81,7 @@ class RewardNet(LatentFunction):
         in_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT, keys.ACTION),
         out_keys: Sequence[NestedKey] = (keys.REWARD,),
     ) -> None:
+        _check_dims(latent_state_dim, context_dim, action_dim)
         net = _LatentMLP((latent_state_dim, context_dim, action_dim), 1, hidden_sizes, activation)
         super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
 
@@ -81,6 +98,10 @@ class ValueNet(LatentFunction):
         in_keys: of the latent state, the context and, for a Q-function, the action.
         out_keys: of the value; default ``state_value``, for a Q-function
             ``state_action_value``.
+
+    Raises:
+        TypeError: if a number of dims or the width of a layer is no integer.
+        ValueError: if it is below 1 (``context_dim``: below 0).
 
     Reads:
         ``latent`` ``[..., D]``, ``context`` ``[..., C]`` (and ``action`` ``[..., A]``).
@@ -105,6 +126,7 @@ class ValueNet(LatentFunction):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
+        _check_dims(latent_state_dim, context_dim, action_dim)
         dims: tuple[int, ...] = (latent_state_dim, context_dim)
         names: tuple[NestedKey, ...] = (keys.LATENT, keys.CONTEXT)
         out: NestedKey = keys.STATE_VALUE
@@ -118,36 +140,71 @@ class ValueNet(LatentFunction):
 
 
 def as_reward_module(
-    module: nn.Module | Callable[..., Tensor] | None, in_keys: Sequence[NestedKey] = _IN_KEYS
+    module: nn.Module | Callable[..., Tensor] | None,
+    in_keys: Sequence[NestedKey] = _IN_KEYS,
+    *,
+    argument: str = "reward",
 ) -> TensorDictModuleBase | None:
-    """Wrap a plain ``f(latent, context, action) -> [..., 1]``; pass a TensorDict module through."""
+    """Wrap a plain ``f(latent, context, action) -> [..., 1]``; pass a TensorDict module through.
+
+    Args:
+        module: to wrap.
+        in_keys: of the latent state, the context and the action.
+        argument: what the module was handed in as, for the text of an error.
+
+    Raises:
+        TypeError: if it cannot be called, or is a :class:`ValueNet`.
+    """
+    if isinstance(module, ValueNet):
+        raise TypeError(
+            f"{argument}: expected a reward, got a ValueNet. Swap it with the argument for the "
+            "value."
+        )
     if module is None or isinstance(module, TensorDictModuleBase):
         return module
-    return LatentFunction(module, in_keys=list(in_keys), out_keys=[keys.REWARD])
+    _check_callable(module, argument, "f(latent, context, action)")
+    return _wrap(module, argument, in_keys, keys.REWARD)
 
 
 def as_value_module(
-    module: nn.Module | None, in_keys: Sequence[NestedKey] = _IN_KEYS
+    module: nn.Module | Callable[..., Tensor] | None,
+    in_keys: Sequence[NestedKey] = _IN_KEYS,
+    *,
+    argument: str = "val_func",
 ) -> TensorDictModuleBase | None:
     """Wrap a plain ``f(latent, context)`` or ``f(latent, context, action)`` ``-> [..., 1]``.
 
-    The number of arguments of its ``forward`` that have no default tells a state value from a
-    Q-function. A TensorDict module passes through.
+    The number of its arguments (of a module: of its ``forward``) that have no default tells a state
+    value from a Q-function. A TensorDict module passes through.
+
+    Args:
+        module: to wrap.
+        in_keys: of the latent state, the context and the action.
+        argument: what the module was handed in as, for the text of an error.
 
     Raises:
-        TypeError: if ``forward`` does not take two or three arguments.
+        TypeError: if it does not take two or three arguments, cannot be called, or is a
+            :class:`RewardNet`.
     """
+    if isinstance(module, RewardNet):
+        raise TypeError(
+            f"{argument}: expected a value, got a RewardNet. Swap it with the argument for the "
+            "reward."
+        )
     if module is None or isinstance(module, TensorDictModuleBase):
         return module
+    _check_callable(module, argument, "f(latent, context) or f(latent, context, action)")
     n_args = _count_required_arguments(module)
     if n_args not in (2, 3):
+        name = getattr(module, "__name__", type(module).__name__)
+        name += ".forward" if isinstance(module, nn.Module) else ""
         raise TypeError(
-            "val_func: a plain module must be f(latent, context) or f(latent, context, action), "
-            f"but {type(module).__name__}.forward takes {n_args} arguments. Wrap it in a "
+            f"{argument}: a plain module must be f(latent, context) or f(latent, context, action), "
+            f"but {name} takes {n_args} arguments. Wrap it in a "
             "tensordict.nn.TensorDictModule to name what it reads."
         )
     out_key = keys.STATE_VALUE if n_args == 2 else keys.STATE_ACTION_VALUE
-    return LatentFunction(module, in_keys=list(in_keys[:n_args]), out_keys=[out_key])
+    return _wrap(module, argument, in_keys[:n_args], out_key)
 
 
 def as_termination_module(
@@ -157,11 +214,15 @@ def as_termination_module(
 
     It returns the probability that the step terminates, or bools. A TensorDict module, which reads
     any of these by its ``in_keys``, passes through.
+
+    Raises:
+        TypeError: if it cannot be called.
     """
     if module is None or isinstance(module, TensorDictModuleBase):
         return module
+    _check_callable(module, "termination_fn", "f(latent, context, action, next_latent)")
     names = [*in_keys, unravel_key(("next", in_keys[0]))]
-    return LatentFunction(module, in_keys=names, out_keys=[keys.TERM_PROB])
+    return _wrap(module, "termination_fn", names, keys.TERM_PROB)
 
 
 def reads_action(module: TensorDictModuleBase, action_key: NestedKey = keys.ACTION) -> bool:
@@ -175,6 +236,8 @@ def head_entries(
     context: Tensor,
     action: Tensor | None,
     action_dim: int,
+    *,
+    indices: bool = True,
 ) -> dict[NestedKey, Tensor]:
     """Name what a reward or value module reads, for :func:`evaluate`.
 
@@ -184,13 +247,14 @@ def head_entries(
         context: ``[..., C]``.
         action: ``[..., A]``, or indices ``[...]``; ``None``: no entry.
         action_dim: ``A``.
+        indices: whether indices are legal.
 
     Raises:
         ValueError: if the shape of ``action`` does not fit: a plain module might broadcast it.
     """
     entries = dict(zip(names[:2], (latent, context), strict=True))
     if action is not None:
-        action_features(action, latent.shape[:-1], action_dim)
+        action_features(action, latent.shape[:-1], action_dim, indices=indices)
         entries[names[2]] = action
     return entries
 
@@ -207,20 +271,26 @@ def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) 
 
     Raises:
         KeyError: if the module reads an entry that is not there.
+        TypeError: if the output is no tensor.
         ValueError: if the output is not ``[..., 1]``.
     """
     missing = [key for key in module.in_keys if key not in entries]
+    name = getattr(module, "argument", None) or type(module).__name__
     if missing:
-        raise KeyError(f"{type(module).__name__} reads {missing}, but there is only {[*entries]}.")
+        raise KeyError(f"{name} reads {missing}, but there is only {[*entries]}.")
     shape = next(iter(entries.values())).shape[:-1]
     if isinstance(module, LatentFunction):
         out = module.evaluate(entries)
     else:
         out = module(TensorDict(dict(entries), batch_size=shape)).get(module.out_keys[0])
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"{name} must return a tensor [..., 1], here {[*shape, 1]}, got {out!r} "
+            f"({type(out).__name__})."
+        )
     if out.shape != (*shape, 1):
         raise ValueError(
-            f"{type(module).__name__} must return [..., 1], here {[*shape, 1]}, "
-            f"got shape {list(out.shape)}."
+            f"{name} must return [..., 1], here {[*shape, 1]}, got shape {list(out.shape)}."
         )
     return out
 
@@ -233,9 +303,36 @@ class _LatentMLP(ConcatMLP):
         return super().forward(latent, context, *features)
 
 
-def _count_required_arguments(module: nn.Module) -> int:
+def _wrap(
+    module: nn.Module | Callable[..., Tensor],
+    argument: str,
+    in_keys: Sequence[NestedKey],
+    out_key: NestedKey,
+) -> LatentFunction:
+    wrapped = LatentFunction(module, in_keys=list(in_keys), out_keys=[out_key])
+    wrapped.argument = argument
+    return wrapped
+
+
+def _check_callable(module: Any, argument: str, signature: str) -> None:
+    if not callable(module):
+        raise TypeError(
+            f"{argument}: expected a module or a function {signature}, got {module!r} "
+            f"({type(module).__name__})."
+        )
+
+
+def _check_dims(latent_state_dim: int, context_dim: int, action_dim: int | None) -> None:
+    check_count("latent_state_dim", latent_state_dim)
+    check_count("context_dim", context_dim, least=0)
+    if action_dim is not None:
+        check_count("action_dim", action_dim)
+
+
+def _count_required_arguments(module: nn.Module | Callable[..., Tensor]) -> int:
+    function = module.forward if isinstance(module, nn.Module) else module
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(
         parameter.kind in kinds and parameter.default is inspect.Parameter.empty
-        for parameter in inspect.signature(module.forward).parameters.values()
+        for parameter in inspect.signature(function).parameters.values()
     )

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from layeredrl_trl.checks import check_sizes
+
 
 class ConcatMLP(nn.Module):
     """A perceptron over the concatenation of its inputs' last dims.
@@ -17,6 +19,10 @@ class ConcatMLP(nn.Module):
         out_dim: last dim of the output.
         hidden_sizes: width of each hidden layer.
         activation: class of the nonlinearity between layers.
+
+    Raises:
+        TypeError: if ``hidden_sizes`` is no sequence of integers.
+        ValueError: if one of them is below 1.
     """
 
     def __init__(
@@ -27,6 +33,7 @@ class ConcatMLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
+        check_sizes("hidden_sizes", hidden_sizes)
         self.in_dims = tuple(in_dims)
         sizes = [sum(self.in_dims), *hidden_sizes]
         layers: list[nn.Module] = []
@@ -61,6 +68,10 @@ class EnsembleMLP(nn.Module):
         hidden_sizes: width of each hidden layer.
         activation: class of the nonlinearity between layers.
 
+    Raises:
+        TypeError: if ``hidden_sizes`` is no sequence of integers.
+        ValueError: if one of them is below 1.
+
     Example:
         >>> EnsembleMLP(5, 3, 2, (8,))(torch.zeros(5, 7, 3)).shape
         torch.Size([5, 7, 2])
@@ -75,6 +86,7 @@ class EnsembleMLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
+        check_sizes("hidden_sizes", hidden_sizes)
         sizes = [in_dim, *hidden_sizes, out_dim]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
@@ -86,8 +98,10 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``."""
-        last = len(self.weights) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        # a ParameterList asks each of its entries for by name
+        weights, biases = self.weights._parameters.values(), self.biases._parameters.values()
+        last = len(weights) - 1
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
             if i < last:
                 x = self.activation(x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from layeredrl_trl.functional import can_read
+
 
 class RunningMoments(nn.Module):
     """Keep the running mean and variance of every dim of a stream of batches.
@@ -53,7 +55,7 @@ class RunningMoments(nn.Module):
             raise ValueError(f"samples: expected shape {expected}, got {list(samples.shape)}.")
         if mask is not None and mask.shape != samples.shape[:-1]:
             raise ValueError(f"mask: expected shape {expected[:-1]}, got {list(mask.shape)}.")
-        samples = samples.unsqueeze(0).flatten(0, -2)
+        samples = samples.reshape(-1, samples.shape[-1])
         if mask is None:
             batch_var, batch_mean = torch.var_mean(samples, 0, correction=0)
         else:
@@ -62,12 +64,21 @@ class RunningMoments(nn.Module):
             n = weight.sum()
             batch_mean = (samples * weight).sum(0) / n
             batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
-        usable = torch.isfinite(batch_mean).all() & torch.isfinite(batch_var).all()
-        rate = torch.clamp(1 / (self.count + 1), min=self.rate)
+        batch_var, batch_mean = batch_var.to(self.var.dtype), batch_mean.to(self.mean.dtype)
+        usable = torch.isfinite(batch_var).all()  # so are the means: they are part of it
         shift = batch_mean - self.mean
-        var = (1 - rate) * self.var + rate * batch_var + rate * (1 - rate) * shift.square()
-        self.var.copy_(torch.where(usable, var, self.var))
-        self.mean.copy_(torch.where(usable, self.mean + rate * shift, self.mean))
+        if can_read(usable):
+            if not usable:
+                return
+            rate = max(1 / (self.count.item() + 1), self.rate)
+            self.var.lerp_(batch_var.addcmul_(shift, shift, value=1 - rate), rate)
+            self.mean.lerp_(batch_mean, rate)
+            self.count += 1
+            return
+        rate = (1 / (self.count + 1)).clamp_min(self.rate)
+        batch_var = torch.addcmul(batch_var, shift, shift * (1 - rate))
+        self.var.copy_(torch.where(usable, self.var.lerp(batch_var, rate), self.var))
+        self.mean.copy_(torch.where(usable, self.mean.lerp(batch_mean, rate), self.mean))
         self.count.add_(usable)
 
     def std(self, *, floor: float) -> Tensor:

@@ -57,8 +57,12 @@ def space_dim(space: Any, name: str) -> int:
 
 
 def is_continuous(space: Any) -> bool:
-    """Tell whether ``space`` is known to hold vectors; a bare number of dims says nothing."""
-    return isinstance(space, gymnasium.spaces.Box | Bounded | Unbounded)
+    """Tell whether ``space`` is known to hold vectors.
+
+    A bare number of dims says nothing, but for 1: a single action would be no choice.
+    """
+    is_one = isinstance(space, int) and space == 1
+    return is_one or isinstance(space, gymnasium.spaces.Box | Bounded | Unbounded)
 
 
 def action_features(

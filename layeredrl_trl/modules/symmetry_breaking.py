@@ -71,6 +71,7 @@ class SymmetryBreakingStart(DynamicsModel):
         self.latent_state_dim = model.latent_state_dim
         self.context_dim = model.context_dim
         self.action_dim = model.action_dim
+        self.accepts_indices = model.accepts_indices
         direction = torch.empty(model.latent_state_dim, model.action_dim)
         torch.nn.init.orthogonal_(direction, gain=factor)
         self.register_buffer("direction", direction)
@@ -113,7 +114,9 @@ class SymmetryBreakingStart(DynamicsModel):
         share = self.learned_share
         if share == 1.0:
             return learned
-        features = action_features(action, latent.shape[:-3], self.action_dim)
+        features = action_features(
+            action, latent.shape[:-3], self.action_dim, indices=self.accepts_indices
+        )
         change = features @ (self.unwhiten @ self.direction).mT
         mean = latent.unsqueeze(-2) + change[..., None, None, None, :]
         std = self.std * self.unwhiten.square().sum(-1).sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
-from layeredrl_trl.functional import zero_where_not
+from layeredrl_trl.functional import known_to_hold, zero_where_not
 from layeredrl_trl.modules import (
     DeltaStandardizer,
     DynamicsModel,
     Encoder,
     as_reward_module,
     as_value_module,
+    check_heads,
+    check_kinds,
+    check_parts,
     evaluate,
     head_entries,
     reads_action,
@@ -28,6 +32,7 @@ from layeredrl_trl.objectives.slices import (
     as_slices,
     check_keys,
     per_step,
+    read_reward,
     read_steps,
     rows_with_data,
 )
@@ -74,8 +79,8 @@ class RewardPredictorLoss(LossModule):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Reads:
-        A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices (of a flat one it cannot be
-        told how long its slices are: give the sampler ``slice_len=loss.slice_len``):
+        A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices (of a flat one it cannot
+        always be told how long its slices are: give the sampler ``slice_len=loss.slice_len``):
         ``observation``, ``action``,
         ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")``,
         ``("collector", "mask")`` and optionally ``planned``, ``weight`` ``[..., 1]`` (of the
@@ -86,7 +91,8 @@ class RewardPredictorLoss(LossModule):
         apply) and, detached, ``nll`` (nats), ``term_bce`` (nats) and ``value_target_mean``.
 
     Raises:
-        ValueError: at construction, if an option is out of range.
+        TypeError: at construction, if a part is of an unknown kind.
+        ValueError: at construction, if an option is out of range or sizes of the parts differ.
         KeyError: if an entry is missing; the text names it and those that are there.
 
     Example:
@@ -135,8 +141,8 @@ class RewardPredictorLoss(LossModule):
         self,
         encoder: Encoder,
         dynamics: DynamicsModel,
-        reward: nn.Module | None,
-        value: nn.Module | None,
+        reward: nn.Module | Callable[..., Tensor] | None,
+        value: nn.Module | Callable[..., Tensor] | None,
         *,
         standardizer: DeltaStandardizer | None = None,
         gamma: float = 0.99,
@@ -157,12 +163,23 @@ class RewardPredictorLoss(LossModule):
         ):
             if not weight >= 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}.")
+        owner = type(self).__name__
+        check_parts(owner, encoder, dynamics)
+        if standardizer is not None:
+            check_kinds(owner, standardizer=(standardizer, DeltaStandardizer))
+            dim = standardizer.raw.shape[0]
+            if dim != dynamics.latent_state_dim:
+                raise ValueError(
+                    f"{owner}: standardizer has {dim} latent dims, the dynamics have "
+                    f"{dynamics.latent_state_dim}."
+                )
         self.encoder = encoder
         self.dynamics = dynamics
         names = (*encoder.out_keys, dynamics.in_keys[2])
         self.reward = as_reward_module(reward, names)
         self.standardizer = standardizer
-        value = as_value_module(value, names)
+        value = as_value_module(value, names, argument="value")
+        check_heads(owner, encoder, dynamics, reward=self.reward, value=value)
         self.has_value = value is not None
         if value is not None:
             self.convert_to_functional(value, "value_network", create_target_params=True)
@@ -225,8 +242,8 @@ class RewardPredictorLoss(LossModule):
     ) -> TensorDict:
         """Compute every term.
 
-        In training mode the running statistics of dynamics and standardizer take the
-        transitions in first.
+        The running statistics of those parts (dynamics, standardizer, encoder) that are in training
+        mode take the transitions in first.
 
         Args:
             tensordict: slices as ``Reads`` says, flat or ``[B, T]``; or targets ``[B, k]`` from
@@ -398,23 +415,22 @@ class RewardPredictorLoss(LossModule):
             latent, context = latent.detach(), context.detach()
         shape = targets.batch_size
         valid = per_step(targets, names.mask, shape, flag=True)
-        latent, context, action = (
-            zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
-        )
+        if not known_to_hold(valid):
+            latent, context, action = (
+                zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
+            )
         terms = {}
         if self.reward is not None:
-            reward = per_step(targets, names.next_reward, shape)
-            predicted = evaluate(self.reward, self._entries(latent, context, action))
-            error = zero_where_not(valid, predicted - reward).square()
-            terms["loss_reward"] = self.rew_loss_weight * self._reduce(error, targets)
+            reward = read_reward(targets, names, shape)
+            error = evaluate(self.reward, self._entries(latent, context, action)) - reward
+            terms["loss_reward"] = self.rew_loss_weight * self._mean_square(error, valid)
         if self.has_value:
             entries = self._entries(latent.detach(), context.detach(), action)
             value_target = per_step(targets, keys.VALUE_TARGET, shape)
-            planned = per_step(targets, names.planned, shape, flag=True)
+            counts = valid & per_step(targets, names.planned, shape, flag=True)
             error = evaluate(self.value_network, entries) - value_target
-            error = zero_where_not(valid & planned, error).square()
-            terms["loss_value"] = self.value_loss_weight * self._reduce(error, targets, planned)
-            terms["value_target_mean"] = self._mean(value_target, targets, planned)
+            terms["loss_value"] = self.value_loss_weight * self._mean_square(error, counts)
+            terms["value_target_mean"] = self._reduce_where(value_target.detach(), counts, "mean")
         return terms
 
     def _dynamics_terms(self, transitions: TensorDictBase) -> dict[str, Tensor]:
@@ -432,15 +448,14 @@ class RewardPredictorLoss(LossModule):
             latent, context, action, next_latent = (
                 zero_where_not(counts, x) for x in (latent, context, action, next_latent)
             )
-        if self.training:
-            self._update_statistics(transitions, latent, context, action, next_latent, counts)
+        self._update_statistics(transitions, latent, context, action, next_latent, counts)
         nll, bce = self.dynamics.negative_log_likelihood(
             latent, context, action, next_latent, terminated, weight
         )
         if weight is not None and self.reduction == "mean":
             total = weight.mean()
             nll, bce = (x / torch.where(total > 0, total, 1.0) for x in (nll, bce))
-        consistency = self._reduce(nll + bce, None) + self.dynamics.regularization()
+        consistency = self._reduce_loss(nll + bce) + self.dynamics.regularization()
         terms = {
             "loss_consistency": self.consistency_loss_weight * consistency,
             "nll": nll.detach().mean(),
@@ -460,29 +475,43 @@ class RewardPredictorLoss(LossModule):
         next_latent: Tensor,
         counts: Tensor | None,
     ) -> None:
-        self.dynamics.update_statistics(latent, context, action, next_latent, counts)
-        if self.standardizer is not None:
+        # by the mode of each part: that of the loss is not seen by whoever holds the parts alone
+        if self.dynamics.training:
+            self.dynamics.update_statistics(latent, context, action, next_latent, counts)
+        if self.standardizer is not None and self.standardizer.training:
             self.standardizer.update_statistics(next_latent - latent, counts)
         names = self.tensor_keys
         observation = transitions.get(names.observation, default=None)
-        if self.encoder.has_statistics and observation is not None:
+        is_learned = self.encoder.has_statistics and self.encoder.training
+        if is_learned and observation is not None:
             next_observation = transitions.get(names.next_observation)
             self.encoder.update_statistics(observation, next_observation, counts)
 
     def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
         names = (*self.encoder.out_keys, self.tensor_keys.action)
-        return head_entries(names, latent, context, action, self.dynamics.action_dim)
+        return head_entries(
+            names,
+            latent,
+            context,
+            action,
+            self.dynamics.action_dim,
+            indices=self.dynamics.accepts_indices,
+        )
 
-    def _reduce(
-        self, per_step: Tensor, targets: TensorDictBase | None, extra_mask: Tensor | None = None
-    ) -> Tensor:
-        if self.reduction == "none" and extra_mask is not None:
+    def _mean_square(self, error: Tensor, counts: Tensor) -> Tensor:
+        """Reduce the squares of errors ``[B, k, 1]`` where they count."""
+        if known_to_hold(counts):
+            return self._reduce_where(error.square(), counts)
+        return self._reduce_where(zero_where_not(counts, error).square(), counts)
+
+    def _reduce_where(self, x: Tensor, counts: Tensor, reduction: str | None = None) -> Tensor:
+        """Reduce ``x``, finite also where it does not count; with "none" it is 0 there."""
+        if known_to_hold(counts):
+            return self._reduce_loss(x, reduction=reduction)
+        if (reduction or self.reduction) == "none":
             # _reduce_loss would drop the masked entries, and with them the shape.
-            per_step, extra_mask = torch.where(extra_mask, per_step, 0.0), None
-        return self._reduce_loss(per_step, targets, mask=extra_mask)
-
-    def _mean(self, x: Tensor, targets: TensorDictBase, mask: Tensor) -> Tensor:
-        return self._reduce_loss(x.detach(), targets, mask=mask, reduction="mean")
+            return torch.where(counts, x, 0.0)
+        return self._reduce_loss(x, mask=counts, reduction=reduction)
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Called by ``set_keys``: let ``_reduce_loss`` find the mask under its new name."""

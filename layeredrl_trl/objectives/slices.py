@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 
 from layeredrl_trl import keys
+from layeredrl_trl.functional import can_read
 
 Reader = Callable[[Sequence[NestedKey], Tensor], TensorDictBase]
 """Reads the named entries at steps ``[B, J]`` of ``B`` slices, as a TensorDict ``[B, J]``."""
@@ -96,6 +97,17 @@ def per_step(
     return x != 0 if flag and x.dtype is not torch.bool else x
 
 
+def read_reward(tensordict: TensorDictBase, names: SliceKeys, batch: torch.Size) -> Tensor:
+    """Get the reward ``[*batch, 1]`` as a float; integers and bools are cast to float32.
+
+    Raises:
+        KeyError: if there is none.
+        ValueError: if it has another shape.
+    """
+    reward = per_step(tensordict, names.next_reward, batch)
+    return reward if reward.is_floating_point() else reward.to(torch.float32)
+
+
 def check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
     """Check that a batch for the loss has the entries that it needs.
 
@@ -126,9 +138,18 @@ def as_slices(
 
     Raises:
         KeyError: if an entry is missing.
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or a flat sample was, as can be seen on the CPU, drawn
+            with another slice length.
     """
-    check_keys(tensordict, needed)
+    try:
+        check_keys(tensordict, needed)
+    except KeyError as error:
+        if tensordict.get(mask_key, None) is not None:
+            raise
+        raise KeyError(
+            "Slices come with a mask from TransitionSliceSampler("
+            f"slice_len={slice_len}) as the buffer's sampler. {error.args[0]}"
+        ) from None
     per_step(tensordict, mask_key, tensordict.batch_size)
     if tensordict.ndim == 2 and tensordict.shape[1] >= slice_len:
         return tensordict
@@ -138,4 +159,32 @@ def as_slices(
             f"[B * {slice_len}] or [B, {slice_len}], got batch size "
             f"{list(tensordict.batch_size)}."
         )
-    return tensordict.reshape(-1, slice_len)
+    slices = tensordict.reshape(-1, slice_len)
+    if can_read(slices.get(mask_key)):
+        _check_cut(slices, slice_len, mask_key)
+    return slices
+
+
+def _check_cut(slices: TensorDictBase, slice_len: int, mask_key: NestedKey) -> None:
+    """Check that no slice ``[B, T]`` made of a flat sample is pieces of several.
+
+    Behind padding nothing is real, and real steps follow each other in the storage (of one dim; a
+    ring goes on at 0).
+
+    Raises:
+        ValueError: if it is otherwise.
+    """
+    real = slices.get(mask_key).squeeze(-1) != 0
+    wrong = (real[:, 1:] & ~real[:, :-1]).any()
+    index = slices.get(keys.INDEX, default=None)
+    if index is not None and index.numel() == real.numel():
+        index = index.reshape(real.shape)
+        step = index[:, 1:] - index[:, :-1]
+        follows = (step == 0) | (step == 1) | (index[:, 1:] == 0)
+        wrong = wrong | (real[:, 1:] & ~follows).any()
+    if wrong:
+        raise ValueError(
+            f"RewardPredictorLoss: a flat sample cut into slices of slice_len={slice_len} steps "
+            "joins steps that do not follow each other: it was drawn with another slice length. "
+            f"Give the sampler slice_len={slice_len} (loss.slice_len)."
+        )

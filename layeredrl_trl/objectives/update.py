@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key_list
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
+
+Statistics = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
+"""Owner and name of buffers, the buffers, and copies of what was in them."""
 
 
 def total_loss(losses: TensorDictBase) -> Tensor:
@@ -30,15 +35,20 @@ class ForeachSoftUpdate(SoftUpdate):
         self._names: list[tuple[NestedKey, NestedKey]] | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Move every target by ``tau`` towards its parameter."""
+    def step(self, where: Tensor | None = None) -> None:
+        """Move every target by ``tau`` towards its parameter.
+
+        Args:
+            where: bool ``[]``; where it is False nothing moves. ``None``: they do.
+        """
         if self._names is None:
             paths = [unravel_key_list([key])[0] for key in self._sources.keys(True, True)]
             self._names = [(path, (f"target_{path[0]}", *path[1:])) for path in paths]
         # asked anew each time: a parameter may have been given another storage
         sources = [self._sources.get(name).data for name, _ in self._names]
         targets = [self._targets.get(name).data for _, name in self._names]
-        torch._foreach_lerp_(targets, sources, 1 - self.eps)
+        tau = 1 - self.eps
+        torch._foreach_lerp_(targets, sources, tau if where is None else tau * where)
 
 
 class Update:
@@ -54,10 +64,19 @@ class Update:
         clip_grad_max_norm: largest global norm of the gradients; ``None`` for no clipping.
         warm_up: for so many steps only ``warm_up_params`` learn.
         warm_up_params: parameters that learn from the start.
+        wait: let the host read the norm of the gradients in every step, to decide what to do.
+            Otherwise all of it is decided on the device: a GPU never waits, and a bad batch is
+            warned of when :attr:`skipped` is next read. That takes a fused optimiser and a
+            :class:`ForeachSoftUpdate`. ``None``: where these are there and the gradients are on
+            CUDA, do not wait.
+        compute: what computes the losses of a batch with ``loss_module``, itself by default.
 
     Attributes:
         steps: steps taken, skipped ones included.
-        skipped: steps skipped for non-finite gradients.
+
+    Raises:
+        ValueError: if a number is out of its range, or ``wait=False`` with an optimiser or a
+            target updater that cannot do without.
 
     Example:
         See :class:`~layeredrl_trl.predictors.RewardPredictor`, whose ``learn`` is a loop over it.
@@ -72,67 +91,140 @@ class Update:
         clip_grad_max_norm: float | None = None,
         warm_up: int = 0,
         warm_up_params: list[nn.Parameter] | None = None,
+        wait: bool | None = None,
+        compute: Callable[..., TensorDictBase] | None = None,
     ) -> None:
         if clip_grad_max_norm is not None and clip_grad_max_norm <= 0:
             raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
         if warm_up < 0:
             raise ValueError(f"warm_up must be at least 0, got {warm_up}.")
+        can_go_on = getattr(optimizer, "_step_supports_amp_scaling", False) and (
+            target_updater is None or isinstance(target_updater, ForeachSoftUpdate)
+        )
+        if wait is False and not can_go_on:
+            raise ValueError(
+                "wait=False: expected an optimiser with fused=True and a ForeachSoftUpdate, got "
+                f"{type(optimizer).__name__} and {type(target_updater).__name__}."
+            )
         self.loss_module = loss_module
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.clip_grad_max_norm = clip_grad_max_norm
         self.warm_up = warm_up
+        self.wait = wait if can_go_on else True
+        self.compute = loss_module if compute is None else compute
         self._warm_up_params = {id(p) for p in warm_up_params or ()}
+        self._statistics_of = [
+            module._buffers
+            for module in loss_module.modules()
+            if module._buffers and not isinstance(module, TensorDictParams)  # these are targets
+        ]
         self.steps = 0
-        self.skipped = 0
+        self._skipped: int | Tensor = 0
+        self._has_warned = False
 
-    def __call__(self, *batch: TensorDictBase) -> TensorDict:
-        """Take one step on ``loss_module(*batch)``.
-
-        Returns:
-            The outputs of the loss, detached, with the sum of its terms under ``loss`` and the
-            gradients' global norm before clipping under ``grad_norm``.
-        """
-        before = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
-        losses = self.loss_module(*batch)
-        total = total_loss(losses)
-        self.optimizer.zero_grad()
-        total.backward()
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = _norm(params)
-        is_finite = torch.isfinite(norm)
-        if self.steps < self.warm_up:
-            for p in params:
-                if id(p) not in self._warm_up_params:
-                    p.grad = None
-            norm = _norm(params)
-        self.steps += 1
-        if is_finite:
-            if self.clip_grad_max_norm is not None:
-                nn.utils.clip_grads_with_norm_(params, self.clip_grad_max_norm, norm)
-            self.optimizer.step()
-            if self.target_updater is not None:
-                self.target_updater.step()
-        else:
-            for buffer, old in before:
-                buffer.copy_(old)
-            self._report_skip()
-        info = losses.detach()
-        info.set("loss", total.detach())
-        info.set("grad_norm", norm)
-        return info
-
-    def _report_skip(self) -> None:
-        self.skipped += 1
-        if self.skipped == 1:
+    @property
+    def skipped(self) -> int:
+        """Steps skipped for non-finite gradients."""
+        self._skipped = int(self._skipped)
+        if self._skipped and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 "A batch gave non-finite gradients and was skipped: no parameter, target or "
                 "running statistic changed. Look for non-finite observations or rewards. Further "
                 "ones are only counted ('skipped').",
                 stacklevel=3,
             )
+        return self._skipped
+
+    @skipped.setter
+    def skipped(self, number: int) -> None:
+        self._skipped, self._has_warned = number, number > 0
+
+    def __call__(self, *batch: TensorDictBase) -> TensorDict:
+        """Take one step on the losses of a batch.
+
+        Returns:
+            The outputs of the loss, detached, with the sum of its terms under ``loss`` and the
+            gradients' global norm before clipping under ``grad_norm``; where it is not finite the
+            step was skipped.
+        """
+        before = [
+            (owner, name, buffer, buffer.clone())
+            for owner in self._statistics_of
+            for name, buffer in owner.items()
+            if buffer is not None
+        ]
+        losses = self.compute(*batch)
+        total = total_loss(losses)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = None
+        total.backward()
+        whole_norm = norm = _norm(params)
+        if self.steps < self.warm_up:
+            for p in params:
+                if id(p) not in self._warm_up_params:
+                    p.grad = None
+            norm = _norm(params)
+        self.steps += 1
+        wait = not norm.is_cuda if self.wait is None else self.wait
+        (self._finish if wait else self._finish_on_device)(params, norm, whole_norm, before)
+        info = losses.detach()
+        info.set("loss", total.detach())
+        info.set("grad_norm", torch.where(whole_norm.isfinite(), norm, whole_norm))
+        return info
+
+    def _finish(
+        self, params: list[nn.Parameter], norm: Tensor, whole_norm: Tensor, before: Statistics
+    ) -> None:
+        if not math.isfinite(whole_norm.item()):
+            for owner, name, buffer, old in before:
+                owner[name] = buffer.copy_(old)
+            self._skipped = self._skipped + 1
+            _ = self.skipped  # warns
+            return
+        max_norm = self.clip_grad_max_norm
+        if max_norm is None or norm.item() <= max_norm:
+            self.optimizer.step()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self._scaled_step((norm + 1e-6) / max_norm)
+        else:
+            nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+            self.optimizer.step()
+        if self.target_updater is not None:
+            self.target_updater.step()
+
+    def _finish_on_device(
+        self, params: list[nn.Parameter], norm: Tensor, whole_norm: Tensor, before: Statistics
+    ) -> None:
+        """The same, without a word to the host."""
+        is_finite = whole_norm.isfinite()
+        scale = None
+        if self.clip_grad_max_norm is not None:
+            scale = ((norm + 1e-6) / self.clip_grad_max_norm).clamp_min(1.0)
+        self._scaled_step(scale, 1.0 - is_finite.float())
+        if self.target_updater is not None:
+            self.target_updater.step(is_finite)
+        for owner, name, buffer, old in before:
+            owner[name] = buffer.copy_(torch.where(is_finite, owner[name], old))
+        self._skipped = self._skipped + (~is_finite).long()
+
+    def _scaled_step(self, scale: Tensor | None, found_inf: Tensor | None = None) -> None:
+        """Step by gradients divided by ``scale``, or not at all where ``found_inf`` is 1.
+
+        The kernel of a fused optimiser does it on the way, as mixed precision needs it.
+        """
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, found_inf
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.grad_scale, self.optimizer.found_inf
 
 
 def _norm(params: list[nn.Parameter]) -> Tensor:
     """Global norm of the gradients that there are."""
-    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from layeredrl_trl.functional import n_step_sums, n_step_window
-from layeredrl_trl.objectives.slices import Reader, SliceKeys, per_step
+from layeredrl_trl.objectives.slices import Reader, SliceKeys, per_step, read_reward
 
 Bootstrap = Literal["state", "action"]
 """What is valued behind the last reward of a target: a state, or a state and its action."""
@@ -44,7 +44,7 @@ def read_target_parts(
     """
     every = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     outcome = read([names.next_reward, names.next_terminated], every)
-    reward = per_step(outcome, names.next_reward, mask.shape)
+    reward = read_reward(outcome, names, mask.shape)
     terminated = per_step(outcome, names.next_terminated, mask.shape, flag=True)
     window = n_step_window(
         terminated.squeeze(-1), mask, k_steps, n_steps, next_action=bootstrap == "action"

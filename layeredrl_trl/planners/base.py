@@ -14,8 +14,10 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_counts
 from layeredrl_trl.functional import return_spread
 from layeredrl_trl.planners.carrier import PlanCarrier
+from layeredrl_trl.planners.options import REQUIRED, check_options
 from layeredrl_trl.planners.scoring import CandidateReturn, base_env
 
 ReturnAction = Literal["mean", "best", "sample"]
@@ -75,7 +77,8 @@ class SamplingPlanner(PlanCarrier, ABC):
 
     Raises:
         TypeError: if the action is of a kind that the planner cannot plan, ``callback`` is not
-            callable, or ``env`` is no ``EnvBase``.
+            callable, ``env`` is no ``EnvBase``, a number of steps or candidates no integer, or an
+            option is missing or unknown.
         ValueError: if an action has a shape that does not fit, a number is out of range or
             ``return_action`` unknown, and what :class:`~layeredrl_trl.planners.CandidateReturn`
             raises; when planning, if an entry has a wrong shape or device.
@@ -86,9 +89,9 @@ class SamplingPlanner(PlanCarrier, ABC):
         self,
         env: EnvBase,
         *,
-        planning_horizon: int,
-        optim_steps: int,
-        num_candidates: int,
+        planning_horizon: int = REQUIRED,
+        optim_steps: int = REQUIRED,
+        num_candidates: int = REQUIRED,
         return_action: ReturnAction = "mean",
         warm_start: bool = True,
         callback: Callable[[TensorDictBase], Any] | None = None,
@@ -100,13 +103,13 @@ class SamplingPlanner(PlanCarrier, ABC):
         is_init_key: NestedKey = keys.IS_INIT,
         **scoring,
     ) -> None:
-        for name, value in (
-            ("planning_horizon", planning_horizon),
-            ("optim_steps", optim_steps),
-            ("num_candidates", num_candidates),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        counts = {
+            "planning_horizon": planning_horizon,
+            "optim_steps": optim_steps,
+            "num_candidates": num_candidates,
+        }
+        check_options(type(self), needed=counts, others=scoring)
+        check_counts(**counts)
         if return_action not in get_args(ReturnAction):
             raise ValueError(
                 f"return_action must be 'mean', 'best' or 'sample', got {return_action!r}."

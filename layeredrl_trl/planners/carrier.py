@@ -57,7 +57,10 @@ class PlanCarrier(TensorDictModuleBase):
         Returns:
             the primer, for environments of any batch size.
         """
-        like = {"dtype": self._cold_step.dtype, "device": self._cold_step.device}
+        device = self._cold_step.device
+        # a collector asks a policy that is on no device while its workers get their weights
+        device = None if device.type == "meta" else device
+        like = {"dtype": self._cold_step.dtype, "device": device}
         return TensorDictPrimer(
             {key: Unbounded(shape=shape, **like) for key, shape in self._carried_shapes.items()},
             default_value=float("nan"),

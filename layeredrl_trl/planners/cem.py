@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from layeredrl_trl.checks import check_count, check_finite
 from layeredrl_trl.functional import elite_weights, weighted_moments
 from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
 
@@ -45,7 +46,8 @@ class CrossEntropyPlanner(GaussianPlanner):
 
     Raises:
         ValueError: if ``top_k`` is not in [1, ``num_candidates``], ``momentum`` is not in [0, 1) or
-            ``min_std`` < 0; and what :class:`~layeredrl_trl.planners.GaussianPlanner` raises.
+            ``min_std`` is below 0 or not finite; and what
+            :class:`~layeredrl_trl.planners.GaussianPlanner` raises.
 
     Reference:
         Botev, Kroese, Rubinstein, L'Ecuyer (2013), The cross-entropy method for optimization,
@@ -99,6 +101,7 @@ class CrossEntropyPlanner(GaussianPlanner):
         **options,
     ) -> None:
         check_elites(top_k, num_candidates, momentum)
+        check_finite("min_std", min_std)
         if min_std < 0.0:
             raise ValueError(f"min_std must not be negative, got {min_std}.")
         super().__init__(env, num_candidates=num_candidates, **options)
@@ -122,6 +125,8 @@ class CrossEntropyPlanner(GaussianPlanner):
 
 def check_elites(top_k: int, num_candidates: int, momentum: float) -> None:
     """Check what every cross-entropy method asks for."""
+    for name, value in (("top_k", top_k), ("num_candidates", num_candidates)):
+        check_count(name, value, least=0)
     if not 1 <= top_k <= num_candidates:
         raise ValueError(
             f"top_k must be in [1, num_candidates], got top_k={top_k} and "

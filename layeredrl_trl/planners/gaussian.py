@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
+from layeredrl_trl.checks import check_finite
 from layeredrl_trl.functional import colour, colouring_matrix
 from layeredrl_trl.planners.base import SamplingPlanner
 
@@ -51,8 +52,8 @@ class GaussianPlanner(SamplingPlanner):
 
     Raises:
         TypeError: if the action is not continuous.
-        ValueError: if the action is no vector, ``std`` or ``warm_std`` is not positive, or
-            ``noise_beta`` is not finite.
+        ValueError: if the action is no vector, ``std`` or ``warm_std`` is not positive and
+            finite, or ``noise_beta`` is not finite.
     """
 
     def __init__(
@@ -64,9 +65,8 @@ class GaussianPlanner(SamplingPlanner):
         noise_beta: float = 0.0,
         **options,
     ) -> None:
-        for name, value in (("std", std), ("warm_std", warm_std)):
-            if not value > 0.0:
-                raise ValueError(f"{name} must be positive, got {value}.")
+        check_finite("std", std, above=0)
+        check_finite("warm_std", warm_std, above=0)
         super().__init__(env, **options)
         self.std = std
         self.warm_std = warm_std

@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from layeredrl_trl.checks import check_finite
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
 from layeredrl_trl.planners.gaussian import Gaussian
 
@@ -66,8 +67,8 @@ class ICEMPlanner(CrossEntropyPlanner):
 
     Raises:
         ValueError: if ``keep_elites`` is not in [0, 1] or leaves no room for new candidates,
-            ``population_decay`` < 1, or ``mean_candidate`` is unknown; and what
-            :class:`~layeredrl_trl.planners.CrossEntropyPlanner` raises.
+            ``population_decay`` is below 1 or not finite, or ``mean_candidate`` is unknown; and
+            what :class:`~layeredrl_trl.planners.CrossEntropyPlanner` raises.
 
     Reference:
         Pinneri, Sawant, Blaes, Achterhold, Stueckler, Rolinek, Martius (2020), arXiv:2008.06389,
@@ -114,6 +115,7 @@ class ICEMPlanner(CrossEntropyPlanner):
     ) -> None:
         if not 0.0 <= keep_elites <= 1.0:
             raise ValueError(f"keep_elites must be in [0, 1], got {keep_elites}.")
+        check_finite("population_decay", population_decay)
         if not population_decay >= 1.0:
             raise ValueError(f"population_decay must be at least 1, got {population_decay}.")
         if mean_candidate not in get_args(MeanCandidate):

@@ -11,15 +11,16 @@ from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_counts
 from layeredrl_trl.data import (
     TransitionSliceSampler,
+    check_buffer,
     has_plain_columns,
     read_transitions,
     stack_index,
 )
 from layeredrl_trl.objectives import RewardPredictorLoss
 from layeredrl_trl.objectives.slices import rows_with_data
-from layeredrl_trl.predictors.predictor import check_counts
 
 READ_AHEAD = 2**16
 """Most steps that are read from a buffer at once, for several optimisation steps."""
@@ -68,6 +69,7 @@ class BatchReader(NamedTuple):
         gamma: float,
     ) -> TensorDict:
         """Draw slices and read what targets are made of, ``[B, k_steps]``."""
+        check_buffer(buffer)
         check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
         length = k_steps + n_steps - (0 if self.loss.bootstraps_action else 1)
         index, mask = self._draw(buffer, batch_size, length)
@@ -85,6 +87,7 @@ class BatchReader(NamedTuple):
     def transitions(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDictBase:
         """Draw and read single transitions for the dynamics, ``[B]``."""
         names = self.loss.tensor_keys
+        check_buffer(buffer)
         check_counts(batch_size=batch_size)
         index, _ = self._draw(buffer, batch_size, 1)
         wanted = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
-from layeredrl_trl.data import TransitionSliceSampler
+from layeredrl_trl.checks import check_count, check_counts
+from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.data.reading import flat_position
 from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.modules import (
@@ -19,6 +21,8 @@ from layeredrl_trl.modules import (
     Encoder,
     as_reward_module,
     as_value_module,
+    check_heads,
+    check_kinds,
     evaluate,
     head_entries,
     reads_action,
@@ -48,14 +52,14 @@ class Predictor(nn.Module, abc.ABC):
 
     Raises:
         ValueError: if sizes of the parts differ from ``latent_state_dim`` and ``context_dim``.
-        TypeError: if ``writer`` or a part is of an unknown kind.
+        TypeError: if ``writer`` or a part is of an unknown kind, or ``log_interval`` no integer.
     """
 
     def __init__(
         self,
         model: DynamicsModel,
-        val_func: nn.Module | None,
-        rew_func: nn.Module | None,
+        val_func: nn.Module | Callable[..., Tensor] | None,
+        rew_func: nn.Module | Callable[..., Tensor] | None,
         encoder: Encoder,
         latent_state_dim: int,
         context_dim: int,
@@ -64,9 +68,10 @@ class Predictor(nn.Module, abc.ABC):
         log_interval: int = 10,
     ) -> None:
         super().__init__()
-        _check_parts(model, encoder, latent_state_dim, context_dim)
-        if log_interval < 1:
-            raise ValueError(f"log_interval must be at least 1, got {log_interval}.")
+        owner = type(self).__name__
+        check_kinds(owner, model=(model, DynamicsModel), encoder=(encoder, Encoder))
+        _check_dims(model, encoder, latent_state_dim, context_dim)
+        check_count("log_interval", log_interval)
         self.writer = check_writer(writer)
         self.log_interval = log_interval
         self.latent_state_dim = latent_state_dim
@@ -74,8 +79,9 @@ class Predictor(nn.Module, abc.ABC):
         self.encoder = encoder
         self.model = model
         names = (*encoder.out_keys, model.in_keys[2])
-        self.rew_func = as_reward_module(rew_func, names)
-        self.val_func = as_value_module(val_func, names)
+        self.rew_func = as_reward_module(rew_func, names, argument="rew_func")
+        self.val_func = as_value_module(val_func, names, argument="val_func")
+        check_heads(owner, encoder, model, rew_func=self.rew_func, val_func=self.val_func)
         self.to(device)
 
     @property
@@ -174,10 +180,15 @@ class Predictor(nn.Module, abc.ABC):
             ValueError: if a shape does not fit.
         """
         obs, act = self._tensor(obs), self._tensor(act)
+        if obs.ndim != 1 + len(self.encoder.obs_shape) or act.ndim not in (2, 3):
+            raise ValueError(
+                "rollout: expected obs [B, O] and act [B, H, A] (or indices [B, H]), got obs "
+                f"{list(obs.shape)} and act {list(act.shape)}."
+            )
         if act.shape[:1] != obs.shape[:1]:
             raise ValueError(f"rollout: obs is for {obs.shape[0]} envs, act for {act.shape[0]}.")
         is_index = not act.is_floating_point() and act.shape[2:] != (self.model.action_dim,)
-        discrete = is_index and act.shape[2:] in ((), (1,))
+        discrete = self.model.accepts_indices and is_index and act.shape[2:] in ((), (1,))
         if discrete:
             act = act.reshape(act.shape[:2])
         env = self._rollout_env(deterministic, discrete)
@@ -238,8 +249,10 @@ class Predictor(nn.Module, abc.ABC):
             ``[batch_size, n_steps]``, 1.0 on real steps.
 
         Raises:
+            TypeError: if ``buffer`` is no replay buffer or a number no integer.
             ValueError: if the buffer is empty or a number is below 1.
         """
+        check_buffer(buffer)
         check_counts(batch_size=batch_size, n_steps=n_steps)
         storage = buffer.storage
         sampler = TransitionSliceSampler(slice_len=n_steps)
@@ -273,7 +286,10 @@ class Predictor(nn.Module, abc.ABC):
         self, module: nn.Module, latent: Tensor, context: Tensor, act: Tensor | None
     ) -> Tensor:
         names = (*self.encoder.out_keys, self.model.in_keys[2])
-        entries = head_entries(names, latent, context, act, self.model.action_dim)
+        model = self.model
+        entries = head_entries(
+            names, latent, context, act, model.action_dim, indices=model.accepts_indices
+        )
         return evaluate(module, entries).squeeze(-1)
 
     def _tensor(self, x: Tensor | np.ndarray) -> Tensor:
@@ -285,19 +301,9 @@ class Predictor(nn.Module, abc.ABC):
         return state | {"writer": None}  # an open file: neither to be copied nor sent elsewhere
 
 
-def check_counts(**counts: int) -> None:
-    """Raise a ValueError that names the first of ``counts`` below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
-
-
-def _check_parts(
+def _check_dims(
     model: DynamicsModel, encoder: Encoder, latent_state_dim: int, context_dim: int
 ) -> None:
-    for name, part, kind in (("model", model, DynamicsModel), ("encoder", encoder, Encoder)):
-        if not isinstance(part, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(part).__name__}.")
     for name, part in (("model", model), ("encoder", encoder)):
         sizes = (part.latent_state_dim, part.context_dim)
         if sizes != (latent_state_dim, context_dim):

@@ -12,7 +12,7 @@ from torchrl.data import (
 )
 from torchrl.envs import Compose, DoubleToFloat, RenameTransform
 
-from layeredrl_trl.data import read_transitions, stack_index
+from layeredrl_trl.data import check_buffer, read_transitions, stack_index
 
 KEYS = ["observation", "action", ("next", "terminated"), ("goal", "position")]
 
@@ -183,3 +183,9 @@ def test_unwritten_positions_are_an_error(ndim, kwargs):
 def test_a_transform_that_drops_steps_is_an_error():
     with pytest.raises(ValueError, match=r"batch of size \[3\] of 6 steps"):
         read_transitions(make_buffer(transform=lambda td: td[::2]), positions(1, (2, 3)), KEYS)
+
+
+def test_what_is_no_buffer_is_named():
+    check_buffer(ReplayBuffer(storage=LazyTensorStorage(3)))
+    with pytest.raises(TypeError, match="buffer: expected a TorchRL replay buffer, got builtins"):
+        check_buffer("env")

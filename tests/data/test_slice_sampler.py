@@ -1,5 +1,6 @@
 """TransitionSliceSampler: contract, oracle, properties, errors, state."""
 
+import inspect
 import pickle
 import warnings
 from dataclasses import dataclass, field
@@ -420,15 +421,20 @@ def _buffer_of(data, storage=LazyTensorStorage, **kwargs):
     [
         ({}, TypeError, "exactly one of slice_len and num_slices"),
         ({"slice_len": 2, "num_slices": 2}, TypeError, "slice_len=2 and num_slices=2"),
-        ({"slice_len": 0}, ValueError, "slice_len: expected an integer of at least 1, got 0"),
-        ({"num_slices": -1}, ValueError, "num_slices: .* got -1"),
-        ({"slice_len": 2.0}, TypeError, "slice_len: .* got 2.0"),
+        ({"slice_len": 0}, ValueError, "slice_len must be at least 1, got 0"),
+        ({"num_slices": -1}, ValueError, "num_slices must be .* got -1"),
+        ({"slice_len": 2.0}, TypeError, "slice_len must be an integer, got 2.0"),
         ({"slice_len": 2, "end_keys": []}, ValueError, "end_keys is empty"),
     ],
 )
 def test_bad_arguments(kwargs, error, text):
     with pytest.raises(error, match=text):
         TransitionSliceSampler(**kwargs)
+
+
+def test_help_shows_the_arguments_and_not_those_of_a_metaclass():
+    names = list(inspect.signature(TransitionSliceSampler).parameters)
+    assert names == ["slice_len", "num_slices", "end_keys", "traj_key", "init_key"]
 
 
 def test_an_empty_storage_is_an_error():

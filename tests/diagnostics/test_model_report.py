@@ -11,7 +11,7 @@ from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.diagnostics import ModelReport, model_report
+from layeredrl_trl.diagnostics import ModelReport, ModelReportHook, model_report
 from layeredrl_trl.modules import (
     IdentityEncoder,
     LinearEncoder,
@@ -459,6 +459,7 @@ def test_nothing_is_disturbed():
     first = model_report(predictor, buffer, 4)
     assert torch.equal(torch.get_rng_state(), rng)
     assert {name: m.training for name, m in predictor.named_modules()} == modes
+    assert predictor.loss_module.training
     for key, x in state.items():
         assert torch.equal(predictor.state_dict()[key], x)
     assert buffer.sampler is sampler and len(buffer) == 60
@@ -469,6 +470,48 @@ def test_nothing_is_disturbed():
         assert torch.equal(x.nan_to_num(), again.metrics[key].nan_to_num()), key
     other = model_report(predictor, buffer, 4, seed=1)
     assert not torch.equal(other.metrics["open_loop", "error"], first.metrics["open_loop", "error"])
+
+
+@pytest.mark.parametrize("through_hook", [False, True])
+def test_running_statistics_go_on_after_a_report(through_hook):
+    """The report left the loss in evaluation mode: no count moved ever after."""
+    predictor, buffer = ensemble_predictor(), random_buffer()
+    if through_hook:
+        ModelReportHook(predictor, buffer, 4)(0)
+    else:
+        model_report(predictor, buffer, 4)
+    assert predictor.loss_module.training
+    moments = (predictor.model.input_moments, predictor.standardizer.moments)
+    before = [int(m.count) for m in moments]
+    terms = predictor.loss(
+        predictor.compute_targets(buffer, 8, 1, 1), predictor.sample_model_batch(buffer, 8)
+    )
+    assert terms[0].isfinite()
+    between = [int(m.count) for m in moments]
+    predictor.learn(buffer, 1, 8, 8, 0)
+    after = [int(m.count) for m in moments]
+    assert all(a < b < c for a, b, c in zip(before, between, after, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_rewards_that_are_no_floats(dtype):
+    buffer, other = random_buffer(), TensorDictReplayBuffer(storage=LazyTensorStorage(60))
+    data = buffer[:].exclude("index")
+    data["next", "reward"] = data["next", "reward"] > 0
+    reports = []
+    for to in (dtype, torch.float32):
+        data["next", "reward"] = data["next", "reward"].to(to)
+        other = TensorDictReplayBuffer(storage=LazyTensorStorage(60))
+        other.extend(data.clone())
+        torch.manual_seed(0)
+        reports.append(model_report(ensemble_predictor(), other, 4))
+    for key, x in reports[0].metrics["reward"].items():
+        assert torch.equal(x.nan_to_num(), reports[1].metrics["reward", key].nan_to_num()), key
+
+
+def test_printing_a_report_shows_its_table():
+    report = model_report(ensemble_predictor(), random_buffer(), 4)
+    assert repr(report) == report.markdown()
 
 
 def test_modes_are_restored_after_an_error():
@@ -495,6 +538,11 @@ def test_each_step_is_drawn_at_most_once():
 def test_bad_input():
     predictor, buffer = ensemble_predictor(), random_buffer()
     empty = TensorDictReplayBuffer(storage=LazyTensorStorage(5))
+    for wrong in ("env", buffer[:]):
+        with pytest.raises(TypeError, match="buffer: expected a TorchRL replay buffer, got"):
+            model_report(predictor, wrong, 3)
+        with pytest.raises(TypeError, match="buffer: expected a TorchRL replay buffer, got"):
+            ModelReportHook(predictor, wrong, 3)
     with pytest.raises(ValueError, match="the replay buffer is empty"):
         model_report(predictor, empty, 3)
     for name in ("horizon", "n_segments", "n_transitions", "num_particles"):

@@ -2,6 +2,8 @@
 
 import itertools
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -783,7 +785,7 @@ def test_initial_state_of_another_batch_size(batch):
 
 def test_start_of_another_shape_than_the_observation():
     env = make_env(start=lambda shape: torch.zeros(*shape, 2))
-    with pytest.raises(ValueError, match=r"observation: expected shape \[..., 3\]"):
+    with pytest.raises(ValueError, match=r"start must return observations \[4, 3\].*got \[4, 2\]"):
         env.reset(TensorDict(batch_size=[4]))
 
 
@@ -930,3 +932,80 @@ def test_reset_keeps_an_imagined_state_that_it_is_given(num_particles):
         torch.testing.assert_close(out[key], start[key])
     rollout = env.rollout(2, tensordict=start)
     torch.testing.assert_close(rollout["latent"][:, 0], start["latent"])
+
+
+# --- found by a user
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"start": np.zeros((5, 3))}, "start: expected a tensor of obs.* got numpy.ndarray"),
+        ({"action_spec": gymnasium.spaces.Box(-1, 1, (2,))}, "action_spec: .*TensorSpec.*got gym"),
+        ({"action_spec": 2}, "action_spec: expected a torchrl TensorSpec, .* got builtins.int"),
+        ({"reward": "x"}, "reward: expected a module or a function .* got 'x'"),
+        ({"termination_fn": 3}, "termination_fn: expected a module or a function .* got 3"),
+        ({"reward": ValueNet(3, 0)}, "reward: expected a reward, got a ValueNet"),
+    ],
+)
+def test_parts_of_an_unknown_kind_are_named_at_construction(parts, message):
+    parts = {"reward": None, "action_spec": CONTINUOUS} | parts
+    with pytest.raises(TypeError, match=message):
+        PredictorEnv(encoder=IdentityEncoder(3), dynamics=random_ensemble(3), **parts)
+
+
+@pytest.mark.parametrize("start", [lambda shape: torch.zeros(*shape, 2), lambda shape: 0.0])
+def test_a_start_function_that_returns_something_else_is_named(start):
+    env = make_env(start=start)
+    with pytest.raises(ValueError, match=r"start must return observations \[4, 3\] .*, got"):
+        env.reset(TensorDict(batch_size=[4]))
+
+
+@pytest.mark.parametrize(
+    ("name", "trailing"), [("one-hot", (4,)), ("categorical", ()), ("categorical-1", (1,))]
+)
+def test_own_functions_get_discrete_actions_as_documented(name, trailing):
+    seen = []
+
+    def reward(latent, context, action):
+        seen.append(action.shape)
+        return latent[..., :1]
+
+    def over(latent, context, action, next_latent):
+        seen.append(action.shape)
+        return latent[..., :1] > 0
+
+    spec = ACTION_SPECS[name]
+    env = PredictorEnv(
+        IdentityEncoder(3),
+        random_ensemble(3, 0, spec, n_particles_per_model=2),
+        reward,
+        spec,
+        termination_fn=over,
+    )
+    env.rollout(2, tensordict=env.reset(observations(env, 5)), auto_reset=False)
+    assert set(seen) == {(5, 3, 2, *trailing)}
+
+
+@pytest.mark.parametrize("name", ["reward", "termination_fn"])
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (lambda latent, *others: latent.sum(-1), ValueError),
+        (lambda latent, *others: 1.0, TypeError),
+    ],
+)
+def test_own_functions_are_called_what_they_were_handed_in_as(name, function, error):
+    parts = {"reward": None, "termination_fn": None} | {name: function}
+    env = PredictorEnv(IdentityEncoder(3), random_ensemble(3), action_spec=CONTINUOUS, **parts)
+    state = env.reset(observations(env, 4))
+    with pytest.raises(error, match=rf"^{name} must return"):
+        env.imagine(state, random_actions(env, 4, 2))
+
+
+def test_the_latent_of_an_initial_state_can_be_written_to():
+    env = make_env()
+    state = env.initial_state(observations(env, 4))
+    other = state["latent"][:, 1].clone()
+    state["latent"][:, 0] += 1.0
+    assert torch.equal(state["latent"][:, 1], other)

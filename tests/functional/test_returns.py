@@ -177,3 +177,11 @@ def test_errors(k, n, steps, next_action, message):
     mask = torch.ones(2, steps).bool()
     with pytest.raises(ValueError, match=message):
         n_step_window(mask, mask, k, n, next_action=next_action)
+
+
+def test_integer_rewards_cut_targets_off():
+    mask, terminated = torch.ones(1, 2).bool(), torch.zeros(1, 2).bool()
+    window = n_step_window(terminated, mask, k_steps=1, n_steps=2)
+    reward, value = torch.tensor([[1, 1]]), torch.tensor([[1.0]])
+    target = n_step_targets(reward, window, value, gamma=0.5, n_steps=2)
+    assert target.dtype is torch.float32 and target.item() == 1.75

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import gymnasium
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot
 
 from layeredrl_trl.functional import bootstrap_weights
-from layeredrl_trl.modules import ProbabilisticEnsemble
+from layeredrl_trl.modules import DynamicsModel, ProbabilisticEnsemble
 from tests.oracles import (
     even_mixture,
     member_alone,
@@ -534,12 +535,32 @@ def test_prediction_is_differentiable_in_its_inputs():
     assert all((x.grad != 0).any() for x in args)
 
 
+@pytest.mark.parametrize("weight_dim", [None, 1, 3])
+@pytest.mark.parametrize("predict_delta", [True, False])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_likelihood_is_that_of_what_is_predicted(batch, predict_delta, weight_dim):
+    """The fast path scores in units of the networks' outputs, the slow one predicts first."""
+    options = {"n_models": 3, "n_modes": 2, "context_dim": 1, "condition_on_context": True}
+    model = random_ensemble(predict_delta=predict_delta, learn_std_bounds=True, **options)
+    args = inputs(model, *batch)
+    following, terminated = outcome(model, *batch)
+    weight = None if weight_dim is None else torch.rand(*batch, weight_dim)
+    results = []
+    slow = partial(DynamicsModel.negative_log_likelihood, model)
+    for score in (model.negative_log_likelihood, slow):
+        model.zero_grad()
+        nll, bce = score(*args, following, terminated, weight)
+        (nll + bce).sum().backward()
+        results.append((nll, bce, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("distance", [1e2, 1e4])
 def test_likelihood_far_from_every_mean_has_finite_gradients(distance):
     model = random_ensemble(n_modes=3)
     args, (following, terminated) = inputs(model, 5), outcome(model, 5)
-    nll, _ = model.negative_log_likelihood(*args, distance * following, terminated)
-    nll.mean().backward()
+    nll, bce = model.negative_log_likelihood(*args, distance * following, terminated)
+    (nll + bce).mean().backward()
     assert torch.isfinite(nll).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 

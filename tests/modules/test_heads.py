@@ -11,6 +11,7 @@ from layeredrl_trl.modules import (
     RewardNet,
     ValueNet,
     as_reward_module,
+    as_termination_module,
     as_value_module,
     evaluate,
     reads_action,
@@ -169,3 +170,70 @@ def test_state_dict_round_trip():
     net, other, data = ValueNet(3, 1), ValueNet(3, 1), entries(4)
     other.load_state_dict(net.state_dict())
     assert torch.equal(evaluate(net, data), evaluate(other, data))
+
+
+# --- found by a user
+
+
+@pytest.mark.parametrize(
+    ("function", "is_q"),
+    [
+        (lambda latent, context: latent[..., :1], False),
+        (lambda latent, context, action: action[..., :1], True),
+        (lambda latent, context, scale=2.0: scale * latent[..., :1], False),
+    ],
+)
+def test_a_plain_function_as_value_crashed(function, is_q):
+    value, data = as_value_module(function), entries(4)
+    assert reads_action(value) is is_q
+    assert evaluate(value, data).shape == (4, 1)
+    with pytest.raises(TypeError, match=r"val_func: .* but <lambda> takes 1 arguments"):
+        as_value_module(lambda latent: latent)
+
+
+def test_reward_and_value_are_told_apart():
+    with pytest.raises(TypeError, match=r"rew: expected a reward, got a ValueNet\. Swap it with"):
+        as_reward_module(ValueNet(3, 1), argument="rew")
+    with pytest.raises(TypeError, match=r"val: expected a value, got a RewardNet\. Swap it with"):
+        as_value_module(RewardNet(3, 1, 2), argument="val")
+
+
+@pytest.mark.parametrize("thing", ["x", 3, torch.zeros(3)])
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (as_reward_module, "reward"),
+        (as_value_module, "val_func"),
+        (as_termination_module, "termination_fn"),
+    ],
+)
+def test_what_cannot_be_called_is_named(wrap, name, thing):
+    with pytest.raises(TypeError, match=rf"{name}: expected a module or a function f\(latent"):
+        wrap(thing)
+
+
+def test_errors_about_what_a_function_returns_spoke_of_an_internal_class():
+    data = entries(4)
+    with pytest.raises(ValueError, match=r"^reward must return \[..., 1\], here \[4, 1\], got"):
+        evaluate(as_reward_module(lambda latent, context, action: latent), data)
+    with pytest.raises(ValueError, match=r"^val_func must return"):
+        evaluate(as_value_module(lambda latent, context: latent), data)
+    with pytest.raises(TypeError, match=r"^reward must return a tensor .*, got 1.0 \(float\)"):
+        evaluate(as_reward_module(lambda latent, context, action: 1.0), data)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: RewardNet(3, -1, 1), ValueError, "context_dim must be at least 0, got -1"),
+        (lambda: RewardNet(0, 0, 1), ValueError, "latent_state_dim must be at least 1, got 0"),
+        (lambda: RewardNet(3, 0, 1.0), TypeError, "action_dim must be an integer, got 1.0"),
+        (lambda: ValueNet(3, 0, action_dim=0), ValueError, "action_dim must be at least 1, got 0"),
+        (lambda: ValueNet("3", 0), TypeError, "latent_state_dim must be an integer, got '3'"),
+        (lambda: ValueNet(3, 0, hidden_sizes=32), TypeError, "hidden_sizes must be a sequence"),
+        (lambda: RewardNet(3, 0, 1, hidden_sizes=(0,)), ValueError, r"hidden_sizes\[0\] must be"),
+    ],
+)
+def test_sizes_that_are_none(make, error, text):
+    with pytest.raises(error, match=text):
+        make()

@@ -69,3 +69,15 @@ def test_state_dict_round_trip():
     other.load_state_dict(net.state_dict())
     x = torch.randn(2, 5, 3)
     assert torch.equal(net(x), other(x))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda h: ConcatMLP((3,), 1, h), lambda h: EnsembleMLP(2, 3, 1, h)]
+)
+def test_a_number_as_hidden_sizes_is_named(make):
+    with pytest.raises(
+        TypeError, match=r"hidden_sizes must be a sequence .*, as in \(32,\), got 32"
+    ):
+        make(32)
+    with pytest.raises(ValueError, match=r"hidden_sizes\[1\] must be at least 1, got -1"):
+        make((8, -1))

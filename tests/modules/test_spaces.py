@@ -15,6 +15,7 @@ from torchrl.data import (
 )
 
 from layeredrl_trl.modules import action_features, space_dim
+from layeredrl_trl.modules.spaces import is_continuous
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,8 @@ def test_composite_gets_a_hint():
 def test_negative_number():
     with pytest.raises(ValueError, match="context_space: expected at least 0 dims, got -1"):
         space_dim(-1, "context_space")
+
+
+def test_a_bare_number_of_dims_says_nothing_unless_it_is_1():
+    assert is_continuous(1) and is_continuous(gymnasium.spaces.Box(-1, 1, (2,)))
+    assert not is_continuous(2) and not is_continuous(gymnasium.spaces.Discrete(1))

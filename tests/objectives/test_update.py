@@ -217,6 +217,76 @@ def test_target_rests_in_a_skipped_step():
     assert not torch.equal(targets(loss)[0], before[0])
 
 
+# --- property: the device decides as the host does
+
+
+def fused(wait):
+    torch.manual_seed(1)
+    _, loss = make()
+    optimizer = torch.optim.Adam(loss.parameters(), 1e-2, fused=True)
+    options = {"clip_grad_max_norm": 0.5, "warm_up": 2, "wait": wait}
+    warm = [*loss.encoder.parameters(), *loss.reward.parameters()]
+    return Update(
+        loss,
+        optimizer,
+        target_updater=ForeachSoftUpdate(loss, 0.1),
+        warm_up_params=warm,
+        **options,
+    )
+
+
+def test_steps_decided_on_the_device_are_those_of_the_host():
+    batches = [make_slices(), make_slices(), poisoned(), make_slices(), make_slices()]
+    results = []
+    for wait in (True, False):
+        update = fused(wait)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            infos = [update(batch.clone()) for batch in batches]
+            assert update.skipped == 1 and update.steps == 5
+        finite = [info["grad_norm"].isfinite().item() for info in infos]
+        assert finite == [True, True, False, True, True]
+        results.append(snapshot(update))
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_device_skipped_is_warned_of_when_it_is_read():
+    update = fused(wait=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update(poisoned())
+        update(poisoned())
+    with pytest.warns(UserWarning, match="non-finite gradients"):
+        assert update.skipped == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert update.skipped == 2
+
+
+@pytest.mark.parametrize("sgd", [True, False])
+def test_a_plain_optimiser_cannot_leave_it_to_the_device(sgd):
+    update, loss = make(sgd=sgd)
+    with pytest.raises(ValueError, match="wait=False: expected an optimiser with fused=True"):
+        Update(loss, update.optimizer, wait=False)
+
+
+def test_a_buffer_that_the_loss_replaces_is_put_back():
+    update, loss = make()
+
+    def replace(module, args):
+        module.register_buffer("seen", module.seen + 1)
+
+    loss.register_buffer("seen", torch.zeros(()))
+    update = Update(loss, update.optimizer, target_updater=update.target_updater)
+    loss.register_forward_pre_hook(replace)
+    update(make_slices())
+    assert loss.seen == 1
+    with pytest.warns(UserWarning, match="skipped"):
+        update(poisoned())
+    assert loss.seen == 1
+
+
 # --- gradients: who learns when
 
 

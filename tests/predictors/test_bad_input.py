@@ -8,6 +8,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
 from layeredrl_trl.predictors import RewardPredictor
@@ -159,3 +160,97 @@ def test_parts_with_names_of_their_own_and_nested_flags():
     predictor.update.warm_up = 0
     _, info = predictor.learn(fresh, 2, 8, 8, 0)
     assert info["skipped"] == 0 and info["loss_value"] > 0
+
+
+# --- found by a user
+
+
+def test_a_lambda_as_val_func_crashed():
+    predictor = predictor_of(value=lambda latent, context: latent[..., :1])
+    assert predictor.value(torch.zeros(4, 3)).shape == (4,)
+    predictor = predictor_of(value=lambda latent, context, action: action)
+    predictor.learn(filled_buffer().buffer, 1, 8, 8, 0)
+    with pytest.raises(ValueError, match="is a Q-function"):
+        predictor.value(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"value": ValueNet(3, 0)}, r"whose parts .*'value'.* learn; here \['model', 'reward'"),
+        ({"delta_standardizer": False}, "whose parts"),
+        ({"reward": RewardNet(3, 0, 1, hidden_sizes=(7,))}, "expected parameters of 'reward'"),
+    ],
+)
+@pytest.mark.parametrize("has_learned", [True, False])
+def test_a_state_of_another_architecture_changed_half_of_a_predictor(change, text, has_learned):
+    saved = predictor_of(**{"reward": RewardNet(3, 0, 1)} | change)
+    if has_learned:
+        saved.learn(filled_buffer().buffer, 1, 8, 8, 0)
+    loaded = predictor_of(reward=RewardNet(3, 0, 1), model_lr=0.5)
+    before = tensors(loaded)
+    with pytest.raises(ValueError, match=rf"state_dict: .*{text}"):
+        loaded.load_state_dict(saved.state_dict())
+    assert moved_parts(loaded, before) == set()
+    assert loaded._rates["model"] == 0.5 and loaded.update.steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
+@pytest.mark.parametrize("k_steps", [1, 2])
+def test_rewards_that_are_no_floats_crashed_or_cut_targets_off(dtype, k_steps):
+    buffers = []
+    for to in (dtype, torch.float32):
+        data = filled_buffer().buffer[:].exclude("index")
+        data["next", "reward"] = (torch.arange(60) % 2).unsqueeze(-1).to(to)
+        buffers.append(TensorDictReplayBuffer(storage=LazyTensorStorage(60)))
+        buffers[-1].extend(data)
+        torch.manual_seed(0)
+    found = []
+    for buffer in buffers:
+        torch.manual_seed(0)
+        value, reward = ValueNet(3, 0), RewardNet(3, 0, 1)
+        predictor = predictor_of(value, reward, n_steps=3, k_steps=k_steps)
+        buffer.storage[:]["observation"].copy_(torch.ones(60, 3))
+        buffer.storage[:]["next", "observation"].copy_(torch.ones(60, 3))
+        buffer.storage[:]["action"].copy_(torch.ones(60, 1))
+        targets = predictor.compute_targets(buffer, 8, k_steps, 3)
+        assert targets["value_target"].dtype is torch.float32
+        assert targets["next", "reward"].dtype is torch.float32
+        _, info = predictor.learn(buffer, 1, 8, 8, 0)
+        found.append((targets["value_target"], info["loss_reward"], info["loss_value"]))
+    for given, expected in zip(*found, strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize(
+    ("obs", "act"), [((3,), (4, 1)), ((3,), (4,)), ((2, 4, 3), (2, 4, 5, 1)), ((4, 3), (4,))]
+)
+def test_rollout_says_which_dims_it_expects(obs, act):
+    with pytest.raises(ValueError, match=r"rollout: expected obs \[B, O\] and act \[B, H, A\]"):
+        predictor_of().rollout(torch.zeros(obs), torch.zeros(act))
+
+
+@pytest.mark.parametrize("name", ["n_steps", "batch_size", "model_batch_size"])
+def test_learn_with_a_number_that_is_no_integer(name):
+    numbers = {"n_steps": 1, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 0}
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 8.0"):
+        predictor_of().learn(filled_buffer().buffer, **numbers | {name: 8.0})
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 3), (4, 1, 1, 2), (1, 4, 1, 1, 3)])
+def test_a_fixed_std_of_another_width_is_named(shape):
+    entries = [torch.zeros(4, n) for n in (3, 0, 1, 3)]
+    with pytest.raises(ValueError, match=r"fixed_std: expected .* broadcasts to \[4, 1, 1, 3\]"):
+        predictor_of().get_standardized_log_prob(*entries, torch.ones(shape))
+
+
+def test_what_is_no_buffer_is_named():
+    predictor, data = predictor_of(), filled_buffer().data
+    for call in (
+        lambda: predictor.learn(data, 1, 8, 8, 0),
+        lambda: predictor.compute_targets(data, 8, 1, 1),
+        lambda: predictor.sample_model_batch(data, 8),
+        lambda: predictor.sample_partial_trajectories(data, 8, 1),
+    ):
+        with pytest.raises(TypeError, match=r"buffer: expected a TorchRL replay buffer, got tens"):
+            call()

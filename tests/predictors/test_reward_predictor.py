@@ -755,12 +755,30 @@ def test_arguments_out_of_range(options, text):
         small_predictor(**options)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("options", [{"n_models": 1}, {"n_models": 2, "value": "q"}], ids=str)
+def test_compiled_learning_is_eager_learning(options):
+    data = filled_buffer()
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(2)
+        predictor = small_predictor(compile=compile, **options)
+        for seed in range(3):
+            _, info = learn(predictor, data, n_steps=3, seed=seed)
+        results.append(({**snapshot(predictor)}, info))
+    for key, expected in results[0][0].items():
+        torch.testing.assert_close(results[1][0][key], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(results[1][1]["nll"], results[0][1]["nll"], rtol=1e-3, atol=1e-3)
+
+
 def test_positional_arguments_are_those_of_the_contract():
     """Names, order and defaults are what users of LayeredRL pass."""
     import inspect
 
     parameters = inspect.signature(RewardPredictor).parameters
-    assert {name: p.default for name, p in list(parameters.items())[6:]} == {
+    positional = {name: p for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY}
+    assert {name: p.default for name, p in list(positional.items())[6:]} == {
         "gamma": 0.99,
         "tau": 0.005,
         "k_steps": 1,

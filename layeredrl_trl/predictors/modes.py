@@ -1,0 +1,45 @@
+"""Training or evaluation mode for a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put a module and all of its parts into one mode; afterwards each is in its own again."""
+    before, modes = module.training, [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        module.train(before)  # for what it passes the mode on to beside its parts
+        for part, mode in modes:
+            part.training = mode
+
+
+def in_training_mode(
+    method: Callable[Concatenate[M, P], R],
+) -> Callable[Concatenate[M, P], R]:
+    """Let a module that is in evaluation mode as a whole be in training mode during a method.
+
+    Of one that is in training mode, parts that are not stay so.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.training:
+            return method(self, *args, **kwargs)
+        with in_mode(self, True):
+            return method(self, *args, **kwargs)
+
+    return wrapped
