@@ -19,5 +19,9 @@ def test_rollout(name, n_envs, horizon, who, benchmark):
     imagination = make(WORKLOADS[name])
     benchmark.group, benchmark.name = f"rollout, {name}, {n_envs} x {horizon}", who
     benchmark.pedantic(
-        imagination.rollout, (observation, actions), rounds=8, iterations=3, warmup_rounds=1
+        torch.no_grad()(imagination.rollout),
+        (observation, actions),
+        rounds=8,
+        iterations=3,
+        warmup_rounds=1,
     )

@@ -156,7 +156,9 @@ class PredictorEnv(ModelBasedEnvBase):
         several = rows * particles > 1
         return [unravel_key(self.initial_state.in_keys[0])] if self._decodes and several else []
 
-    def imagine(self, tensordict: TensorDictBase, actions: Tensor) -> TensorDictBase:
+    def imagine(
+        self, tensordict: TensorDictBase, actions: Tensor, *, only_next: bool = False
+    ) -> TensorDictBase:
         """Roll out given actions: as ``rollout``, without the machinery of a step.
 
         A terminated env (``termination="sample"``) goes on to the end of the actions, with
@@ -165,6 +167,8 @@ class PredictorEnv(ModelBasedEnvBase):
         Args:
             tensordict: imagined state, batch ``[...]`` (see :attr:`initial_state`).
             actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
+            only_next: give what is under ``"next"`` and nothing else, which is all that a planner
+                asks for.
 
         Returns:
             TorchRL's rollout layout, batch ``[..., H]``. ``("next", key)`` and ``key`` are views
@@ -197,21 +201,24 @@ class PredictorEnv(ModelBasedEnvBase):
         )
         context = state[self.context_key].unsqueeze(1).expand(-1, horizon, -1)
         following = self._entries(outcome, context)
-        reward = following.pop(keys.REWARD)
-        first = self._before_first_step(flat, state)
-        steps = {key: torch.cat([first[key].unsqueeze(1), x], 1) for key, x in following.items()}
-        batch_size = [flat.shape[0], horizon]
-        following = {key: x[:, 1:] for key, x in steps.items()}
-        out = TensorDict(
-            {
-                **{key: x[:, :-1] for key, x in steps.items()},
-                self.imagined_action_key: flat_actions,
-                "next": TensorDict({**following, keys.REWARD: reward}, batch_size=batch_size),
-            },
-            batch_size=batch_size,
-            device=self.device,
-        )
-        out = out.reshape(*batch, horizon)
+        steps = {}
+        if not only_next:
+            first = self._before_first_step(flat, state)
+            both = {
+                key: torch.cat([first[key].unsqueeze(1), x], 1)
+                for key, x in following.items()
+                if key != keys.REWARD
+            }
+            following |= {key: x[:, 1:] for key, x in both.items()}
+            steps = {key: x[:, :-1] for key, x in both.items()}
+            steps[self.imagined_action_key] = flat_actions
+        batch_size = torch.Size([*batch, horizon])
+
+        def shaped(entries: dict[NestedKey, Tensor]) -> TensorDict:
+            entries = {key: x.reshape(*batch, *x.shape[1:]) for key, x in entries.items()}
+            return TensorDict(entries, batch_size, device=self.device)
+
+        out = shaped(steps).set("next", shaped(following))
         out.names = [None] * len(batch) + ["time"]
         return out
 

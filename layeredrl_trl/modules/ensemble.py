@@ -19,7 +19,7 @@ from layeredrl_trl.functional import (
     spread_modes,
 )
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
-from layeredrl_trl.modules.mlp import EnsembleMLP
+from layeredrl_trl.modules.mlp import EnsembleMLP, in_place
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.open_loop import MemberRows, OpenLoop
 from layeredrl_trl.modules.spaces import action_features, is_continuous, space_dim
@@ -291,7 +291,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         weight, bias = self.net.weights[-1][..., :n_out], self.net.biases[-1][..., :n_out]
         return OpenLoop(
             list(zip(self.net.weights[:-1], self.net.biases[:-1], strict=True)),
-            self.net.activation,
+            self.net.activation if torch.is_grad_enabled() else in_place(self.net.activation),
             weight * factor,
             bias * factor + offset,
             scale * low,

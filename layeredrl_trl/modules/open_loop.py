@@ -122,21 +122,24 @@ class OpenLoop:
         for weight, bias in self.hidden_layers:
             x = self.activation(torch.baddbmm(bias, x, weight))
         raw = torch.baddbmm(self.bias, x, self.weight)
-        mean, std, log_weights = self._parts(raw, latent.shape[-1])
+        dim = latent.shape[-1]
+        if self.n_modes == 1:
+            mean, std = raw.split(dim, -1)
+            mean = mean + latent if self.is_change else mean
+            if deterministic:
+                return mean
+            std = torch.addcmul(self.std_low, self.std_high, std.sigmoid())
+            return torch.addcmul(mean, std, self._noise(latent, rows).normal)
+        mean, std = (
+            raw[..., : 2 * self.n_modes * dim].unflatten(-1, (2, self.n_modes, dim)).unbind(-3)
+        )
+        log_weights = torch.log_softmax(raw[..., -self.n_modes :], -1)
         if self.is_change:
             mean = mean + latent.unsqueeze(-2)
         if deterministic:
             return gaussian_mixture_mean(mean, log_weights.exp())
         std = torch.addcmul(self.std_low, self.std_high, std.sigmoid())
         return sample_gaussian_mixture(mean, std, log_weights, self._noise(latent, rows))
-
-    def _parts(self, raw: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Means and raw standard deviations ``[E, R, M, D]``, log weights ``[E, R, M]``."""
-        gaussians = raw[..., : 2 * self.n_modes * dim].unflatten(-1, (2, self.n_modes, dim))
-        mean, std = gaussians.unbind(-3)
-        if self.n_modes == 1:
-            return mean, std, raw.new_zeros(()).expand(mean.shape[:-1])
-        return mean, std, torch.log_softmax(raw[..., -self.n_modes :], -1)
 
     def _noise(self, latent: Tensor, rows: MemberRows) -> MixtureNoise:
         n_rows = rows.n_models if rows.member is None else 1

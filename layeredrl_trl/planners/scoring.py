@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase, TransformedEnv
 
 from layeredrl_trl import keys
+from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.functional import disagreement as member_disagreement
 
 
@@ -154,6 +155,8 @@ class CandidateReturn(nn.Module):
 
     def _imagine(self, candidates: TensorDictBase, actions: Tensor) -> TensorDictBase:
         """Step through the actions: batch ``[...]`` to ``[..., H]``."""
+        if getattr(type(self.env), "imagine", None) is PredictorEnv.imagine:
+            return self.env.imagine(candidates, actions, only_next=True)
         if self._has_imagine:
             return self.env.imagine(candidates, actions)
         # Not env.rollout: it resets finished candidates, which draws random numbers and syncs.
