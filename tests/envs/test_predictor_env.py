@@ -241,6 +241,10 @@ def test_imagine_is_rollout(deterministic, propagation, num_particles, batch):
     fast = env.imagine(state, actions)
     torch.manual_seed(1)
     assert_same(fast, play(env, state, actions))
+    torch.manual_seed(1)
+    only_next = env.imagine(state, actions, only_next=True)
+    assert set(only_next.keys()) == {"next"} and only_next.batch_size == (*batch, 4)
+    assert_same(only_next["next"], fast["next"])
 
 
 @pytest.mark.parametrize("action_spec", ACTION_SPECS.values(), ids=ACTION_SPECS)

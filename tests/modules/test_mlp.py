@@ -34,6 +34,19 @@ def test_ensemble_like_a_loop_over_linear_layers(members, hidden_sizes):
         torch.testing.assert_close(net(x)[e], expected)
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.ELU, nn.Tanh, nn.GELU])
+def test_without_gradient_the_numbers_are_the_same_and_the_input_stays(activation):
+    net = EnsembleMLP(2, 3, 2, (8, 8), activation)
+    x = torch.randn(2, 7, 3)
+    before = x.clone()
+    expected = net(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), expected)
+    assert torch.equal(x, before)
+    expected.sum().backward()  # nothing that it needs was overwritten
+    assert not getattr(net.activation, "inplace", False)
+
+
 def test_members_start_differently_and_like_linear_layers():
     net, linear = EnsembleMLP(2, 400, 300), nn.Linear(400, 128)
     for weight in net.weights:
