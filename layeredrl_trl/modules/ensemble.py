@@ -19,7 +19,7 @@ from layeredrl_trl.functional import (
     spread_modes,
 )
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
-from layeredrl_trl.modules.mlp import EnsembleMLP, in_place
+from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.open_loop import MemberRows, OpenLoop
 from layeredrl_trl.modules.spaces import action_features, is_continuous, space_dim
@@ -288,12 +288,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         mean = shift / width + scale * self.mode_start[0]
         log_std = self.mode_start[1] - self.log_std_bounds[1]
         offset = torch.cat([mean.flatten(), log_std.flatten(), rest[modes * dim :]])
-        weight, bias = self.net.weights[-1][..., :n_out], self.net.biases[-1][..., :n_out]
+        *hidden, (weight, bias) = zip(self.net.weights, self.net.biases, strict=True)
+        last = (weight[..., :n_out] * factor, bias[..., :n_out] * factor + offset)
         return OpenLoop(
-            list(zip(self.net.weights[:-1], self.net.biases[:-1], strict=True)),
-            self.net.activation if torch.is_grad_enabled() else in_place(self.net.activation),
-            weight * factor,
-            bias * factor + offset,
+            [*hidden, last],
+            self.net.activation,
             scale * low,
             scale * high,
             n_modes=modes,

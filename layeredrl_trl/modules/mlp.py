@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from layeredrl_trl.checks import check_sizes
+
+_PIECE = 2048
+"""Rows that go through all layers at once on a CPU, where no gradient is asked for; measured."""
 
 
 class ConcatMLP(nn.Module):
@@ -54,7 +57,11 @@ class ConcatMLP(nn.Module):
         if any(x.shape[:-1] != inputs[0].shape[:-1] for x in inputs):
             shapes = [list(x.shape) for x in inputs]
             raise ValueError(f"expected inputs of one leading shape, got {shapes}.")
-        return self.layers(torch.cat([x.to(torch.float32) for x in inputs], -1))
+        x = torch.cat([x.to(torch.float32) for x in inputs], -1)
+        if not _pays_in_pieces(x, x.shape[:-1].numel()):
+            return self.layers(x)
+        pieces = [self.layers(rows) for rows in x.flatten(0, -2).split(_PIECE)]
+        return torch.cat(pieces).reshape(*x.shape[:-1], -1)
 
 
 class EnsembleMLP(nn.Module):
@@ -101,13 +108,52 @@ class EnsembleMLP(nn.Module):
         """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``."""
         # a ParameterList asks each of its entries for by name
         weights, biases = self.weights._parameters.values(), self.biases._parameters.values()
-        activation = self.activation if torch.is_grad_enabled() else in_place(self.activation)
-        last = len(weights) - 1
-        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if i < last:
-                x = activation(x)
-        return x
+        return run_layers(x, list(zip(weights, biases, strict=True)), self.activation)
+
+
+def run_layers(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: nn.Module) -> Tensor:
+    """Send rows through the layers of their member.
+
+    Many rows without gradient on a CPU go member by member, in pieces whose hidden layers stay in
+    the cache: several times faster than batched products of all rows, which there are bound by
+    memory.
+
+    Args:
+        x: ``[E, N, in]``.
+        layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``.
+        activation: between them.
+
+    Returns:
+        ``[E, N, out]``.
+    """
+    if not torch.is_grad_enabled():
+        activation = in_place(activation)
+    if not _pays_in_pieces(x, x.shape[1]):
+        return _run(x, layers, activation, torch.baddbmm)
+    pieces = []
+    for e, rows in enumerate(x.unbind(0)):
+        own = [(weight[e], bias[e]) for weight, bias in layers]
+        pieces += [_run(piece, own, activation, torch.addmm) for piece in rows.split(_PIECE)]
+    return torch.cat(pieces).reshape(*x.shape[:2], -1)
+
+
+def _run(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    activation: nn.Module,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    *hidden, (weight, bias) = layers
+    for hidden_weight, hidden_bias in hidden:
+        x = activation(product(hidden_bias, x, hidden_weight))
+    return product(bias, x, weight)
+
+
+def _pays_in_pieces(x: Tensor, n_rows: int) -> bool:
+    """Whether there are many rows on a CPU, and no gradient is asked for."""
+    if torch.is_grad_enabled() or x.is_cuda or torch.compiler.is_compiling():
+        return False
+    return n_rows > _PIECE // 2
 
 
 def in_place(activation: nn.Module) -> nn.Module:

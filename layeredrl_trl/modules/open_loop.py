@@ -18,6 +18,7 @@ from layeredrl_trl.functional import (
     mixture_noise,
     sample_gaussian_mixture,
 )
+from layeredrl_trl.modules.mlp import run_layers
 
 
 class MemberRows:
@@ -77,20 +78,17 @@ class OpenLoop:
     """Networks that move particles in the units of their own inputs.
 
     Attributes:
-        hidden_layers: weights ``[E, in, hidden]`` and biases ``[E, 1, hidden]``.
-        activation: after each of them.
-        weight: of the last layer, ``[E, hidden, 2 M D + M]``, or ``2 M D`` if ``M`` is 1.
-        bias: likewise, ``[E, 1, ...]``.
+        layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``; the last gives ``2 M D + M``
+            numbers, or ``2 M D`` if ``M`` is 1.
+        activation: between them.
         std_low: least standard deviation, broadcast to ``[..., M, D]``.
         std_high: what a sigmoid of the network's output adds to it at most, likewise.
         n_modes: ``M``.
         is_change: whether the networks predict the change of the latent state.
     """
 
-    hidden_layers: list[tuple[Tensor, Tensor]]
+    layers: list[tuple[Tensor, Tensor]]
     activation: nn.Module
-    weight: Tensor
-    bias: Tensor
     std_low: Tensor
     std_high: Tensor
     n_modes: int
@@ -119,9 +117,7 @@ class OpenLoop:
         return torch.cat(inputs, 1), torch.stack(after, 2)
 
     def _move(self, latent: Tensor, x: Tensor, rows: MemberRows, deterministic: bool) -> Tensor:
-        for weight, bias in self.hidden_layers:
-            x = self.activation(torch.baddbmm(bias, x, weight))
-        raw = torch.baddbmm(self.bias, x, self.weight)
+        raw = run_layers(x, self.layers, self.activation)
         dim = latent.shape[-1]
         if self.n_modes == 1:
             mean, std = raw.split(dim, -1)
