@@ -202,7 +202,10 @@ class PredictorEnv(ModelBasedEnvBase):
         context = state[self.context_key].unsqueeze(1).expand(-1, horizon, -1)
         following = self._entries(outcome, context)
         steps = {}
-        if not only_next:
+        if only_next:  # as nothing is copied below, nothing may be shared with the state
+            shared = {keys.MEMBER, self.context_key, keys.DONE} & following.keys()
+            following |= {key: following[key].clone() for key in shared}
+        else:
             first = self._before_first_step(flat, state)
             both = {
                 key: torch.cat([first[key].unsqueeze(1), x], 1)

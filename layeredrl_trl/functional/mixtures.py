@@ -38,7 +38,7 @@ def gaussian_mixture_log_prob(
     """
     scaled = (value.unsqueeze(-2) - mean) / std
     distance = torch.addcmul(std.log(), scaled, scaled, value=0.5).sum(-1)
-    log_prob = log_weights - distance - _LOG_SQRT_2PI * mean.shape[-1]
+    log_prob = log_weights - distance - _LOG_SQRT_2PI * scaled.shape[-1]
     return log_prob.squeeze(-1) if log_prob.shape[-1] == 1 else torch.logsumexp(log_prob, -1)
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from layeredrl_trl import keys
 from layeredrl_trl.functional import (
     bootstrap_weights,
+    can_read,
     gaussian_mixture_log_prob,
     spread_modes,
 )
@@ -317,7 +318,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         is_first = self.target_moments.count == 0
         self.input_moments.update(inputs, mask)
         self.target_moments.update(target, mask)
-        if self.n_modes == 1 or self._modes_have_started:
+        if self.n_modes == 1 or (self._modes_have_started and not can_read(is_first)):
             return
         # The host waits for a GPU until it knows that there has been a batch; a graph cannot.
         if torch.compiler.is_compiling() or is_first:
@@ -464,4 +465,5 @@ class ProbabilisticEnsemble(DynamicsModel):
 
 
 def _look_whether_modes_have_started(model: ProbabilisticEnsemble, _: Any) -> None:
-    model._modes_have_started = bool(model.target_moments.count > 0)
+    count = model.target_moments.count
+    model._modes_have_started = not count.is_meta and bool(count > 0)

@@ -242,8 +242,8 @@ class RewardPredictorLoss(LossModule):
     ) -> TensorDict:
         """Compute every term.
 
-        The running statistics of those parts (dynamics, standardizer, encoder) that are in training
-        mode take the transitions in first.
+        The running statistics of dynamics, standardizer and encoder take the transitions in first,
+        unless both the loss and the part are in evaluation mode.
 
         Args:
             tensordict: slices as ``Reads`` says, flat or ``[B, T]``; or targets ``[B, k]`` from
@@ -475,15 +475,17 @@ class RewardPredictorLoss(LossModule):
         next_latent: Tensor,
         counts: Tensor | None,
     ) -> None:
-        # by the mode of each part: that of the loss is not seen by whoever holds the parts alone
-        if self.dynamics.training:
+        def learns(part: nn.Module) -> bool:
+            # Parts are shared, and the loss may be hidden from whoever puts them into a mode.
+            return self.training or part.training
+
+        if learns(self.dynamics):
             self.dynamics.update_statistics(latent, context, action, next_latent, counts)
-        if self.standardizer is not None and self.standardizer.training:
+        if self.standardizer is not None and learns(self.standardizer):
             self.standardizer.update_statistics(next_latent - latent, counts)
         names = self.tensor_keys
         observation = transitions.get(names.observation, default=None)
-        is_learned = self.encoder.has_statistics and self.encoder.training
-        if is_learned and observation is not None:
+        if self.encoder.has_statistics and learns(self.encoder) and observation is not None:
             next_observation = transitions.get(names.next_observation)
             self.encoder.update_statistics(observation, next_observation, counts)
 

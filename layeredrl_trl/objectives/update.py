@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key_list
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-Statistics = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
+Statistics = list[tuple[nn.Module, str, Tensor, Tensor]]
 """Owner and name of buffers, the buffers, and copies of what was in them."""
 
 
@@ -48,7 +48,12 @@ class ForeachSoftUpdate(SoftUpdate):
         sources = [self._sources.get(name).data for name, _ in self._names]
         targets = [self._targets.get(name).data for _, name in self._names]
         tau = 1 - self.eps
-        torch._foreach_lerp_(targets, sources, tau if where is None else tau * where)
+        if where is None:
+            torch._foreach_lerp_(targets, sources, tau)
+        else:  # a weight that is a tensor would be read by the host
+            change = torch._foreach_sub(sources, targets)
+            torch._foreach_mul_(change, tau * where)
+            torch._foreach_add_(targets, change)
 
 
 class Update:
@@ -98,13 +103,14 @@ class Update:
             raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
         if warm_up < 0:
             raise ValueError(f"warm_up must be at least 0, got {warm_up}.")
-        can_go_on = getattr(optimizer, "_step_supports_amp_scaling", False) and (
+        can_go_on = _can_skip(optimizer) and (
             target_updater is None or isinstance(target_updater, ForeachSoftUpdate)
         )
         if wait is False and not can_go_on:
             raise ValueError(
-                "wait=False: expected an optimiser with fused=True and a ForeachSoftUpdate, got "
-                f"{type(optimizer).__name__} and {type(target_updater).__name__}."
+                "wait=False: expected an optimiser with fused=True, without momentum, and a "
+                f"ForeachSoftUpdate, got {type(optimizer).__name__} and "
+                f"{type(target_updater).__name__}."
             )
         self.loss_module = loss_module
         self.optimizer = optimizer
@@ -114,10 +120,15 @@ class Update:
         self.wait = wait if can_go_on else True
         self.compute = loss_module if compute is None else compute
         self._warm_up_params = {id(p) for p in warm_up_params or ()}
+        parameters = {name for name, _ in loss_module.named_parameters()}
+        moved = {f"target_{name}" for name in parameters}  # not by the loss
         self._statistics_of = [
-            module._buffers
-            for module in loss_module.modules()
-            if module._buffers and not isinstance(module, TensorDictParams)  # these are targets
+            (
+                module,
+                {name for name in module._buffers if f"{path}.{name}".lstrip(".") not in moved},
+            )
+            for path, module in loss_module.named_modules()
+            if module._buffers
         ]
         self.steps = 0
         self._skipped: int | Tensor = 0
@@ -151,9 +162,9 @@ class Update:
         """
         before = [
             (owner, name, buffer, buffer.clone())
-            for owner in self._statistics_of
-            for name, buffer in owner.items()
-            if buffer is not None
+            for owner, names in self._statistics_of
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and name in names
         ]
         losses = self.compute(*batch)
         total = total_loss(losses)
@@ -180,14 +191,14 @@ class Update:
     ) -> None:
         if not math.isfinite(whole_norm.item()):
             for owner, name, buffer, old in before:
-                owner[name] = buffer.copy_(old)
+                _put_back(owner, name, buffer.copy_(old))
             self._skipped = self._skipped + 1
             _ = self.skipped  # warns
             return
         max_norm = self.clip_grad_max_norm
         if max_norm is None or norm.item() <= max_norm:
             self.optimizer.step()
-        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        elif _can_skip(self.optimizer):
             self._scaled_step((norm + 1e-6) / max_norm)
         else:
             nn.utils.clip_grads_with_norm_(params, max_norm, norm)
@@ -207,7 +218,8 @@ class Update:
         if self.target_updater is not None:
             self.target_updater.step(is_finite)
         for owner, name, buffer, old in before:
-            owner[name] = buffer.copy_(torch.where(is_finite, owner[name], old))
+            now = owner._buffers[name]
+            _put_back(owner, name, buffer.copy_(torch.where(is_finite, now, old)))
         self._skipped = self._skipped + (~is_finite).long()
 
     def _scaled_step(self, scale: Tensor | None, found_inf: Tensor | None = None) -> None:
@@ -220,6 +232,22 @@ class Update:
             self.optimizer.step()
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
+
+
+def _put_back(owner: nn.Module, name: str, buffer: Tensor) -> None:
+    """Give a module its buffer again, if it has put another one in its place."""
+    if owner._buffers[name] is not buffer:
+        owner._buffers[name] = buffer
+
+
+def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the kernel of an optimiser scales gradients, and can leave everything as it is.
+
+    With momentum it cannot in its first step: the buffer would be left as it was allocated.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") and not group.get("momentum") for group in optimizer.param_groups
+    )
 
 
 def _norm(params: list[nn.Parameter]) -> Tensor:

@@ -30,15 +30,13 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 def in_training_mode(
     method: Callable[Concatenate[M, P], R],
 ) -> Callable[Concatenate[M, P], R]:
-    """Let a module that is in evaluation mode as a whole be in training mode during a method.
+    """Let a module and all of its parts be in training mode during a method.
 
-    Of one that is in training mode, parts that are not stay so.
+    Parts are shared: an environment or a planner that is put into evaluation mode takes them along.
     """
 
     @functools.wraps(method)
     def wrapped(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.training:
-            return method(self, *args, **kwargs)
         with in_mode(self, True):
             return method(self, *args, **kwargs)
 

@@ -245,6 +245,9 @@ def test_imagine_is_rollout(deterministic, propagation, num_particles, batch):
     only_next = env.imagine(state, actions, only_next=True)
     assert set(only_next.keys()) == {"next"} and only_next.batch_size == (*batch, 4)
     assert_same(only_next["next"], fast["next"])
+    before = state.clone()
+    only_next.apply_(lambda x: x.zero_())
+    assert_same(state, before)
 
 
 @pytest.mark.parametrize("action_spec", ACTION_SPECS.values(), ids=ACTION_SPECS)

@@ -47,6 +47,44 @@ def test_without_gradient_the_numbers_are_the_same_and_the_input_stays(activatio
     assert not getattr(net.activation, "inplace", False)
 
 
+def test_a_nonlinearity_derived_from_torchs_is_not_taken_for_it():
+    class Residual(nn.ReLU):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    net, x = EnsembleMLP(2, 3, 2, (8,), Residual), torch.randn(2, 7, 3)
+    expected = net(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), expected)
+
+
+def test_a_hook_keeps_what_it_was_given():
+    net, seen = EnsembleMLP(2, 3, 2, (8,)), []
+    net.activation.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        net(torch.randn(2, 7, 3))
+    ((before, after),) = seen
+    torch.testing.assert_close(torch.nn.functional.silu(before), after)
+
+
+@pytest.mark.parametrize("n_rows", [5, 5000])
+def test_it_compiles_without_gradient(n_rows):
+    net, x = EnsembleMLP(2, 3, 2, (8,)), torch.randn(2, n_rows, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(net, fullgraph=True, backend="eager")(x), net(x), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("n_rows", [1025, 4096, 5000])
+def test_many_rows_in_pieces_are_all_rows(n_rows):
+    net, head = EnsembleMLP(2, 3, 2, (8, 8)), ConcatMLP((3, 1), 2, (8, 8))
+    x, y = torch.randn(2, n_rows, 3), torch.randn(2, n_rows, 1)
+    expected = net(x), head(x, y)
+    with torch.no_grad():
+        torch.testing.assert_close((net(x), head(x, y)), expected)
+
+
 def test_members_start_differently_and_like_linear_layers():
     net, linear = EnsembleMLP(2, 400, 300), nn.Linear(400, 128)
     for weight in net.weights:

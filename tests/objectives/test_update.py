@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.objectives import SoftUpdate
 
 from layeredrl_trl.modules import DeltaStandardizer
@@ -285,6 +286,65 @@ def test_a_buffer_that_the_loss_replaces_is_put_back():
     with pytest.warns(UserWarning, match="skipped"):
         update(poisoned())
     assert loss.seen == 1
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_skipped_batch_had_ruined_the_statistics_of_the_value(wait):
+    """They are kept with its parameters, beside the targets."""
+
+    class Value(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.out = torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1)
+
+        def forward(self, latent, context):
+            return self.out(self.norm(latent.flatten(0, -2))).reshape(*latent.shape[:-1], 1)
+
+    dynamics, _, reward, encoder = small_parts(None)
+    loss = RewardPredictorLoss(encoder, dynamics, reward, Value(), k_steps=2)
+    optimizer = torch.optim.Adam(loss.parameters(), 1e-2, fused=True)
+    update = Update(loss, optimizer, target_updater=ForeachSoftUpdate(loss, 0.1), wait=wait)
+    update(make_slices())
+    before = snapshot(update)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        update(poisoned("observation"))
+        assert update.skipped == 1
+    assert not changed(before, snapshot(update))
+
+
+def test_momentum_cannot_be_left_to_the_device():
+    _, loss = make()
+    optimizer = torch.optim.SGD(loss.parameters(), 1e-2, momentum=0.9, fused=True)
+    with pytest.raises(ValueError, match="without momentum"):
+        Update(loss, optimizer, wait=False)
+
+
+def test_a_fused_optimiser_that_took_over_a_plain_state_can_clip():
+    update, loss = make(clip_grad_max_norm=1e-3)
+    fused = torch.optim.Adam(loss.parameters(), 1e-2, fused=True)
+    fused.load_state_dict(update.optimizer.state_dict())
+    update.optimizer = fused
+    update(make_slices())
+    assert update.steps == 1
+
+
+def test_nothing_is_read_from_the_device(monkeypatch):
+    """What the host reads, a GPU is waited for."""
+    update = fused(wait=False)
+    for _ in range(3):
+        update(make_slices())  # the warm-up is over, statistics have started
+    read = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                read.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        update.target_updater.step(torch.tensor(True))
+    assert not read
 
 
 # --- gradients: who learns when

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchrl.data import Bounded
 
 from layeredrl_trl.predictors.modes import in_mode
 from tests.oracles_predictors import filled_buffer, small_predictor
@@ -36,13 +37,17 @@ def test_learn_after_eval_left_the_statistics_alone():
     assert not any(modes(predictor).values()) and not predictor.loss_module.training
 
 
-def test_learn_leaves_a_part_that_was_put_into_evaluation_mode_alone():
+def test_an_environment_in_evaluation_mode_had_stopped_the_statistics():
+    """It shares dynamics and encoder with the predictor."""
     predictor, toy = small_predictor(), filled_buffer()
-    predictor.model.eval()
+    predictor.env(Bounded(-1.0, 1.0, (1,))).eval()
+    assert not predictor.model.training and predictor.training
     before = counts(predictor)
     predictor.learn(toy.buffer, 1, 8, 8, 0)
-    model, standardizer = counts(predictor)
-    assert model == before[0] and standardizer > before[1]
+    predictor.loss(
+        predictor.compute_targets(toy.buffer, 8, 1, 1), predictor.sample_model_batch(toy.buffer, 8)
+    )
+    assert counts(predictor) == tuple(count + 2 for count in before)
     assert not predictor.model.training and predictor.training
 
 
