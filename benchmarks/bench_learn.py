@@ -14,6 +14,8 @@ from benchmarks.workloads import (
     make_transitions,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+
 STEPS = 20
 """Of one timed call."""
 

@@ -20,6 +20,8 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     groups: dict[str, list] = {}
     for benchmark in session.benchmarks:
+        if benchmark.has_error:
+            continue
         groups.setdefault(benchmark.group, []).append(benchmark)
     write = terminalreporter.write_line
     terminalreporter.section("least times; ratio: time of the first over that of the other")
