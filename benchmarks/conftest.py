@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     groups: dict[str, list] = {}
     for benchmark in session.benchmarks:
-        if benchmark.has_error:
+        if not benchmark.stats.data:  # it failed
             continue
         groups.setdefault(benchmark.group, []).append(benchmark)
     write = terminalreporter.write_line
