@@ -102,8 +102,10 @@ def draw(panels: dict[str, tuple[str, dict[int, float]]], path: Path) -> None:
         axes.loglog(sizes, values, "o-", color="#1f6fb4")
         in_proportion = [values[-1] * size / sizes[-1] for size in sizes]
         axes.loglog(sizes, in_proportion, "--", color="#999999", linewidth=1)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+        axes.minorticks_off()
         axes.set_title(f"{work}: {varied_size.strip()}", fontsize=9)
-        axes.set_ylim(min(values) / 2, max(values) * 2)
+        axes.set_ylim(1, 400)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("ms (dashed: in proportion)")
     figure.savefig(path, dpi=120)
