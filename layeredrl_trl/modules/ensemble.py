@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_count
 from layeredrl_trl.functional import (
     bootstrap_weights,
     can_read,
@@ -87,7 +88,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     Raises:
         ValueError: if a number is out of its range.
-        TypeError: if a space is of an unknown kind.
+        TypeError: if a space is of an unknown kind, or a count no integer.
 
     Reference:
         Chua et al. 2018, arXiv:1805.12114. Deviations: mixture modes, a termination head, bounds
@@ -129,8 +130,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             "n_particles_per_model": n_particles_per_model,
         }
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"ProbabilisticEnsemble: {name} must be at least 1, got {count}.")
+            check_count(f"ProbabilisticEnsemble: {name}", count)
         if not 0 < std_bounds[0] < std_bounds[1]:
             raise ValueError(
                 f"ProbabilisticEnsemble: std_bounds must be 0 < low < high, got {std_bounds}."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_counts
 from layeredrl_trl.functional import known_to_hold, zero_where_not
 from layeredrl_trl.modules import (
     DeltaStandardizer,
@@ -91,7 +92,7 @@ class RewardPredictorLoss(LossModule):
         apply) and, detached, ``nll`` (nats), ``term_bce`` (nats) and ``value_target_mean``.
 
     Raises:
-        TypeError: at construction, if a part is of an unknown kind.
+        TypeError: at construction, if a part is of an unknown kind, or a count no integer.
         ValueError: at construction, if an option is out of range or sizes of the parts differ.
         KeyError: if an entry is missing; the text names it and those that are there.
 
@@ -530,5 +531,6 @@ def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> 
         raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
     if k_steps < 1 or n_steps < 1:
         raise ValueError(f"k_steps and n_steps must be at least 1, got {k_steps} and {n_steps}.")
+    check_counts(k_steps=k_steps, n_steps=n_steps)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")

@@ -707,3 +707,9 @@ def test_follows_to_the_gpu():
     for x, y in zip(on_gpu, expected, strict=True):
         assert x.is_cuda
         torch.testing.assert_close(x.cpu(), y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["n_models", "n_modes", "n_particles_per_model"])
+def test_counts_that_are_no_integers_are_named(name):
+    with pytest.raises(TypeError, match=f"ProbabilisticEnsemble: {name} must be an integer"):
+        ProbabilisticEnsemble(3, 0, 1, **{name: 2.0})

@@ -598,6 +598,12 @@ def test_options_out_of_range(options, text):
             compute_targets(make_loss(), make_slices(), **options)
 
 
+@pytest.mark.parametrize("name", ["k_steps", "n_steps"])
+def test_counts_that_are_no_integers_are_named(name):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 2.0"):
+        make_loss(**{name: 2.0})
+
+
 @pytest.mark.parametrize(
     "key",
     [
