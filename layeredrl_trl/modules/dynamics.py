@@ -204,12 +204,11 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a shape does not fit.
         """
-        self._check_targets(latent, next_latent, terminated, weight)
-        mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
-        next_latent = next_latent.to(mean.dtype).unsqueeze(-2)
-        nll = -gaussian_mixture_log_prob(next_latent, mean, std, log_weights)
-        target = terminated.to(term_logit.dtype).unsqueeze(-2).expand_as(term_logit)
-        bce = binary_cross_entropy_with_logits(term_logit, target, reduction="none").squeeze(-1)
+        _check_shape("next_latent", next_latent, latent.shape)
+        _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
+        if weight is not None:
+            self._check_weight(weight, latent.shape[:-1])
+        nll, bce = self._score_members(latent, context, action, next_latent, terminated)
         if weight is not None:
             nll, bce = weight * nll, weight * bce
         return nll.mean(-1, keepdim=True), bce.mean(-1, keepdim=True)
@@ -384,13 +383,21 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
         return math.prod(factors[1:], start=factors[0]) if factors else None
 
-    def _check_targets(
-        self, latent: Tensor, next_latent: Tensor, terminated: Tensor, weight: Tensor | None
-    ) -> None:
-        _check_shape("next_latent", next_latent, latent.shape)
-        _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
-        if weight is not None:
-            self._check_weight(weight, latent.shape[:-1])
+    def _score_members(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        terminated: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and cross-entropy of termination by member, ``[..., E]``."""
+        mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
+        next_latent = next_latent.to(mean.dtype).unsqueeze(-2)
+        nll = -gaussian_mixture_log_prob(next_latent, mean, std, log_weights)
+        target = terminated.to(term_logit.dtype).unsqueeze(-2).expand_as(term_logit)
+        bce = binary_cross_entropy_with_logits(term_logit, target, reduction="none")
+        return nll, bce.squeeze(-1)
 
     def _check_weight(self, weight: Tensor, batch_shape: Sequence[int]) -> None:
         if weight.shape not in ((*batch_shape, 1), (*batch_shape, self.n_models)):

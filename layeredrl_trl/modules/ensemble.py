@@ -228,27 +228,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
         return by_env(after), by_env(term_logit)
 
-    def negative_log_likelihood(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        action: Tensor,
-        next_latent: Tensor,
-        terminated: Tensor,
-        weight: Tensor | None = None,
+    def _score_members(
+        self, latent: Tensor, context: Tensor, action: Tensor, *outcome: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Score real transitions; see :class:`DynamicsModel` for the shapes.
-
-        Every member sees the same inputs, which are standardised once, and is scored in units of
-        its own outputs.
-        """
+        """The same in units of the networks' outputs, of inputs standardised once for all."""
         if self.termination_net is None or not self._predicts_as_here:
-            return super().negative_log_likelihood(
-                latent, context, action, next_latent, terminated, weight
-            )
+            return super()._score_members(latent, context, action, *outcome)
+        next_latent, terminated = outcome
         batch = latent.shape[:-1]
         self._check(latent[..., None, None, :].expand(*batch, self.n_models, 1, -1), context)
-        self._check_targets(latent, next_latent, terminated, weight)
         dtype = self.target_moments.mean.dtype
         inputs = self._concatenate(latent, context, action).to(dtype)
         inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
@@ -261,10 +249,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         term_logit = self.termination_net(inputs).squeeze(-1)
         happened = terminated.to(dtype).reshape(-1).expand_as(term_logit)
         bce = binary_cross_entropy_with_logits(term_logit, happened, reduction="none")
-        if weight is not None:
-            by_member = weight.reshape(-1, weight.shape[-1]).mT
-            nll, bce = by_member * nll, by_member * bce
-        return nll.mean(0).reshape(*batch, 1), bce.mean(0).reshape(*batch, 1)
+        return nll.mT.reshape(*batch, -1), bce.mT.reshape(*batch, -1)
 
     @property
     def _predicts_as_here(self) -> bool:
