@@ -136,3 +136,11 @@ def test_a_draw_has_the_gradient_of_its_component():
     assert (mean.grad.sum(-2) == 1).all() and ((mean.grad == 0) | (mean.grad == 1)).all()
     assert torch.equal(std.grad != 0, mean.grad != 0)
     assert log_weights.grad is None
+
+
+def test_a_mean_for_all_dims_counts_for_each():
+    value, std, weight = torch.randn(5, 3), torch.ones(1, 1), torch.zeros(1)
+    expected = gaussian_mixture_log_prob(value, torch.zeros(1, 3), std, weight)
+    torch.testing.assert_close(
+        gaussian_mixture_log_prob(value, torch.zeros(1, 1), std, weight), expected
+    )

@@ -801,6 +801,24 @@ def test_positional_arguments_are_those_of_the_contract():
     }
 
 
+def test_info_is_the_mean_over_the_steps_that_were_taken():
+    """A skipped batch may have terms that are finite."""
+    predictor = small_predictor()
+
+    class Steps:
+        optimizer, skipped = predictor.update.optimizer, 0
+        coming = iter([(1.0, 1.0), (100.0, torch.inf), (3.0, 1.0)])
+
+        def __call__(self, *batch):
+            nll, norm = next(self.coming)
+            self.skipped += norm == torch.inf
+            return TensorDict({"nll": nll, "loss": nll, "grad_norm": norm})
+
+    predictor.update = Steps()
+    loss, info = learn(predictor, n_steps=3)
+    assert loss == 2.0 and info["nll"] == 2.0 and info["skipped"] == 1.0
+
+
 def test_bad_batches_are_skipped_counted_and_warned_of_once():
     data = episodes(20, [])
     data["next", "reward"][:] = torch.nan
