@@ -27,18 +27,22 @@ from layeredrl_trl.modules import (
     head_entries,
     reads_action,
 )
+from layeredrl_trl.objectives.columns import (
+    SliceParts,
+    Targets,
+    TransitionParts,
+    Transitions,
+)
 from layeredrl_trl.objectives.slices import (
     Reader,
     SliceKeys,
     as_slices,
-    check_keys,
     per_step,
-    read_reward,
     read_steps,
     rows_with_data,
 )
+from layeredrl_trl.objectives.target_network import with_parameters
 from layeredrl_trl.objectives.value_targets import (
-    BOOTSTRAP,
     Bootstrap,
     bootstrapped_return,
     read_target_parts,
@@ -255,29 +259,32 @@ class RewardPredictorLoss(LossModule):
         Returns:
             A TensorDict without batch dims (with ``reduction="none"`` each term keeps its shape).
         """
+        names, encoded = self.tensor_keys, self.encoder.out_keys
         there = tensordict.keys(True)
-        if keys.VALUE_TARGET in there and self.encoder.out_keys[0] in there:
-            targets = tensordict
+        if keys.VALUE_TARGET in there and encoded[0] in there:
+            has_reward = self.reward is not None
+            targets = Targets.read(tensordict, encoded, names, has_reward=has_reward)
             if transitions is None:
                 raise ValueError(
                     "RewardPredictorLoss: targets hold no next observations, so the dynamics need "
                     "transitions as second argument; or pass slices alone."
                 )
         else:
-            mask_key = self.tensor_keys.mask
-            slices = as_slices(tensordict, self.slice_len, self.in_keys, mask_key)
-            mask = per_step(slices, mask_key, slices.batch_size, flag=True)
-            mask = mask.squeeze(-1)
+            slices = as_slices(tensordict, self.slice_len, self.in_keys, names.mask)
+            mask = per_step(slices, names.mask, slices.batch_size, flag=True).squeeze(-1)
             row = rows_with_data(mask)
-            targets = self.compute_targets(
-                lambda names, steps: read_steps(slices, row, names, steps), mask
+            targets = self.encode_slices(
+                self.read_slices(lambda names, steps: read_steps(slices, row, names, steps), mask)
             )
             if transitions is None:
                 transitions = self.encode_transitions(slices[row, 0])
                 transitions.set(keys.MASK, mask[:, :1])
-        return TensorDict(
-            {**self._head_terms(targets), **self._dynamics_terms(transitions)}, batch_size=[]
-        )
+        terms = self.terms(targets, Transitions.read(transitions, encoded, names))
+        return TensorDict(terms, batch_size=[])
+
+    def terms(self, targets: Targets, transitions: Transitions) -> dict[str, Tensor]:
+        """Compute what :meth:`forward` returns, of plain tensors."""
+        return {**self._head_terms(targets), **self._dynamics_terms(transitions)}
 
     def compute_targets(
         self,
@@ -309,9 +316,10 @@ class RewardPredictorLoss(LossModule):
         Raises:
             ValueError: if a number is out of its range or a shape does not fit.
         """
-        return self.encode_slices(
+        targets = self.encode_slices(
             self.read_slices(read, mask, k_steps=k_steps, n_steps=n_steps, gamma=gamma)
         )
+        return targets.to_tensordict(self.encoder.out_keys, self.tensor_keys)
 
     def read_slices(
         self,
@@ -321,18 +329,11 @@ class RewardPredictorLoss(LossModule):
         k_steps: int | None = None,
         n_steps: int | None = None,
         gamma: float | None = None,
-    ) -> TensorDict:
-        r"""Read all that :meth:`encode_slices` makes targets of; no network is asked yet.
+    ) -> SliceParts:
+        """Read all that :meth:`encode_slices` makes targets of; no network is asked yet.
 
         So the slices of many optimisation steps can be read at once. The arguments are those of
         :meth:`compute_targets`.
-
-        Returns:
-            TensorDict ``[B, k]``: ``observation``, ``action``, ``("next", "reward")``,
-            ``("next", "terminated")``, ``("collector", "mask")``, ``planned``, and under
-            ``"bootstrap"`` the ``observation`` (for a Q-function also ``action``) that is valued
-            behind the last reward, ``return``, the discounted sum up to there, ``discount`` of the
-            value, and ``mask``, whether it counts.
         """
         k_steps = self.k_steps if k_steps is None else k_steps
         n_steps = self.n_steps if n_steps is None else n_steps
@@ -348,30 +349,24 @@ class RewardPredictorLoss(LossModule):
             bootstrap=self._bootstrap,
         )
 
-    def encode_slices(self, slices: TensorDictBase) -> TensorDict:
-        """Make targets of what :meth:`read_slices` has read: encode, and value what lies behind.
-
-        Args:
-            slices: ``[B, k]``.
-
-        Returns:
-            As :meth:`compute_targets`.
-        """
+    def encode_slices(self, parts: SliceParts) -> Targets:
+        """Make targets of what :meth:`read_slices` has read: encode, and value what lies behind."""
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            latent, context = self.encoder.encode(slices.get(self.tensor_keys.observation))
+            latent, context = self.encoder.encode(parts.observation)
         context = context[:, :1].expand_as(context)
-        behind = slices.get(BOOTSTRAP)
-        value = self._bootstrap_value(behind, context.detach()) if self.has_value else None
-        out = slices.exclude(self.tensor_keys.observation, BOOTSTRAP)
-        return out.update(
-            {
-                self.encoder.out_keys[0]: latent,
-                self.encoder.out_keys[1]: context,
-                keys.VALUE_TARGET: bootstrapped_return(slices, value, self.tensor_keys),
-            }
+        value = self._bootstrap_value(parts, context.detach()) if self.has_value else None
+        return Targets(
+            latent=latent,
+            context=context,
+            action=parts.action,
+            reward=parts.reward,
+            terminated=parts.terminated,
+            value_target=bootstrapped_return(parts, value),
+            valid=parts.valid,
+            planned=parts.planned,
+            index=parts.index,
         )
 
-    @torch.no_grad()
     def encode_transitions(self, transitions: TensorDictBase) -> TensorDict:
         """Encode single transitions for the dynamics, without gradient.
 
@@ -383,67 +378,79 @@ class RewardPredictorLoss(LossModule):
             TensorDict ``[N]``: ``latent``, ``context``, ``action``, ``("next", "latent")``,
             ``("next", "terminated")``, and those of ``weight``, ``index`` that were there. For an
             encoder with running statistics also both observations.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a shape does not fit.
         """
         names = self.tensor_keys
-        latent, context = self.encoder.encode(transitions.get(names.observation))
-        next_latent, _ = self.encoder.encode(transitions.get(names.next_observation))
-        passed_on = [names.action, names.next_terminated, keys.WEIGHT, keys.INDEX]
-        if self.encoder.has_statistics:
-            passed_on += [names.observation, names.next_observation]
-        encoded = {
-            self.encoder.out_keys[0]: latent,
-            self.encoder.out_keys[1]: context,
-            unravel_key(("next", self.encoder.out_keys[0])): next_latent,
-        }
-        return transitions.select(*passed_on, strict=False).update(encoded)
+        encoded = self.encode_parts(TransitionParts.read(transitions, names))
+        return encoded.to_tensordict(self.encoder.out_keys, names)
 
     @torch.no_grad()
-    def _bootstrap_value(self, behind: TensorDictBase, context: Tensor) -> Tensor:
-        """Target value ``[B, k, 1]`` of what lies behind each target's last reward."""
-        names = self.tensor_keys
-        latent, _ = self.encoder.encode(behind.get(names.observation))
-        action = behind.get(names.action) if self.bootstraps_action else None
-        target_params = self.target_value_network_params
-        with target_params.to_module(self.value_network, preserve_module_state=False):
-            return evaluate(self.value_network, self._entries(latent, context, action))
+    def encode_parts(self, parts: TransitionParts) -> Transitions:
+        """Do the same with plain tensors."""
+        latent, context = self.encoder.encode(parts.observation)
+        next_latent, _ = self.encoder.encode(parts.next_observation)
+        observations = {}
+        if self.encoder.has_statistics:
+            observations = {
+                "observation": parts.observation,
+                "next_observation": parts.next_observation,
+            }
+        return Transitions(
+            latent=latent,
+            context=context,
+            action=parts.action,
+            next_latent=next_latent,
+            terminated=parts.terminated,
+            weight=parts.weight,
+            index=parts.index,
+            **observations,
+        )
 
-    def _head_terms(self, targets: TensorDictBase) -> dict[str, Tensor]:
-        names = self.tensor_keys
-        check_keys(targets, (*self.encoder.out_keys, names.action))
-        latent, context = (targets.get(key) for key in self.encoder.out_keys)
-        action = targets.get(names.action)
+    @torch.no_grad()
+    def _bootstrap_value(self, parts: SliceParts, context: Tensor) -> Tensor:
+        """Target value ``[B, k, 1]`` of what lies behind each target's last reward."""
+        latent, _ = self.encoder.encode(parts.observation_behind)
+        entries = self._entries(latent, context, parts.action_behind)
+        network, params = self.value_network, self.target_value_network_params
+        return with_parameters(network, params, lambda: evaluate(network, entries))
+
+    def _head_terms(self, targets: Targets) -> dict[str, Tensor]:
+        latent, context, action = targets.latent, targets.context, targets.action
         if not self.learn_encoder:
             latent, context = latent.detach(), context.detach()
-        shape = targets.batch_size
-        valid = per_step(targets, names.mask, shape, flag=True)
-        if not known_to_hold(valid):
+        valid = targets.valid
+        all_valid = known_to_hold(valid)
+        if not all_valid:
             latent, context, action = (
                 zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
             )
         terms = {}
         if self.reward is not None:
-            reward = read_reward(targets, names, shape)
-            error = evaluate(self.reward, self._entries(latent, context, action)) - reward
-            terms["loss_reward"] = self.rew_loss_weight * self._mean_square(error, valid)
+            error = evaluate(self.reward, self._entries(latent, context, action)) - targets.reward
+            error = self._mean_square(error, None if all_valid else valid)
+            terms["loss_reward"] = _times(self.rew_loss_weight, error)
         if self.has_value:
+            counts = None if all_valid else valid
+            if targets.planned is not None:
+                counts = valid & targets.planned
+                counts = None if known_to_hold(counts) else counts
             entries = self._entries(latent.detach(), context.detach(), action)
-            value_target = per_step(targets, keys.VALUE_TARGET, shape)
-            counts = valid & per_step(targets, names.planned, shape, flag=True)
-            error = evaluate(self.value_network, entries) - value_target
-            terms["loss_value"] = self.value_loss_weight * self._mean_square(error, counts)
-            terms["value_target_mean"] = self._reduce_where(value_target.detach(), counts, "mean")
+            error = evaluate(self.value_network, entries) - targets.value_target
+            error = self._mean_square(error, counts)
+            terms["loss_value"] = _times(self.value_loss_weight, error)
+            mean = self._reduce_where(targets.value_target.detach(), counts, "mean")
+            terms["value_target_mean"] = mean
         return terms
 
-    def _dynamics_terms(self, transitions: TensorDictBase) -> dict[str, Tensor]:
-        names = self.tensor_keys
-        latent_key, context_key = self.encoder.out_keys
-        next_latent_key = unravel_key(("next", latent_key))
-        inputs = (latent_key, context_key, names.action, next_latent_key)
-        batch_size = transitions.batch_size
-        terminated = per_step(transitions, names.next_terminated, batch_size, flag=True)
-        check_keys(transitions, inputs)
-        weight = self.dynamics.batch_weight(transitions)
-        latent, context, action, next_latent = (transitions.get(key).detach() for key in inputs)
+    def _dynamics_terms(self, transitions: Transitions) -> dict[str, Tensor]:
+        shape = transitions.latent.shape[:-1]
+        weight = self.dynamics.weigh(
+            shape, transitions.weight, transitions.index, transitions.mask
+        )
+        latent, context, action, next_latent = (x.detach() for x in transitions[:4])
         counts = None if weight is None else (weight > 0).any(-1)
         if counts is not None:
             latent, context, action, next_latent = (
@@ -451,14 +458,14 @@ class RewardPredictorLoss(LossModule):
             )
         self._update_statistics(transitions, latent, context, action, next_latent, counts)
         nll, bce = self.dynamics.negative_log_likelihood(
-            latent, context, action, next_latent, terminated, weight
+            latent, context, action, next_latent, transitions.terminated, weight
         )
         if weight is not None and self.reduction == "mean":
             total = weight.mean()
             nll, bce = (x / torch.where(total > 0, total, 1.0) for x in (nll, bce))
         consistency = self._reduce_loss(nll + bce) + self.dynamics.regularization()
         terms = {
-            "loss_consistency": self.consistency_loss_weight * consistency,
+            "loss_consistency": _times(self.consistency_loss_weight, consistency),
             "nll": nll.detach().mean(),
             "term_bce": bce.detach().mean(),
         }
@@ -469,7 +476,7 @@ class RewardPredictorLoss(LossModule):
 
     def _update_statistics(
         self,
-        transitions: TensorDictBase,
+        transitions: Transitions,
         latent: Tensor,
         context: Tensor,
         action: Tensor,
@@ -484,10 +491,8 @@ class RewardPredictorLoss(LossModule):
             self.dynamics.update_statistics(latent, context, action, next_latent, counts)
         if self.standardizer is not None and learns(self.standardizer):
             self.standardizer.update_statistics(next_latent - latent, counts)
-        names = self.tensor_keys
-        observation = transitions.get(names.observation, default=None)
+        observation, next_observation = transitions.observation, transitions.next_observation
         if self.encoder.has_statistics and learns(self.encoder) and observation is not None:
-            next_observation = transitions.get(names.next_observation)
             self.encoder.update_statistics(observation, next_observation, counts)
 
     def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
@@ -501,15 +506,17 @@ class RewardPredictorLoss(LossModule):
             indices=self.dynamics.accepts_indices,
         )
 
-    def _mean_square(self, error: Tensor, counts: Tensor) -> Tensor:
-        """Reduce the squares of errors ``[B, k, 1]`` where they count."""
-        if known_to_hold(counts):
-            return self._reduce_where(error.square(), counts)
-        return self._reduce_where(zero_where_not(counts, error).square(), counts)
+    def _mean_square(self, error: Tensor, counts: Tensor | None) -> Tensor:
+        """Reduce the squares of errors ``[B, k, 1]`` where they count; ``None``: everywhere."""
+        if counts is not None:
+            error = zero_where_not(counts, error)
+        return self._reduce_where(error.square(), counts)
 
-    def _reduce_where(self, x: Tensor, counts: Tensor, reduction: str | None = None) -> Tensor:
+    def _reduce_where(
+        self, x: Tensor, counts: Tensor | None, reduction: str | None = None
+    ) -> Tensor:
         """Reduce ``x``, finite also where it does not count; with "none" it is 0 there."""
-        if known_to_hold(counts):
+        if counts is None:
             return self._reduce_loss(x, reduction=reduction)
         if (reduction or self.reduction) == "none":
             # _reduce_loss would drop the masked entries, and with them the shape.
@@ -524,6 +531,11 @@ class RewardPredictorLoss(LossModule):
         super().__setstate__(state)
         if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
             self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
+
+
+def _times(weight: float, x: Tensor) -> Tensor:
+    """Weigh a term; most weigh 1, which is left out."""
+    return x if weight == 1 else weight * x
 
 
 def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:

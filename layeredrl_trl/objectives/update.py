@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
@@ -12,13 +15,43 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-Statistics = list[tuple[nn.Module, str, Tensor, Tensor]]
-"""Owner and name of buffers, the buffers, and copies of what was in them."""
+Losses = Mapping[str, Tensor] | TensorDictBase
+"""Terms of a loss by name."""
 
 
-def total_loss(losses: TensorDictBase) -> Tensor:
+def total_loss(losses: Losses) -> Tensor:
     """Add up all scalars of a loss module whose key begins with ``loss_``."""
-    return torch.stack([x for key, x in losses.items() if key.startswith("loss_")]).sum()
+    return reduce(add, [x for key, x in losses.items() if key.startswith("loss_")])
+
+
+class Statistics:
+    """Buffers of modules, and copies of what is in them now.
+
+    Args:
+        names: of the buffers that are kept, by their owner.
+    """
+
+    def __init__(self, names: list[tuple[nn.Module, set[str]]]) -> None:
+        self._slots = [
+            (owner._buffers, name)
+            for owner, wanted in names
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and name in wanted
+        ]
+        self._own = [buffers[name] for buffers, name in self._slots]
+        self._copies = torch._foreach_clone(self._own) if self._own else []
+
+    def put_back(self, where: Tensor | None = None) -> None:
+        """Make them what they were.
+
+        A module that has put another tensor in the place of a buffer gets its own again.
+
+        Args:
+            where: bool ``[]``; where it is False they stay what they are. ``None``: make them.
+        """
+        for (buffers, name), own, copy in zip(self._slots, self._own, self._copies, strict=True):
+            own.copy_(copy if where is None else torch.where(where, copy, buffers[name]))
+            buffers[name] = own
 
 
 class ForeachSoftUpdate(SoftUpdate):
@@ -97,7 +130,7 @@ class Update:
         warm_up: int = 0,
         warm_up_params: list[nn.Parameter] | None = None,
         wait: bool | None = None,
-        compute: Callable[..., TensorDictBase] | None = None,
+        compute: Callable[..., Losses] | None = None,
     ) -> None:
         if clip_grad_max_norm is not None and clip_grad_max_norm <= 0:
             raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
@@ -152,20 +185,18 @@ class Update:
     def skipped(self, number: int) -> None:
         self._skipped, self._has_warned = number, number > 0
 
-    def __call__(self, *batch: TensorDictBase) -> TensorDict:
+    def __call__(self, *batch: Any) -> TensorDict:
         """Take one step on the losses of a batch.
+
+        Args:
+            *batch: what ``compute`` takes.
 
         Returns:
             The outputs of the loss, detached, with the sum of its terms under ``loss`` and the
             gradients' global norm before clipping under ``grad_norm``; where it is not finite the
             step was skipped.
         """
-        before = [
-            (owner, name, buffer, buffer.clone())
-            for owner, names in self._statistics_of
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and name in names
-        ]
+        before = Statistics(self._statistics_of)
         losses = self.compute(*batch)
         total = total_loss(losses)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -181,17 +212,18 @@ class Update:
         self.steps += 1
         wait = not norm.is_cuda if self.wait is None else self.wait
         (self._finish if wait else self._finish_on_device)(params, norm, whole_norm, before)
-        info = losses.detach()
-        info.set("loss", total.detach())
-        info.set("grad_norm", torch.where(whole_norm.isfinite(), norm, whole_norm))
-        return info
+        info = {key: x.detach() for key, x in losses.items()}
+        info["loss"] = total.detach()
+        info["grad_norm"] = norm
+        if norm is not whole_norm:
+            info["grad_norm"] = torch.where(whole_norm.isfinite(), norm, whole_norm)
+        return TensorDict(info, batch_size=[])
 
     def _finish(
         self, params: list[nn.Parameter], norm: Tensor, whole_norm: Tensor, before: Statistics
     ) -> None:
         if not math.isfinite(whole_norm.item()):
-            for owner, name, buffer, old in before:
-                _put_back(owner, name, buffer.copy_(old))
+            before.put_back()
             self._skipped = self._skipped + 1
             _ = self.skipped  # warns
             return
@@ -217,9 +249,7 @@ class Update:
         self._scaled_step(scale, 1.0 - is_finite.float())
         if self.target_updater is not None:
             self.target_updater.step(is_finite)
-        for owner, name, buffer, old in before:
-            now = owner._buffers[name]
-            _put_back(owner, name, buffer.copy_(torch.where(is_finite, now, old)))
+        before.put_back(~is_finite)
         self._skipped = self._skipped + (~is_finite).long()
 
     def _scaled_step(self, scale: Tensor | None, found_inf: Tensor | None = None) -> None:
@@ -232,12 +262,6 @@ class Update:
             self.optimizer.step()
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
-
-
-def _put_back(owner: nn.Module, name: str, buffer: Tensor) -> None:
-    """Give a module its buffer again, if it has put another one in its place."""
-    if owner._buffers[name] is not buffer:
-        owner._buffers[name] = buffer
 
 
 def _can_skip(optimizer: torch.optim.Optimizer) -> bool:

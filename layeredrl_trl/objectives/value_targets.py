@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from layeredrl_trl.functional import n_step_sums, n_step_window
+from layeredrl_trl.objectives.columns import SliceParts
 from layeredrl_trl.objectives.slices import Reader, SliceKeys, per_step, read_reward
 
 Bootstrap = Literal["state", "action"]
 """What is valued behind the last reward of a target: a state, or a state and its action."""
-
-BOOTSTRAP = "bootstrap"
-"""Name of the entry that holds it."""
 
 
 def read_target_parts(
@@ -27,7 +24,7 @@ def read_target_parts(
     n_steps: int,
     gamma: float,
     bootstrap: Bootstrap | None,
-) -> TensorDict:
+) -> SliceParts:
     """Read all that targets of the first ``k`` steps of slices are made of.
 
     Args:
@@ -39,8 +36,8 @@ def read_target_parts(
         gamma: discount.
         bootstrap: what to value behind the last reward; ``None`` for nothing.
 
-    Returns:
-        TensorDict ``[B, k]``, see ``RewardPredictorLoss.read_slices``.
+    Raises:
+        ValueError: if a shape does not fit.
     """
     every = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     outcome = read([names.next_reward, names.next_terminated], every)
@@ -53,54 +50,45 @@ def read_target_parts(
     first = every[:, :k_steps]
     last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
     steps = read([names.observation, names.action, names.planned], first.minimum(last))
-    planned = torch.ones_like(first, dtype=torch.bool).unsqueeze(-1)
+    planned = None
     if names.planned in steps.keys(True):
         planned = per_step(steps, names.planned, first.shape, flag=True)
-    behind = {
-        **_read_behind(read, first + window.steps, last, names, bootstrap),
-        "return": total.unsqueeze(-1),
-        "discount": discount.unsqueeze(-1),
-        "mask": window.bootstrap.unsqueeze(-1),
-    }
-    batch_size = [mask.shape[0], k_steps]
-    return TensorDict(
-        {
-            names.observation: steps.get(names.observation),
-            names.action: steps.get(names.action),
-            names.next_reward: reward[:, :k_steps],
-            names.next_terminated: terminated[:, :k_steps],
-            names.mask: (mask[:, :k_steps] & window.valid).unsqueeze(-1),
-            names.planned: planned,
-            BOOTSTRAP: TensorDict(behind, batch_size=batch_size),
-        },
-        batch_size=batch_size,
+    observation, action = _read_behind(read, first + window.steps, last, names, bootstrap)
+    return SliceParts(
+        observation=steps.get(names.observation),
+        action=steps.get(names.action),
+        reward=reward[:, :k_steps],
+        terminated=terminated[:, :k_steps],
+        valid=(mask[:, :k_steps] & window.valid).unsqueeze(-1),
+        planned=planned,
+        partial_return=total.unsqueeze(-1),
+        discount=discount.unsqueeze(-1),
+        bootstraps=window.bootstrap.unsqueeze(-1),
+        observation_behind=observation,
+        action_behind=action,
     )
 
 
-def bootstrapped_return(parts: TensorDictBase, value: Tensor | None, names: SliceKeys) -> Tensor:
+def bootstrapped_return(parts: SliceParts, value: Tensor | None) -> Tensor:
     """Add the discounted value behind the last reward to the rewards before it.
 
     Args:
-        parts: from :func:`read_target_parts`.
+        parts: of the slices.
         value: of what lies behind, ``[B, k, 1]``; ``None`` for 0.
-        names: of the entries.
 
     Returns:
-        ``[B, k, 1]``, 0 where there is no target.
+        ``[B, k, 1]``, of the reward's dtype; 0 where there is no target.
     """
-    behind = parts.get(BOOTSTRAP)
-    target = behind.get("return")
+    target = parts.partial_return
     if value is not None:
-        discounted = value.double() * behind.get("discount")
-        target = target + torch.where(behind.get("mask"), discounted, 0.0)
-    valid = parts.get(names.mask)
-    return torch.where(valid, target, 0.0).to(parts.get(names.next_reward).dtype)
+        target = target + torch.where(parts.bootstraps, value.double() * parts.discount, 0.0)
+    return torch.where(parts.valid, target, 0.0).to(parts.reward.dtype)
 
 
 def _read_behind(
     read: Reader, end: Tensor, last: Tensor, names: SliceKeys, bootstrap: Bootstrap | None
-) -> dict[NestedKey, Tensor]:
-    """Read what is valued behind the last reward of each target, ``[B, k, ...]``.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Read the observation (and action) behind the last reward of each target, ``[B, k, ...]``.
 
     Args:
         read: of the slices.
@@ -110,9 +98,9 @@ def _read_behind(
         bootstrap: what is valued.
     """
     if bootstrap is None:
-        return {}
+        return None, None
     if bootstrap == "action":
         pair = read([names.observation, names.action], end.minimum(last))
-        return {key: pair.get(key) for key in (names.observation, names.action)}
+        return pair.get(names.observation), pair.get(names.action)
     outcome = read([names.next_observation], (end - 1).clamp_min(0))
-    return {names.observation: outcome.get(names.next_observation)}
+    return outcome.get(names.next_observation), None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
@@ -20,6 +20,7 @@ from layeredrl_trl.data import (
     stack_index,
 )
 from layeredrl_trl.objectives import RewardPredictorLoss
+from layeredrl_trl.objectives.columns import SliceParts, TransitionParts, split
 from layeredrl_trl.objectives.slices import rows_with_data
 
 READ_AHEAD = 2**16
@@ -41,7 +42,7 @@ class BatchReader(NamedTuple):
 
     def batches(
         self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
-    ) -> Iterator[tuple[TensorDictBase, TensorDictBase]]:
+    ) -> Iterator[tuple[SliceParts, TransitionParts]]:
         """Draw and read slices and transitions for ``n_steps`` steps, those of many at once.
 
         Transforms of the buffer are asked anew for every step: what they give may change with what
@@ -54,11 +55,8 @@ class BatchReader(NamedTuple):
             n = min(ahead, n_steps - done)
             slices = self.slices(buffer, n * batch_size, loss.k_steps, loss.n_steps, loss.gamma)
             transitions = self.transitions(buffer, n * model_batch_size)
-            yield from zip(
-                slices.reshape(n, batch_size, -1).unbind(0),
-                transitions.reshape(n, model_batch_size).unbind(0),
-                strict=True,
-            )
+            transitions = TransitionParts.read(transitions, loss.tensor_keys)
+            yield from zip(split(slices, n), split(transitions, n), strict=True)
 
     def slices(
         self,
@@ -67,7 +65,7 @@ class BatchReader(NamedTuple):
         k_steps: int,
         n_steps: int,
         gamma: float,
-    ) -> TensorDict:
+    ) -> SliceParts:
         """Draw slices and read what targets are made of, ``[B, k_steps]``."""
         check_buffer(buffer)
         check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
@@ -82,7 +80,7 @@ class BatchReader(NamedTuple):
             read, mask.to(self.device), k_steps=k_steps, n_steps=n_steps, gamma=gamma
         )
         first = stack_index(tuple(i[:, :k_steps] for i in index))
-        return slices.set(keys.INDEX, first.to(self.device))
+        return slices._replace(index=first.to(self.device))
 
     def transitions(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDictBase:
         """Draw and read single transitions for the dynamics, ``[B]``."""

@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
+from torchrl.envs import set_exploration_type
 
 from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
@@ -20,6 +21,7 @@ from layeredrl_trl.objectives import (
     Update,
     total_loss,
 )
+from layeredrl_trl.objectives.columns import SliceParts, TransitionParts
 from layeredrl_trl.predictors.batches import BatchReader
 from layeredrl_trl.predictors.learning_rates import (
     LearningRate,
@@ -233,7 +235,8 @@ class RewardPredictor(Predictor):
             ValueError: if it is empty, or a shape or number does not fit.
         """
         slices = self._reader.slices(buffer, batch_size, k_steps, n_steps, gamma)
-        return self.loss_module.encode_slices(slices)
+        loss = self.loss_module
+        return loss.encode_slices(slices).to_tensordict(self.encoder.out_keys, loss.tensor_keys)
 
     def sample_model_batch(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDict:
         """Draw single transitions, uniform over what the buffer stores, for the dynamics.
@@ -320,9 +323,8 @@ class RewardPredictor(Predictor):
             buffer, n_steps, batch_size, model_batch_size
         ):
             terms = self.update(slices, transitions)
-            names = [str(name) for name in terms.keys()]
-            values = torch.stack([terms.get(name) for name in names])
-            sums = sums + torch.where(terms.get("grad_norm").isfinite(), values, 0.0)
+            names, values = [*terms.keys()], torch.stack([*terms.values()])
+            sums = sums + torch.where(terms["grad_norm"].isfinite(), values, 0.0)
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
         taken = n_steps - (self.update.skipped - skipped_before)
@@ -492,20 +494,21 @@ class RewardPredictor(Predictor):
             compute=self._compiled_losses() if compile else self._losses,
         )
 
-    def _compiled_losses(self) -> Callable[..., TensorDict]:
+    def _compiled_losses(self) -> Callable[..., dict[str, Tensor]]:
         compiled = torch.compile(self._losses)
 
-        def compute(slices: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
+        def compute(slices: SliceParts, transitions: TransitionParts) -> dict[str, Tensor]:
             # the first batches start running statistics, by what is never done again
             is_new = self.update.steps < _STARTING_STEPS
             return (self._losses if is_new else compiled)(slices, transitions)
 
         return compute
 
-    def _losses(self, slices: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
+    def _losses(self, slices: SliceParts, transitions: TransitionParts) -> dict[str, Tensor]:
         """The terms of the loss, of what was read from a buffer."""
         loss = self.loss_module
-        return loss(loss.encode_slices(slices), loss.encode_transitions(transitions))
+        with set_exploration_type(loss.deterministic_sampling_mode):  # as around a LossModule
+            return loss.terms(loss.encode_slices(slices), loss.encode_parts(transitions))
 
     @property
     def _reader(self) -> BatchReader:

@@ -17,6 +17,7 @@ from benchmarks.workloads import (
     make_transitions,
 )
 from layeredrl_trl.functional import colouring_matrix
+from layeredrl_trl.objectives.columns import TransitionParts
 from layeredrl_trl.planners import ICEMPlanner
 
 N = 2000
@@ -52,7 +53,8 @@ def test_losses_and_steps(name):
             return buffer.storage[index.gather(1, steps)].select(*names, strict=False)
 
         slices = loss.read_slices(read, mask)
-        info = predictor.update(slices, transitions_at(columns, single))
+        transitions = transitions_at(columns, single)
+        info = predictor.update(slices, TransitionParts.read(transitions, loss.tensor_keys))
         if bare.seen == 0:  # where modes start is no part of the comparison
             bare.mode_start.copy_(predictor.model.mode_start)
         total = bare.loss(start, single)

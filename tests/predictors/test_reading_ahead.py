@@ -30,7 +30,7 @@ def test_every_step_gets_a_batch_of_its_own(value, monkeypatch):
         update = predictor.update
 
         def spy(batch, model_batch, update=update, seen=seen):
-            seen.append((batch["index"].flatten().tolist(), model_batch["index"].tolist()))
+            seen.append((batch.index.flatten().tolist(), model_batch.index.tolist()))
             return update(batch, model_batch)
 
         spy.steps, spy.skipped, spy.optimizer = 0, 0, update.optimizer
@@ -60,13 +60,12 @@ def test_a_step_is_aimed_at_the_target_network_of_the_step_before():
 
     def spy(slices, encode=loss.encode_slices):
         out = encode(slices)
-        behind = slices["bootstrap"]
         with torch.no_grad():
-            latent, _ = predictor.encode(behind["observation"])
-            value = predictor.val_func(latent, out["context"])
-        expected = behind["return"] + behind["mask"] * behind["discount"] * value
-        mask = out["collector", "mask"]
-        seen.append(torch.allclose(out["value_target"][mask], expected[mask].float(), atol=1e-4))
+            latent, _ = predictor.encode(slices.observation_behind)
+            value = predictor.val_func(latent, out.context)
+        expected = slices.partial_return + slices.bootstraps * slices.discount * value
+        mask = out.valid
+        seen.append(torch.allclose(out.value_target[mask], expected[mask].float(), atol=1e-4))
         return out
 
     update.target_updater.step()
