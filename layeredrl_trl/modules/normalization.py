@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -56,8 +58,9 @@ class RunningMoments(nn.Module):
         if mask is not None and mask.shape != samples.shape[:-1]:
             raise ValueError(f"mask: expected shape {expected[:-1]}, got {list(mask.shape)}.")
         samples = samples.reshape(-1, samples.shape[-1])
-        if mask is None:
-            batch_var, batch_mean = torch.var_mean(samples, 0, correction=0)
+        if mask is None:  # torch.var_mean takes three times as long
+            batch_mean = samples.mean(0)
+            batch_var = (samples - batch_mean).square().mean(0)
         else:
             weight = mask.reshape(-1, 1).to(samples.dtype)
             samples = torch.where(weight > 0, samples, 0.0)
@@ -65,16 +68,17 @@ class RunningMoments(nn.Module):
             batch_mean = (samples * weight).sum(0) / n
             batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
         batch_var, batch_mean = batch_var.to(self.var.dtype), batch_mean.to(self.mean.dtype)
-        usable = torch.isfinite(batch_var).all()  # so are the means: they are part of it
         shift = batch_mean - self.mean
-        if can_read(usable):
-            if not usable:
+        # if the variances are finite, so are the means: they are part of them
+        if can_read(batch_var):
+            if not math.isfinite(batch_var.max().item()):
                 return
             rate = max(1 / (self.count.item() + 1), self.rate)
             self.var.lerp_(batch_var.addcmul_(shift, shift, value=1 - rate), rate)
             self.mean.lerp_(batch_mean, rate)
-            self.count += 1
+            self.count.add_(1)
             return
+        usable = torch.isfinite(batch_var).all()
         rate = (1 / (self.count + 1)).clamp_min(self.rate)
         batch_var = torch.addcmul(batch_var, shift, shift * (1 - rate))
         self.var.copy_(torch.where(usable, self.var.lerp(batch_var, rate), self.var))

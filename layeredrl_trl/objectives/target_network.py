@@ -25,11 +25,12 @@ def with_parameters(module: nn.Module, params: TensorDictParams, ask: Callable[[
     if torch.compiler.is_compiling():
         with params.to_module(module, preserve_module_state=False):
             return ask()
+    owners = dict(module.named_modules(remove_duplicate=False))
     own: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
     try:
-        for path, x in _tensors(params).items():
+        for path, x in tensors_of(params).items():
             name, _, leaf = path.rpartition(".")
-            owner = module.get_submodule(name)
+            owner = owners[name]
             there = owner._parameters if leaf in owner._parameters else owner._buffers
             own.append((there, leaf, there[leaf]))
             there[leaf] = x
@@ -39,8 +40,8 @@ def with_parameters(module: nn.Module, params: TensorDictParams, ask: Callable[[
             there[leaf] = x
 
 
-def _tensors(params: TensorDictParams) -> dict[str, Tensor]:
-    """All that a module is given, by the dotted path of each; tied ones under every path."""
+def tensors_of(params: TensorDictParams) -> dict[str, Tensor]:
+    """Parameters and buffers by the dotted path of each; tied ones under every path."""
     return {
         **dict(params.named_parameters(remove_duplicate=False)),
         **dict(params.named_buffers(remove_duplicate=False)),

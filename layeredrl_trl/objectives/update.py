@@ -10,10 +10,12 @@ from operator import add
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
+
+from layeredrl_trl.objectives.target_network import tensors_of
 
 Losses = Mapping[str, Tensor] | TensorDictBase
 """Terms of a loss by name."""
@@ -65,7 +67,9 @@ class ForeachSoftUpdate(SoftUpdate):
     def __init__(self, loss_module: LossModule, tau: float) -> None:
         super().__init__(loss_module, eps=1.0)
         self.eps = 1 - tau  # set later: the constructor warns of a tau above 0.5
-        self._names: list[tuple[NestedKey, NestedKey]] | None = None
+        self._paths: dict[str, list[str]] = {}  # dotted, of what moves in each network
+        for network, *path in map(_as_path, self._sources.keys(True, True)):
+            self._paths.setdefault(network, []).append(".".join(path))
 
     @torch.no_grad()
     def step(self, where: Tensor | None = None) -> None:
@@ -74,12 +78,12 @@ class ForeachSoftUpdate(SoftUpdate):
         Args:
             where: bool ``[]``; where it is False nothing moves. ``None``: they do.
         """
-        if self._names is None:
-            paths = [unravel_key_list([key])[0] for key in self._sources.keys(True, True)]
-            self._names = [(path, (f"target_{path[0]}", *path[1:])) for path in paths]
-        # asked anew each time: a parameter may have been given another storage
-        sources = [self._sources.get(name).data for name, _ in self._names]
-        targets = [self._targets.get(name).data for _, name in self._names]
+        sources, targets = [], []
+        for network, paths in self._paths.items():
+            for name, tensors in ((network, sources), (f"target_{network}", targets)):
+                # asked anew each time: they may have been replaced
+                there = tensors_of(getattr(self.loss_module, name))
+                tensors += [there[path] for path in paths]
         tau = 1 - self.eps
         if where is None:
             torch._foreach_lerp_(targets, sources, tau)
@@ -228,13 +232,9 @@ class Update:
             _ = self.skipped  # warns
             return
         max_norm = self.clip_grad_max_norm
-        if max_norm is None or norm.item() <= max_norm:
-            self.optimizer.step()
-        elif _can_skip(self.optimizer):
-            self._scaled_step((norm + 1e-6) / max_norm)
-        else:
+        if max_norm is not None and norm.item() > max_norm:
             nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-            self.optimizer.step()
+        self.optimizer.step()
         if self.target_updater is not None:
             self.target_updater.step()
 
@@ -262,6 +262,10 @@ class Update:
             self.optimizer.step()
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
+
+
+def _as_path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
 
 
 def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
