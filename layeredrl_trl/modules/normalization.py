@@ -41,7 +41,6 @@ class RunningMoments(nn.Module):
         self.register_buffer("var", torch.ones(dim))
         self.register_buffer("count", torch.zeros(()))
 
-    @torch.no_grad()
     def update(self, samples: Tensor, mask: Tensor | None = None) -> None:
         """Take a batch in.
 
@@ -57,7 +56,7 @@ class RunningMoments(nn.Module):
             raise ValueError(f"samples: expected shape {expected}, got {list(samples.shape)}.")
         if mask is not None and mask.shape != samples.shape[:-1]:
             raise ValueError(f"mask: expected shape {expected[:-1]}, got {list(mask.shape)}.")
-        samples = samples.reshape(-1, samples.shape[-1])
+        samples = samples.detach().reshape(-1, samples.shape[-1])
         if mask is None:  # torch.var_mean takes three times as long
             batch_mean = samples.mean(0)
             batch_var = (samples - batch_mean).square().mean(0)
@@ -67,7 +66,8 @@ class RunningMoments(nn.Module):
             n = weight.sum()
             batch_mean = (samples * weight).sum(0) / n
             batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
-        batch_var, batch_mean = batch_var.to(self.var.dtype), batch_mean.to(self.mean.dtype)
+        if samples.dtype is not self.mean.dtype:
+            batch_var, batch_mean = batch_var.to(self.var.dtype), batch_mean.to(self.mean.dtype)
         shift = batch_mean - self.mean
         # if the variances are finite, so are the means: they are part of them
         if can_read(batch_var):

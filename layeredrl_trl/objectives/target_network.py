@@ -42,7 +42,4 @@ def with_parameters(module: nn.Module, params: TensorDictParams, ask: Callable[[
 
 def tensors_of(params: TensorDictParams) -> dict[str, Tensor]:
     """Parameters and buffers by the dotted path of each; tied ones under every path."""
-    return {
-        **dict(params.named_parameters(remove_duplicate=False)),
-        **dict(params.named_buffers(remove_duplicate=False)),
-    }
+    return {**params._parameters, **params._buffers}
