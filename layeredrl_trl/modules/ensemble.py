@@ -236,7 +236,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             return super()._score_members(latent, context, action, *outcome)
         next_latent, terminated = outcome
         batch = latent.shape[:-1]
-        self._check(latent[..., None, None, :].expand(*batch, self.n_models, 1, -1), context)
+        self._check_dims(latent, context, batch)
         dtype = self.target_moments.mean.dtype
         inputs = self._concatenate(latent, context, action).to(dtype)
         inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
@@ -428,24 +428,26 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def _check(self, latent: Tensor, context: Tensor, member: Tensor | None = None) -> None:
         n_rows = self.n_models if member is None else 1
-        if latent.ndim < 3 or latent.shape[-1] != self.latent_state_dim:
-            raise ValueError(
-                f"latent: expected {self.latent_state_dim} latent dims, got shape "
-                f"{list(latent.shape)}."
-            )
-        if latent.shape[-3] != n_rows:
+        if latent.ndim < 3 or latent.shape[-3] != n_rows:
             raise ValueError(
                 f"latent: expected [..., {n_rows}, P, {self.latent_state_dim}] (a row of particles "
                 f"for each member), got {list(latent.shape)}."
             )
-        if context.shape != (*latent.shape[:-3], self.context_dim):
-            raise ValueError(
-                f"context: expected shape {[*latent.shape[:-3], self.context_dim]}, "
-                f"got {list(context.shape)}."
-            )
+        self._check_dims(latent, context, latent.shape[:-3])
         if member is not None and member.shape != (*latent.shape[:-3], 1):
             raise ValueError(
                 f"member: expected shape {[*latent.shape[:-3], 1]}, got {list(member.shape)}."
+            )
+
+    def _check_dims(self, latent: Tensor, context: Tensor, batch: torch.Size) -> None:
+        if latent.shape[-1:] != (self.latent_state_dim,):
+            raise ValueError(
+                f"latent: expected {self.latent_state_dim} latent dims, got shape "
+                f"{list(latent.shape)}."
+            )
+        if context.shape != (*batch, self.context_dim):
+            raise ValueError(
+                f"context: expected shape {[*batch, self.context_dim]}, got {list(context.shape)}."
             )
 
 

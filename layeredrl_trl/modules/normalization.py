@@ -51,11 +51,12 @@ class RunningMoments(nn.Module):
         Raises:
             ValueError: if a shape does not fit.
         """
-        expected = [*samples.shape[:-1], *self.mean.shape]
-        if list(samples.shape) != expected:
+        batch = samples.shape[:-1]
+        if samples.shape[-1:] != self.mean.shape:
+            expected = [*batch, *self.mean.shape]
             raise ValueError(f"samples: expected shape {expected}, got {list(samples.shape)}.")
-        if mask is not None and mask.shape != samples.shape[:-1]:
-            raise ValueError(f"mask: expected shape {expected[:-1]}, got {list(mask.shape)}.")
+        if mask is not None and mask.shape != batch:
+            raise ValueError(f"mask: expected shape {list(batch)}, got {list(mask.shape)}.")
         samples = samples.detach().reshape(-1, samples.shape[-1])
         if mask is None:  # torch.var_mean takes three times as long
             batch_mean = samples.mean(0)

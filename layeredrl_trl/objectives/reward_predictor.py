@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
@@ -447,9 +447,7 @@ class RewardPredictorLoss(LossModule):
 
     def _dynamics_terms(self, transitions: Transitions) -> dict[str, Tensor]:
         shape = transitions.latent.shape[:-1]
-        weight = self.dynamics.weigh(
-            shape, transitions.weight, transitions.index, transitions.mask
-        )
+        weight = self.dynamics.weigh(shape, transitions.weight, transitions.index, transitions.mask)
         latent, context, action, next_latent = (x.detach() for x in transitions[:4])
         counts = None if weight is None else (weight > 0).any(-1)
         if counts is not None:

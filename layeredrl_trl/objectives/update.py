@@ -207,15 +207,20 @@ class Update:
         for p in params:
             p.grad = None
         total.backward()
-        whole_norm = norm = _norm(params)
+        grads = [p.grad for p in params if p.grad is not None]
+        whole_norm = norm = _norm(grads)
         if self.steps < self.warm_up:
             for p in params:
                 if id(p) not in self._warm_up_params:
                     p.grad = None
-            norm = _norm(params)
+            grads = [p.grad for p in params if p.grad is not None]
+            norm = _norm(grads)
         self.steps += 1
         wait = not norm.is_cuda if self.wait is None else self.wait
-        (self._finish if wait else self._finish_on_device)(params, norm, whole_norm, before)
+        if wait:
+            self._finish(grads, norm, whole_norm, before)
+        else:
+            self._finish_on_device(norm, whole_norm, before)
         info = {key: x.detach() for key, x in losses.items()}
         info["loss"] = total.detach()
         info["grad_norm"] = norm
@@ -224,7 +229,7 @@ class Update:
         return TensorDict(info, batch_size=[])
 
     def _finish(
-        self, params: list[nn.Parameter], norm: Tensor, whole_norm: Tensor, before: Statistics
+        self, grads: list[Tensor], norm: Tensor, whole_norm: Tensor, before: Statistics
     ) -> None:
         if not math.isfinite(whole_norm.item()):
             before.put_back()
@@ -233,14 +238,12 @@ class Update:
             return
         max_norm = self.clip_grad_max_norm
         if max_norm is not None and norm.item() > max_norm:
-            nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+            torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
         self.optimizer.step()
         if self.target_updater is not None:
             self.target_updater.step()
 
-    def _finish_on_device(
-        self, params: list[nn.Parameter], norm: Tensor, whole_norm: Tensor, before: Statistics
-    ) -> None:
+    def _finish_on_device(self, norm: Tensor, whole_norm: Tensor, before: Statistics) -> None:
         """The same, without a word to the host."""
         is_finite = whole_norm.isfinite()
         scale = None
@@ -278,9 +281,8 @@ def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _norm(params: list[nn.Parameter]) -> Tensor:
-    """Global norm of the gradients that there are."""
-    grads = [p.grad for p in params if p.grad is not None]
+def _norm(grads: list[Tensor]) -> Tensor:
+    """Global norm of gradients."""
     if not grads:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

@@ -322,7 +322,9 @@ class RewardPredictor(Predictor):
         for slices, transitions in self._reader.batches(
             buffer, n_steps, batch_size, model_batch_size
         ):
-            terms = self.update(slices, transitions)
+            # what a LossModule puts around its forward
+            with set_exploration_type(self.loss_module.deterministic_sampling_mode):
+                terms = self.update(slices, transitions)
             names, values = [*terms.keys()], torch.stack([*terms.values()])
             sums = sums + torch.where(terms["grad_norm"].isfinite(), values, 0.0)
         whitening = None if self.standardizer is None else self.standardizer.matrix
@@ -507,8 +509,7 @@ class RewardPredictor(Predictor):
     def _losses(self, slices: SliceParts, transitions: TransitionParts) -> dict[str, Tensor]:
         """The terms of the loss, of what was read from a buffer."""
         loss = self.loss_module
-        with set_exploration_type(loss.deterministic_sampling_mode):  # as around a LossModule
-            return loss.terms(loss.encode_slices(slices), loss.encode_parts(transitions))
+        return loss.terms(loss.encode_slices(slices), loss.encode_parts(transitions))
 
     @property
     def _reader(self) -> BatchReader:
