@@ -42,4 +42,5 @@ def with_parameters(module: nn.Module, params: TensorDictParams, ask: Callable[[
 
 def tensors_of(params: TensorDictParams) -> dict[str, Tensor]:
     """Parameters and buffers by the dotted path of each; tied ones under every path."""
-    return {**params._parameters, **params._buffers}
+    there = {**params._parameters, **params._buffers}
+    return {path: x for path, x in there.items() if x is not None}

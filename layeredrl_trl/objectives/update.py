@@ -30,18 +30,14 @@ class Statistics:
     """Buffers of modules, and copies of what is in them now.
 
     Args:
-        names: of the buffers that are kept, by their owner.
+        slots: where they are kept: ``_buffers`` of a module, and a name in it.
     """
 
-    def __init__(self, names: list[tuple[nn.Module, set[str]]]) -> None:
-        self._slots = [
-            (owner._buffers, name)
-            for owner, wanted in names
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and name in wanted
-        ]
-        self._own = [buffers[name] for buffers, name in self._slots]
-        self._copies = torch._foreach_clone(self._own) if self._own else []
+    def __init__(self, slots: list[tuple[dict[str, Tensor | None], str]]) -> None:
+        there = [(buffers, name, buffers.get(name)) for buffers, name in slots]
+        self._own = [(buffers, name, x) for buffers, name, x in there if x is not None]
+        tensors = [x for _, _, x in self._own]
+        self._copies = torch._foreach_clone(tensors) if tensors else []
 
     def put_back(self, where: Tensor | None = None) -> None:
         """Make them what they were.
@@ -51,7 +47,7 @@ class Statistics:
         Args:
             where: bool ``[]``; where it is False they stay what they are. ``None``: make them.
         """
-        for (buffers, name), own, copy in zip(self._slots, self._own, self._copies, strict=True):
+        for (buffers, name, own), copy in zip(self._own, self._copies, strict=True):
             own.copy_(copy if where is None else torch.where(where, copy, buffers[name]))
             buffers[name] = own
 
@@ -159,13 +155,11 @@ class Update:
         self._warm_up_params = {id(p) for p in warm_up_params or ()}
         parameters = {name for name, _ in loss_module.named_parameters()}
         moved = {f"target_{name}" for name in parameters}  # not by the loss
-        self._statistics_of = [
-            (
-                module,
-                {name for name in module._buffers if f"{path}.{name}".lstrip(".") not in moved},
-            )
+        self._statistics = [
+            (module._buffers, name)
             for path, module in loss_module.named_modules()
-            if module._buffers
+            for name in module._buffers
+            if f"{path}.{name}".lstrip(".") not in moved
         ]
         self.steps = 0
         self._skipped: int | Tensor = 0
@@ -200,7 +194,7 @@ class Update:
             gradients' global norm before clipping under ``grad_norm``; where it is not finite the
             step was skipped.
         """
-        before = Statistics(self._statistics_of)
+        before = Statistics(self._statistics)
         losses = self.compute(*batch)
         total = total_loss(losses)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -267,7 +261,7 @@ class Update:
             del self.optimizer.grad_scale, self.optimizer.found_inf
 
 
-def _as_path(key: NestedKey) -> tuple[str, ...]:
+def _as_path(key: NestedKey) -> tuple[Any, ...]:
     return key if isinstance(key, tuple) else (key,)
 
 

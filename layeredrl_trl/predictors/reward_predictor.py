@@ -325,7 +325,7 @@ class RewardPredictor(Predictor):
             # what a LossModule puts around its forward
             with set_exploration_type(self.loss_module.deterministic_sampling_mode):
                 terms = self.update(slices, transitions)
-            names, values = [*terms.keys()], torch.stack([*terms.values()])
+            names, values = [*map(str, terms.keys())], torch.stack([*terms.values()])
             sums = sums + torch.where(terms["grad_norm"].isfinite(), values, 0.0)
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
