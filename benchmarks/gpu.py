@@ -105,7 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tf32", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="also compiled learning")
+    parser.add_argument(
+        "--compile", action="store_true", help="also compiled and captured learning"
+    )
     args = parser.parse_args()
     device = args.device
     torchrl.logger.setLevel("WARNING")
@@ -121,15 +123,20 @@ def main() -> None:
         floor = operations / rate
         print(f"| {work} | {1e3 * seconds:.3f} | {1e3 * floor:.3f} | {seconds / floor:.1f} |")
 
+    variants: dict[str, dict[str, bool]] = {"eager": {"compile": False}}
+    if args.compile:
+        variants["compiled"] = {"compile": True}
+    if args.compile and device != "cpu":
+        variants["captured"] = {"compile": True, "cudagraphs": True}
     buffer = make_buffer(make_transitions(BUFFER_SIZE), device)
     for workload in WORKLOADS.values():
-        for compiled in (False, True) if args.compile else (False,):
-            predictor = make_predictor(workload, device, compile=compiled)
+        for name, options in variants.items():
+            predictor = make_predictor(workload, device, **options)
 
             def learn(predictor=predictor):
                 predictor.learn(buffer, 20, BATCH_SIZE, BATCH_SIZE, 0)
 
-            label = f"learn, {workload.name}" + ", compiled" * compiled
+            label = f"learn, {workload.name}, {name}"
             report(label, least(learn, device) / 20, floor_of_learning(predictor, workload))
         predictor = make_predictor(workload, device)
         for n_envs, horizon in ((128, 10), (1024, 15)):

@@ -23,6 +23,7 @@ from layeredrl_trl.objectives import (
 )
 from layeredrl_trl.objectives.columns import SliceParts, TransitionParts
 from layeredrl_trl.predictors.batches import BatchReader
+from layeredrl_trl.predictors.compiling import compiled
 from layeredrl_trl.predictors.learning_rates import (
     LearningRate,
     check_rate,
@@ -80,7 +81,9 @@ class RewardPredictor(Predictor):
         compile: let :meth:`learn` compute its losses and their gradients in code that
             ``torch.compile`` makes of all parts. The numbers are the same but for rounding. The
             first call, and the first with other batch sizes, takes half a minute; after that a
-            step on a CPU takes some 60 to 80% of the time. Needs a C++ compiler.
+            step on a CPU takes some 60 to 90% of the time. Needs a C++ compiler (on CUDA Triton).
+            ``None``: on CUDA, if it can be done there, else not.
+        cudagraphs: capture that code as CUDA graphs; ``None``: not.
 
     Attributes:
         loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
@@ -89,7 +92,8 @@ class RewardPredictor(Predictor):
 
     Raises:
         TypeError: if a part is of an unknown kind, ``val_func`` a reward or ``rew_func`` a value.
-        ValueError: if a number is out of its range or sizes of the parts differ.
+        ValueError: if a number is out of its range or sizes of the parts differ, or ``cudagraphs``
+            are asked for without CUDA or without ``compile``.
 
     Example:
         >>> from torchrl.data import LazyTensorStorage
@@ -150,7 +154,8 @@ class RewardPredictor(Predictor):
         writer: Any = None,
         log_interval: int = 10,
         *,
-        compile: bool = False,
+        compile: bool | None = None,
+        cudagraphs: bool | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -165,6 +170,11 @@ class RewardPredictor(Predictor):
         )
         if not 0 <= tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {tau}.")
+        if cudagraphs and (compile is False or torch.device(device).type != "cuda"):
+            raise ValueError(
+                f"cudagraphs: they capture compiled code on CUDA, got compile={compile} and "
+                f"device {torch.device(device)}."
+            )
         self.standardizer = DeltaStandardizer(latent_state_dim) if delta_standardizer else None
         self.to(device)
         loss_module = RewardPredictorLoss(
@@ -200,6 +210,7 @@ class RewardPredictor(Predictor):
             "clip_grad_max_norm": clip_grad_max_norm,
             "encoder_warm_up": encoder_warm_up,
             "compile": compile,
+            "cudagraphs": cudagraphs,
         }
         self.n_learn_calls = 0
         self.update = self._make_update(**self._update_options)
@@ -473,7 +484,12 @@ class RewardPredictor(Predictor):
         return self
 
     def _make_update(
-        self, tau: float, clip_grad_max_norm: float | None, encoder_warm_up: int, compile: bool
+        self,
+        tau: float,
+        clip_grad_max_norm: float | None,
+        encoder_warm_up: int,
+        compile: bool | None,
+        cudagraphs: bool | None,
     ) -> Update:
         loss = self.loss_module
         parts = {
@@ -485,6 +501,11 @@ class RewardPredictor(Predictor):
         }
         params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
         groups = [{"params": ps, "name": name} for name, ps in params.items() if ps]
+        compute = self._losses
+        on_cuda = self.device.type == "cuda"
+        if compile or (compile is None and on_cuda):
+            captured = bool(cudagraphs) and on_cuda
+            compute = self._compiled_losses(captured, or_eager=compile is None)
         return Update(
             loss,
             torch.optim.Adam(groups, fused=True),
@@ -493,16 +514,18 @@ class RewardPredictor(Predictor):
             # Without a reward nothing would learn in the warm-up.
             warm_up=encoder_warm_up if loss.learn_encoder and self.rew_func is not None else 0,
             warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
-            compute=self._compiled_losses() if compile else self._losses,
+            compute=compute,
         )
 
-    def _compiled_losses(self) -> Callable[..., dict[str, Tensor]]:
-        compiled = torch.compile(self._losses)
+    def _compiled_losses(
+        self, cudagraphs: bool, *, or_eager: bool
+    ) -> Callable[..., dict[str, Tensor]]:
+        generated = compiled(self._losses, cudagraphs=cudagraphs, or_eager=or_eager)
 
         def compute(slices: SliceParts, transitions: TransitionParts) -> dict[str, Tensor]:
             # the first batches start running statistics, by what is never done again
             is_new = self.update.steps < _STARTING_STEPS
-            return (self._losses if is_new else compiled)(slices, transitions)
+            return (self._losses if is_new else generated)(slices, transitions)
 
         return compute
 
