@@ -276,6 +276,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         offset = torch.cat([mean.flatten(), log_std.flatten(), rest[modes * dim :]])
         *hidden, (weight, bias) = zip(self.net.weights, self.net.biases, strict=True)
         last = (weight[..., :n_out] * factor, bias[..., :n_out] * factor + offset)
+        if modes > 1:  # mean, width and logit of a mode side by side
+            place = torch.arange(n_out, device=weight.device)
+            gaussian = place[:-modes].unflatten(0, (2, modes, dim)).transpose(0, 1).flatten(1)
+            order = torch.cat([gaussian, place[-modes:, None]], 1).flatten()
+            last = (last[0][..., order], last[1][..., order])
         return OpenLoop(
             [*hidden, last],
             self.net.activation,
