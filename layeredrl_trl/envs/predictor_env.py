@@ -179,15 +179,8 @@ class PredictorEnv(ModelBasedEnvBase):
             ValueError: if a shape does not fit.
         """
         batch = tensordict.batch_size
-        shape = self._action_shape
-        if actions.ndim != len(batch) + 1 + len(shape) or (
-            actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
-        ):
-            expected = ", ".join(map(str, [*batch, "H", *shape]))
-            raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
+        self._check_actions(actions, batch)
         horizon = actions.shape[len(batch)]
-        if horizon < 1 or batch.numel() < 1:
-            raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
@@ -224,6 +217,65 @@ class PredictorEnv(ModelBasedEnvBase):
         out = shaped(steps).set("next", shaped(following))
         out.names = [None] * len(batch) + ["time"]
         return out
+
+    def imaginer(
+        self, tensordict: TensorDictBase
+    ) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
+        """Prepare to roll several action sequences out, in between which the model does not change.
+
+        What a planner needs in each of its rounds, with nothing around it: the state is read and
+        the layers of the model are folded once, and there is no TensorDict.
+
+        Args:
+            tensordict: imagined state, batch ``[...]``.
+
+        Returns:
+            a function of actions ``[..., H, A]``, for as many of the last batch dim as there are,
+            the first. It returns what :meth:`imagine` gives under ``"next"``, by name, not to be
+            written to. Flags that are never raised (``termination="soft"``) are left out.
+
+        Raises:
+            KeyError: if an entry of the state is missing.
+            ValueError: if a shape does not fit, of the state or, by the function, of the actions.
+        """
+        batch = tensordict.batch_size
+        names = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
+        state = self._read_state(tensordict.reshape(-1))
+        everyone = [state.get(name) for name in names]
+        propagate = self.world_model.dynamics.propagator()
+        last = len(batch) - 1
+        flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+        left_out = flags if self.world_model.termination == "soft" else ()
+
+        def imagine(actions: Tensor) -> dict[NestedKey, Tensor]:
+            envs, some = batch, everyone
+            if batch and actions.ndim > last and actions.shape[last] < batch[last]:
+                n = actions.shape[last]
+                envs = torch.Size([*batch[:-1], n])
+                some = [
+                    None if x is None else x.unflatten(0, batch).narrow(last, 0, n).flatten(0, last)
+                    for x in everyone
+                ]
+            self._check_actions(actions, envs)
+            latent, context, alive, member = some
+            actions = actions.reshape(-1, *actions.shape[len(envs) :])
+            outcome = self.world_model.rollout(
+                latent,
+                context,
+                alive,
+                actions,
+                member,
+                deterministic=self._is_deterministic(),
+                propagate=propagate,
+            )
+            context = context.unsqueeze(1).expand(-1, actions.shape[1], -1)
+            return {
+                unravel_key(("next", key)): x.reshape(*envs, *x.shape[1:])
+                for key, x in self._entries(outcome, context).items()
+                if key not in left_out
+            }
+
+        return imagine
 
     def repeat_state(self, tensordict: TensorDictBase, n: int) -> TensorDictBase:
         """Copy imagined states, for several action sequences from each.
@@ -318,6 +370,16 @@ class PredictorEnv(ModelBasedEnvBase):
 
     def _decode(self, latent: Tensor, context: Tensor) -> Tensor:
         return self.initial_state.encoder.decode(latent[..., 0, 0, :], context)
+
+    def _check_actions(self, actions: Tensor, batch: torch.Size) -> None:
+        shape = self._action_shape
+        if actions.ndim != len(batch) + 1 + len(shape) or (
+            actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
+        ):
+            expected = ", ".join(map(str, [*batch, "H", *shape]))
+            raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
+        if actions.shape[len(batch)] < 1 or batch.numel() < 1:
+            raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
 
     def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
         names = self._state_keys

@@ -196,15 +196,35 @@ class ProbabilisticEnsemble(DynamicsModel):
         terminations: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
-        if self.termination_net is None or not self._predicts_as_here:
-            return super().propagate(
-                latent,
-                context,
-                actions,
-                member,
-                deterministic=deterministic,
-                terminations=terminations,
-            )
+        is_fast = self.termination_net is not None and self._predicts_as_here
+        propagate = partial(self._propagate, self._open_loop()) if is_fast else super().propagate
+        return propagate(
+            latent,
+            context,
+            actions,
+            member,
+            deterministic=deterministic,
+            terminations=terminations,
+        )
+
+    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Give :meth:`propagate` with layers that are folded once."""
+        is_mine = type(self).propagate is ProbabilisticEnsemble.propagate
+        if not is_mine or self.termination_net is None or not self._predicts_as_here:
+            return super().propagator()
+        return partial(self._propagate, self._open_loop())
+
+    def _propagate(
+        self,
+        open_loop: OpenLoop,
+        latent: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        member: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+        terminations: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         self._check(latent, context, member)
         n_envs, _, n_particles, dim = latent.shape
         horizon = actions.shape[1]
@@ -217,7 +237,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         others = ((others - centre[dim:]) / width[dim:]).flatten(1)[:, None, None]
         others = rows.gather(others.expand(-1, latent.shape[1], n_particles, -1))
         others = others.unflatten(-1, (horizon, -1))
-        inputs, after = self._open_loop().run(start, others, rows, deterministic=deterministic)
+        inputs, after = open_loop.run(start, others, rows, deterministic=deterministic)
         after = centre[:dim] + width[:dim] * after
 
         def by_env(x: Tensor) -> Tensor:
