@@ -218,9 +218,7 @@ class PredictorEnv(ModelBasedEnvBase):
         out.names = [None] * len(batch) + ["time"]
         return out
 
-    def imaginer(
-        self, tensordict: TensorDictBase
-    ) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
+    def imaginer(self, tensordict: TensorDictBase) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
         """Prepare to roll several action sequences out, in between which the model does not change.
 
         What a planner needs in each of its rounds, with nothing around it: the state is read and

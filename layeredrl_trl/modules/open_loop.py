@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layeredrl_trl.functional import (
     MixtureNoise,
     gaussian_mixture_mean,
-    mixture_noise,
+    mixture_noise_of_steps,
 )
 from layeredrl_trl.modules.mlp import in_place, run_layers
 
@@ -42,12 +42,11 @@ class MemberRows:
         self.member = member
         self._slot = None
         if member is not None and not member.is_cuda:
-            order = member[:, 0].argsort(stable=True)
-            counts = member[:, 0].bincount(minlength=n_models)
+            ordered, order = member[:, 0].sort(stable=True)
+            counts = ordered.bincount(minlength=n_models)
             most = int(counts.max())
-            first = counts.cumsum(0) - counts
-            ordered = member[order, 0]
-            slot = ordered * most + torch.arange(n_envs) - first[ordered]
+            padding = (most - counts).cumsum(0) - (most - counts)  # before those of a member
+            slot = torch.arange(n_envs) + padding.index_select(0, ordered)
             self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
             self._env = torch.zeros(n_models * most, dtype=torch.long)
             self._env.index_copy_(0, slot, order)  # padding repeats env 0
@@ -116,18 +115,18 @@ class OpenLoop:
         horizon, dim = others.shape[2], latent.shape[-1]
         activation = in_place(self.activation)
         noise = [None] * horizon if deterministic else self._noise(latent, rows, horizon)
+        parts = [dim, dim, 1] if self.n_modes > 1 else [dim, dim]
         inputs, after = [], []
         for other, own in zip(others.unbind(2), noise, strict=True):
             inputs.append(torch.cat([latent, other], -1))
             raw = run_layers(inputs[-1], self.layers, activation)
             if self.n_modes > 1:
                 raw = raw.unflatten(-1, (self.n_modes, 2 * dim + 1))
-                raw = _mean_mode(raw, dim) if own is None else _draw_mode(raw, own.gumbel)
-            mean = raw[..., :dim]
+                raw = _mean_mode(raw) if own is None else _draw_mode(raw, own.gumbel)
+            mean, width, *_ = raw.split_with_sizes(parts, -1)
             latent = mean + latent if self.is_change else mean
             if own is not None:
-                width = raw[..., dim : 2 * dim].sigmoid()
-                std = torch.addcmul(self.std_low, self.std_high, width)
+                std = torch.addcmul(self.std_low, self.std_high, width.sigmoid())
                 latent = torch.addcmul(latent, std, own.normal)
             after.append(latent)
         return torch.cat(inputs, 1), torch.stack(after, 2)
@@ -136,17 +135,16 @@ class OpenLoop:
         n_rows = rows.n_models if rows.member is None else 1
         shape = (rows.n_envs, n_rows, rows.n_particles, self.n_modes)
         like = {"dtype": latent.dtype, "device": latent.device}
-        draws = [mixture_noise(shape, latent.shape[-1], **like) for _ in range(horizon)]
         gumbel, normal = (
-            [None] * horizon if x[0] is None else rows.gather(torch.stack(x)).unbind(0)
-            for x in zip(*draws, strict=True)
+            [None] * horizon if x is None else rows.gather(x).unbind(0)
+            for x in mixture_noise_of_steps(horizon, shape, latent.shape[-1], **like)
         )
         return [MixtureNoise(*own) for own in zip(gumbel, normal, strict=True)]
 
 
-def _mean_mode(modes: Tensor, dim: int) -> Tensor:
-    """Mean ``[E, R, D]`` of the mixtures ``[E, R, M, 2 D + 1]``."""
-    return gaussian_mixture_mean(modes[..., :dim], modes[..., -1].softmax(-1))
+def _mean_mode(modes: Tensor) -> Tensor:
+    """Average the modes ``[E, R, M, 2 D + 1]`` by their weights; ``[E, R, 2 D + 1]``."""
+    return gaussian_mixture_mean(modes, modes[..., -1].softmax(-1))
 
 
 def _draw_mode(modes: Tensor, gumbel: Tensor) -> Tensor:

@@ -211,10 +211,9 @@ class SamplingPlanner(PlanCarrier, ABC):
             samples = self._draw(belief, number)
             returns = self._evaluate(score, samples, number)
             index, weights = self._weigh(returns)
-            chosen, chosen_returns = samples, returns
+            chosen = samples
             if index is not None:
                 chosen = samples.take_along_dim(index.unsqueeze(-1), -3)
-                chosen_returns = returns.take_along_dim(index, -2)
             if self.return_action == "best":
                 top, at = returns.max(-2, keepdim=True)
                 top, candidate = top.squeeze(-2), samples.take_along_dim(at.unsqueeze(-1), -3)
@@ -225,6 +224,7 @@ class SamplingPlanner(PlanCarrier, ABC):
         if self.return_action == "best":
             sequence, plan_return = best, best_return
         else:
+            chosen_returns = returns if index is None else returns.take_along_dim(index, -2)
             mean = (weights * torch.where(weights > 0, chosen_returns, 0.0)).sum(-2)
             plan_return = torch.where(weights.sum(-2) > 0, mean, -torch.inf)
             sequence = self._mode(belief)
@@ -279,9 +279,7 @@ class SamplingPlanner(PlanCarrier, ABC):
             )
         return self.score(self._repeat(self._state(tensordict), actions.shape[ndim]), actions)
 
-    def _evaluate(
-        self, score: Callable[[Tensor], Tensor], samples: Tensor, number: int
-    ) -> Tensor:
+    def _evaluate(self, score: Callable[[Tensor], Tensor], samples: Tensor, number: int) -> Tensor:
         """Returns ``[*B, N, 1]`` of the candidates of a round, which may be fewer than the first's.
 
         Where members of an ensemble are dealt out to candidates, any first few are spread evenly.

@@ -198,9 +198,7 @@ class CandidateReturn(nn.Module):
             tensordict = self.env.step_mdp(tensordict).select(*self.state_shapes)
         return torch.stack(steps, -1)  # pyright: ignore[reportReturnType]
 
-    def _add_terms(
-        self, reward: Tensor, candidates: TensorDictBase, steps: _Steps
-    ) -> Tensor:
+    def _add_terms(self, reward: Tensor, candidates: TensorDictBase, steps: _Steps) -> Tensor:
         """The reward of each step ``[..., H, 1]`` with disagreement and termination in it."""
         if not self.disagreement and not self.terminal_penalty:
             return reward
