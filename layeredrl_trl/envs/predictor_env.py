@@ -147,6 +147,11 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = specs.reward
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
+        # read once: to ask a Composite takes about as long as a step
+        entries = dict(specs.observation.items(True, True))
+        self._root_specs = entries | dict(specs.done.items())
+        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER} & entries.keys()
+        self._state_shapes = {name: entries[name].shape for name in names}
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
 
     @property
@@ -315,7 +320,7 @@ class PredictorEnv(ModelBasedEnvBase):
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
-        if given and self._state_keys <= set(tensordict.keys(True, True)):
+        if given and self._state_shapes.keys() <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
             out = self._before_first_step(flat, self._read_state(flat))
             names = self.observation_spec.keys(True, True)
@@ -357,12 +362,6 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.start[index].to(self.device)
 
     @property
-    def _state_keys(self) -> set[NestedKey]:
-        """Entries that make an imagined state."""
-        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER}
-        return names & set(self.observation_spec.keys(True, True))
-
-    @property
     def _decodes(self) -> bool:
         return self.initial_state.encoder.can_decode
 
@@ -380,22 +379,21 @@ class PredictorEnv(ModelBasedEnvBase):
             raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
 
     def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
-        names = self._state_keys
-        missing = sorted(str(name) for name in names if name not in flat.keys(True))
+        state = {name: flat.get(name, None) for name in self._state_shapes}
+        missing = sorted(str(name) for name, x in state.items() if x is None)
         if missing:
             raise KeyError(
                 f"PredictorEnv: the imagined state has no entry {missing}; there is "
                 f"{sorted(map(str, flat.keys(True, True)))}. "
                 "Make one with env.initial_state or env.reset."
             )
-        for name in names:
-            expected = self.observation_spec[name].shape
-            if flat.get(name).shape[1:] != expected:
+        for name, expected in self._state_shapes.items():
+            if state[name].shape[1:] != expected:
                 raise ValueError(
                     f"{name}: expected trailing shape {list(expected)}, "
-                    f"got {list(flat.get(name).shape[1:])}."
+                    f"got {list(state[name].shape[1:])}."
                 )
-        return {name: flat.get(name) for name in names}
+        return state
 
     def _is_deterministic(self) -> bool:
         if self.deterministic is None:
@@ -426,7 +424,11 @@ class PredictorEnv(ModelBasedEnvBase):
         self, flat: TensorDictBase, state: dict[NestedKey, Tensor]
     ) -> dict[NestedKey, Tensor]:
         """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
-        specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
-        zeros = {key: spec.zero().expand(*flat.shape, *spec.shape) for key, spec in specs.items()}
-        given = {key: flat.get(key, zero).to(zero.dtype) for key, zero in zeros.items()}
-        return given | state
+        out = dict(state)
+        for key in self._root_specs.keys() - state.keys():
+            spec, given = self._root_specs[key], flat.get(key, None)
+            if given is None:
+                shape = (*flat.shape, *spec.shape)
+                given = torch.zeros(shape, dtype=spec.dtype, device=self.device)
+            out[key] = given.to(spec.dtype)
+        return out

@@ -279,6 +279,16 @@ class ProbabilisticEnsemble(DynamicsModel):
             for name in _PREDICTING
         )
 
+    def _by_mode(self, x: Tensor) -> list[Tensor]:
+        """Outputs ``[..., 2 M D + M]`` as means, log stds ``[..., M, D]``, logits ``[..., M, 1]``.
+
+        A single mode has no logit.
+        """
+        shape = (2, self.n_modes, self.latent_state_dim)
+        logits = x[..., math.prod(shape) :].unsqueeze(-1)
+        gaussians = x[..., : math.prod(shape)].unflatten(-1, shape).unbind(-3)
+        return [*gaussians, logits] if self.n_modes > 1 else [*gaussians]
+
     def _open_loop(self) -> OpenLoop:
         """Fold standardisation and the scale of targets into the last layer of the network."""
         modes, dim = self.n_modes, self.latent_state_dim
@@ -288,21 +298,14 @@ class ProbabilisticEnsemble(DynamicsModel):
             self.target_moments.mean if self.predict_delta else self.target_moments.mean - centre
         )
         scale = self.target_scale / width
-        n_out = modes * (2 * dim + (modes > 1))
-        rest = scale.new_zeros(n_out - modes * dim)
-        factor = torch.cat([scale.repeat(modes), rest + 1])
-        mean = shift / width + scale * self.mode_start[0]
-        log_std = self.mode_start[1] - self.log_std_bounds[1]
-        offset = torch.cat([mean.flatten(), log_std.flatten(), rest[modes * dim :]])
-        *hidden, (weight, bias) = zip(self.net.weights, self.net.biases, strict=True)
-        last = (weight[..., :n_out] * factor, bias[..., :n_out] * factor + offset)
-        if modes > 1:  # mean, width and logit of a mode side by side
-            place = torch.arange(n_out, device=weight.device)
-            gaussian = place[:-modes].unflatten(0, (2, modes, dim)).transpose(0, 1).flatten(1)
-            order = torch.cat([gaussian, place[-modes:, None]], 1).flatten()
-            last = (last[0][..., order], last[1][..., order])
+        *hidden, last = zip(self.net.weights, self.net.biases, strict=True)
+        (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._by_mode, last)
+        bias = scale * bias + shift / width + scale * self.mode_start[0]
+        log_std_bias = log_std_bias + self.mode_start[1] - self.log_std_bounds[1]
+        weight = torch.cat([scale * mean, log_std, *logit], -1).flatten(-2)
+        bias = torch.cat([bias, log_std_bias, *logit_bias], -1).flatten(-2)
         return OpenLoop(
-            [*hidden, last],
+            [*hidden, (weight, bias)],
             self.net.activation,
             scale * low,
             scale * high,
