@@ -330,9 +330,8 @@ class PredictorEnv(ModelBasedEnvBase):
             return self._start_at(self._draw_start(batch), batch)
         shape = (*batch, *self.observation_spec[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
-        names = self.observation_spec.keys(True, True)
-        n_models = self.world_model.dynamics.n_models
-        state = blank_state(self.observation_spec, names, batch, n_models, self.device)
+        specs = dict(self.observation_spec.items(True, True))
+        state = blank_state(specs, batch, self.world_model.dynamics.n_models, self.device)
         state[self.latent_key] = latent.clone()
         if self._decodes:
             state[observation_key] = self._decode(latent, state[self.context_key])

@@ -228,7 +228,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         self._check(latent, context, member)
         n_envs, _, n_particles, dim = latent.shape
         horizon = actions.shape[1]
-        centre, width = self.input_moments.mean, self.input_moments.divisor()
+        centre, width = open_loop.centre, open_loop.width
         rows = MemberRows(n_envs, n_particles, self.n_models, member)
         start = rows.gather((latent.to(centre.dtype) - centre[:dim]) / width[:dim])
         others = self._features(actions, actions.shape[:2])
@@ -238,7 +238,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         others = rows.gather(others.expand(-1, latent.shape[1], n_particles, -1))
         others = others.unflatten(-1, (horizon, -1))
         inputs, after = open_loop.run(start, others, rows, deterministic=deterministic)
-        after = centre[:dim] + width[:dim] * after
+        after = torch.addcmul(centre[:dim], width[:dim], after)
 
         def by_env(x: Tensor) -> Tensor:
             return rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
@@ -291,25 +291,27 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def _open_loop(self) -> OpenLoop:
         """Fold standardisation and the scale of targets into the last layer of the network."""
-        modes, dim = self.n_modes, self.latent_state_dim
-        centre, width = self.input_moments.mean[:dim], self.input_moments.divisor()[:dim]
+        dim = self.latent_state_dim
+        centre, width = self.input_moments.mean, self.input_moments.divisor()
         low, high = self.log_std_bounds.exp()
-        shift = (
-            self.target_moments.mean if self.predict_delta else self.target_moments.mean - centre
-        )
-        scale = self.target_scale / width
+        shift = self.target_moments.mean
+        if not self.predict_delta:
+            shift = shift - centre[:dim]
+        shift, scale = shift / width[:dim], self.target_scale / width[:dim]
         *hidden, last = zip(self.net.weights, self.net.biases, strict=True)
         (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._by_mode, last)
-        bias = scale * bias + shift / width + scale * self.mode_start[0]
+        bias = scale * (bias + self.mode_start[0]) + shift
         log_std_bias = log_std_bias + self.mode_start[1] - self.log_std_bounds[1]
         weight = torch.cat([scale * mean, log_std, *logit], -1).flatten(-2)
         bias = torch.cat([bias, log_std_bias, *logit_bias], -1).flatten(-2)
         return OpenLoop(
             [*hidden, (weight, bias)],
             self.net.activation,
+            centre,
+            width,
             scale * low,
             scale * high,
-            n_modes=modes,
+            n_modes=self.n_modes,
             is_change=self.predict_delta,
         )
 

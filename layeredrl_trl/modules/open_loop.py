@@ -84,6 +84,8 @@ class OpenLoop:
         layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``; the last gives mean and width
             of a mode and its logit, ``M (2 D + 1)`` numbers, or ``2 D`` if ``M`` is 1.
         activation: between them.
+        centre: what inputs are shifted by, ``[D + K]``.
+        width: what they are then divided by, ``[D + K]``.
         std_low: least standard deviation, broadcast to ``[..., D]``.
         std_high: what a sigmoid of the network's output adds to it at most, likewise.
         n_modes: ``M``.
@@ -92,6 +94,8 @@ class OpenLoop:
 
     layers: list[tuple[Tensor, Tensor]]
     activation: nn.Module
+    centre: Tensor
+    width: Tensor
     std_low: Tensor
     std_high: Tensor
     n_modes: int
@@ -116,13 +120,14 @@ class OpenLoop:
         activation = in_place(self.activation)
         noise = [None] * horizon if deterministic else self._noise(latent, rows, horizon)
         parts = [dim, dim, 1] if self.n_modes > 1 else [dim, dim]
+        first = torch.arange(latent.shape[:2].numel(), device=latent.device) * self.n_modes
         inputs, after = [], []
         for other, own in zip(others.unbind(2), noise, strict=True):
             inputs.append(torch.cat([latent, other], -1))
             raw = run_layers(inputs[-1], self.layers, activation)
             if self.n_modes > 1:
                 raw = raw.unflatten(-1, (self.n_modes, 2 * dim + 1))
-                raw = _mean_mode(raw) if own is None else _draw_mode(raw, own.gumbel)
+                raw = _mean_mode(raw) if own is None else _draw_mode(raw, own.gumbel, first)
             mean, width, *_ = raw.split_with_sizes(parts, -1)
             latent = mean + latent if self.is_change else mean
             if own is not None:
@@ -147,9 +152,11 @@ def _mean_mode(modes: Tensor) -> Tensor:
     return gaussian_mixture_mean(modes, modes[..., -1].softmax(-1))
 
 
-def _draw_mode(modes: Tensor, gumbel: Tensor) -> Tensor:
-    """Draw a mode of each of ``[E, R, M, 2 D + 1]`` by its weight; ``[E, R, 2 D + 1]``."""
-    mode = (modes[..., -1] + gumbel).argmax(-1).flatten()
-    first = torch.arange(0, modes.shape[:3].numel(), modes.shape[2], device=modes.device)
-    # several times faster on a CPU than to gather
-    return modes.flatten(0, 2).index_select(0, first + mode).unflatten(0, modes.shape[:2])
+def _draw_mode(modes: Tensor, gumbel: Tensor, first: Tensor) -> Tensor:
+    """Draw a mode of each of ``[E, R, M, 2 D + 1]`` by its weight; ``[E, R, 2 D + 1]``.
+
+    ``first`` says where the modes of each begin, ``[E * R]``: on a CPU to select is several times
+    faster than to gather.
+    """
+    index = first + (modes[..., -1] + gumbel).argmax(-1).flatten()
+    return modes.flatten(0, 2).index_select(0, index).unflatten(0, modes.shape[:2])
