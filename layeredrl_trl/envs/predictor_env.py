@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -223,7 +223,9 @@ class PredictorEnv(ModelBasedEnvBase):
         out.names = [None] * len(batch) + ["time"]
         return out
 
-    def imaginer(self, tensordict: TensorDictBase) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
+    def imaginer(
+        self, tensordict: TensorDictBase, names: Iterable[NestedKey]
+    ) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
         """Prepare to roll several action sequences out, in between which the model does not change.
 
         What a planner needs in each of its rounds, with nothing around it: the state is read and
@@ -231,29 +233,33 @@ class PredictorEnv(ModelBasedEnvBase):
 
         Args:
             tensordict: imagined state, batch ``[...]``.
+            names: what is asked for, ``("next", ...)``.
 
         Returns:
             a function of actions ``[..., H, A]``, for as many of the last batch dim as there are,
-            the first. It returns what :meth:`imagine` gives under ``"next"``, by name, not to be
-            written to. Flags that are never raised (``termination="soft"``) are left out.
+            the first. It returns what :meth:`imagine` gives under those names, not to be written
+            to. What there is not is left out, and so are flags that are never raised
+            (``termination="soft"``).
 
         Raises:
             KeyError: if an entry of the state is missing.
             ValueError: if a shape does not fit, of the state or, by the function, of the actions.
         """
         batch = tensordict.batch_size
-        names = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
-        state = self._read_state(tensordict.reshape(-1))
-        everyone = [state.get(name) for name in names]
+        flat = self._read_state(tensordict.reshape(-1))
+        parts = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
+        everyone = [flat.get(name) for name in parts]
         propagate = self.world_model.dynamics.propagator()
+        asked = {name: unravel_key(name[1:]) for name in names if name[0] == "next"}
+        if self.world_model.termination == "soft":
+            never = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+            asked = {name: key for name, key in asked.items() if key not in never}
         last = len(batch) - 1
-        flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-        left_out = flags if self.world_model.termination == "soft" else ()
 
         def imagine(actions: Tensor) -> dict[NestedKey, Tensor]:
             envs, some = batch, everyone
-            if batch and actions.ndim > last and actions.shape[last] < batch[last]:
-                n = actions.shape[last]
+            n = actions.shape[last] if batch and actions.ndim > last else None
+            if n is not None and n < batch[last]:
                 envs = torch.Size([*batch[:-1], n])
                 some = [
                     None if x is None else x.unflatten(0, batch).narrow(last, 0, n).flatten(0, last)
@@ -272,10 +278,11 @@ class PredictorEnv(ModelBasedEnvBase):
                 propagate=propagate,
             )
             context = context.unsqueeze(1).expand(-1, actions.shape[1], -1)
+            entries = self._entries(outcome, context)
             return {
-                unravel_key(("next", key)): x.reshape(*envs, *x.shape[1:])
-                for key, x in self._entries(outcome, context).items()
-                if key not in left_out
+                name: entries[key].reshape(*envs, *entries[key].shape[1:])
+                for name, key in asked.items()
+                if key in entries
             }
 
         return imagine

@@ -155,7 +155,11 @@ class CandidateReturn(nn.Module):
         """
         env = self.env
         if getattr(type(env), "imagine", None) is PredictorEnv.imagine:
-            return partial(self._score, env.imaginer(candidates), candidates)
+            names = {self.reward_key, self.alive_key, self.epistemic_var_key}
+            names |= {self.done_key, self.terminated_key} - {None}
+            if self.terminal_value is not None:
+                names |= {unravel_key(("next", key)) for key in self.terminal_value.in_keys}
+            return partial(self._score, env.imaginer(candidates, names), candidates)
         return partial(self._score, partial(self._imagine, candidates), candidates)
 
     def _score(
@@ -167,14 +171,13 @@ class CandidateReturn(nn.Module):
         steps = imagine(actions)
         reward = self._add_terms(steps.get(self.reward_key), candidates, steps)
         done = None if self.done_key is None else steps.get(self.done_key, None)
-        if done is None:
-            running = torch.ones_like(reward, dtype=torch.bool)
-        else:
-            running = done.cumsum(-2) <= done
+        running = None if done is None else done.cumsum(-2) <= done
+        if running is not None:
             reward = torch.where(running, reward, 0.0)
         step = torch.arange(reward.shape[-2], dtype=reward.dtype, device=reward.device)
         total = (self.gamma ** step.unsqueeze(-1) * reward).sum(-2)
         if self.terminal_value is not None:
+            running = torch.ones_like(reward, dtype=torch.bool) if running is None else running
             length = running.sum(-2)
             value = self._bootstrap(self.terminal_value, candidates, steps, length - 1)
             total = total + self.gamma ** length.to(value.dtype) * value
