@@ -155,7 +155,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Give :meth:`propagate` for several calls, in between which the model does not change.
 
-        What they share may be computed once; by default nothing is.
+        What they share may be computed once, and is then one graph to differentiate; by default
+        nothing is.
         """
         return self.propagate
 

@@ -196,8 +196,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         terminations: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
-        is_fast = self.termination_net is not None and self._predicts_as_here
-        propagate = partial(self._propagate, self._open_loop()) if is_fast else super().propagate
+        propagate = self._folded() or super().propagate
         return propagate(
             latent,
             context,
@@ -209,14 +208,19 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Give :meth:`propagate` with layers that are folded once."""
-        is_mine = type(self).propagate is ProbabilisticEnsemble.propagate
-        if not is_mine or self.termination_net is None or not self._predicts_as_here:
-            return super().propagator()
-        return partial(self._propagate, self._open_loop())
+        propagates_as_here = type(self).propagate is ProbabilisticEnsemble.propagate
+        return (propagates_as_here and self._folded()) or super().propagator()
+
+    def _folded(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+        """The fast path with its layers, where it predicts what this model does."""
+        if self.termination_net is None or not self._predicts_as_here:
+            return None
+        return partial(self._propagate, self._open_loop(), self.termination_net)
 
     def _propagate(
         self,
         open_loop: OpenLoop,
+        termination_net: EnsembleMLP,
         latent: Tensor,
         context: Tensor,
         actions: Tensor,
@@ -245,7 +249,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
         if not terminations:
             return by_env(after), None
-        term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
+        term_logit = termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
         return by_env(after), by_env(term_logit)
 
     def _score_members(

@@ -45,8 +45,9 @@ class MemberRows:
             ordered, order = member[:, 0].sort(stable=True)
             counts = ordered.bincount(minlength=n_models)
             most = int(counts.max())
-            padding = (most - counts).cumsum(0) - (most - counts)  # before those of a member
-            slot = torch.arange(n_envs) + padding.index_select(0, ordered)
+            padding = most - counts
+            before = padding.cumsum(0) - padding
+            slot = torch.arange(n_envs) + before.index_select(0, ordered)
             self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
             self._env = torch.zeros(n_models * most, dtype=torch.long)
             self._env.index_copy_(0, slot, order)  # padding repeats env 0
