@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +18,7 @@ from layeredrl_trl.functional import (
 from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate
 
 Termination = Literal["soft", "sample"]
+Propagate = Callable[..., tuple[Tensor, Tensor | None]]
 Propagation = Literal["fixed_model", "random_model", "expectation"]
 
 
@@ -135,6 +137,7 @@ class Imagination(nn.Module):
         member: Tensor | None,
         *,
         deterministic: bool,
+        propagate: Propagate | None = None,
     ) -> ImaginedStep:
         """Imagine ``H`` steps of ``N`` envs; the rewards of all steps are evaluated at once.
 
@@ -145,12 +148,17 @@ class Imagination(nn.Module):
             actions: ``[N, H, A]``, or indices ``[N, H]``.
             member: as in :meth:`step`.
             deterministic: as in :meth:`step`.
+            propagate: of the dynamics, see
+                :meth:`~layeredrl_trl.modules.DynamicsModel.propagator`.
 
         Returns:
             An :class:`ImaginedStep` whose entries have a dim ``H`` behind ``N``.
         """
-        move = self._move_by_own_member if self._is_open_loop else self._move_step_by_step
-        after = move(latent, context, alive, actions, member, deterministic)
+        given = latent, context, alive, actions, member, deterministic
+        if self._is_open_loop:
+            after = self._move_by_own_member(*given, propagate or self.dynamics.propagate)
+        else:
+            after = self._move_step_by_step(*given)
         n, horizon = actions.shape[:2]
         steps = _flat_steps(latent, context, actions, after.latent)
         particle_reward = self._particle_reward(*steps, after.latent.flatten(0, 1))
@@ -178,9 +186,10 @@ class Imagination(nn.Module):
         actions: Tensor,
         member: Tensor | None,
         deterministic: bool,
+        propagate: Propagate,
     ) -> ImaginedStep:
         """All of a rollout that moves particles; what can be had for all steps at once is left."""
-        latents, term_logit = self.dynamics.propagate(
+        latents, term_logit = propagate(
             latent,
             context,
             actions,
@@ -348,7 +357,7 @@ def _flat_steps(
     before = _before(latent, latents)
     return (
         before.flatten(0, 1),
-        context.repeat_interleave(actions.shape[1], 0),
+        context.unsqueeze(1).expand(-1, actions.shape[1], -1).flatten(0, 1),
         actions.flatten(0, 1),
     )
 

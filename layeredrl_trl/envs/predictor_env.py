@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -147,6 +147,11 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = specs.reward
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
+        # read once: to ask a Composite takes about as long as a step
+        entries = dict(specs.observation.items(True, True))
+        self._root_specs = entries | dict(specs.done.items())
+        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER} & entries.keys()
+        self._state_shapes = {name: entries[name].shape for name in names}
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
 
     @property
@@ -179,15 +184,8 @@ class PredictorEnv(ModelBasedEnvBase):
             ValueError: if a shape does not fit.
         """
         batch = tensordict.batch_size
-        shape = self._action_shape
-        if actions.ndim != len(batch) + 1 + len(shape) or (
-            actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
-        ):
-            expected = ", ".join(map(str, [*batch, "H", *shape]))
-            raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
+        self._check_actions(actions, batch)
         horizon = actions.shape[len(batch)]
-        if horizon < 1 or batch.numel() < 1:
-            raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
@@ -224,6 +222,70 @@ class PredictorEnv(ModelBasedEnvBase):
         out = shaped(steps).set("next", shaped(following))
         out.names = [None] * len(batch) + ["time"]
         return out
+
+    def imaginer(
+        self, tensordict: TensorDictBase, names: Iterable[NestedKey]
+    ) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
+        """Prepare to roll several action sequences out, in between which the model does not change.
+
+        What a planner needs in each of its rounds, with nothing around it: the state is read and
+        the layers of the model are folded once, and there is no TensorDict.
+
+        Args:
+            tensordict: imagined state, batch ``[...]``.
+            names: what is asked for, ``("next", ...)``.
+
+        Returns:
+            a function of actions ``[..., H, A]``, for as many of the last batch dim as there are,
+            the first. It returns what :meth:`imagine` gives under those names, not to be written
+            to. What there is not is left out, and so are flags that are never raised
+            (``termination="soft"``).
+
+        Raises:
+            KeyError: if an entry of the state is missing.
+            ValueError: if a shape does not fit, of the state or, by the function, of the actions.
+        """
+        batch = tensordict.batch_size
+        flat = self._read_state(tensordict.reshape(-1))
+        parts = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
+        everyone = [flat.get(name) for name in parts]
+        propagate = self.world_model.dynamics.propagator()
+        asked = {name: unravel_key(name[1:]) for name in names if name[0] == "next"}
+        if self.world_model.termination == "soft":
+            never = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+            asked = {name: key for name, key in asked.items() if key not in never}
+        last = len(batch) - 1
+
+        def imagine(actions: Tensor) -> dict[NestedKey, Tensor]:
+            envs, some = batch, everyone
+            n = actions.shape[last] if batch and actions.ndim > last else None
+            if n is not None and n < batch[last]:
+                envs = torch.Size([*batch[:-1], n])
+                some = [
+                    None if x is None else x.unflatten(0, batch).narrow(last, 0, n).flatten(0, last)
+                    for x in everyone
+                ]
+            self._check_actions(actions, envs)
+            latent, context, alive, member = some
+            actions = actions.reshape(-1, *actions.shape[len(envs) :])
+            outcome = self.world_model.rollout(
+                latent,
+                context,
+                alive,
+                actions,
+                member,
+                deterministic=self._is_deterministic(),
+                propagate=propagate,
+            )
+            context = context.unsqueeze(1).expand(-1, actions.shape[1], -1)
+            entries = self._entries(outcome, context)
+            return {
+                name: entries[key].reshape(*envs, *entries[key].shape[1:])
+                for name, key in asked.items()
+                if key in entries
+            }
+
+        return imagine
 
     def repeat_state(self, tensordict: TensorDictBase, n: int) -> TensorDictBase:
         """Copy imagined states, for several action sequences from each.
@@ -265,7 +327,7 @@ class PredictorEnv(ModelBasedEnvBase):
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
-        if given and self._state_keys <= set(tensordict.keys(True, True)):
+        if given and self._state_shapes.keys() <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
             out = self._before_first_step(flat, self._read_state(flat))
             names = self.observation_spec.keys(True, True)
@@ -275,9 +337,8 @@ class PredictorEnv(ModelBasedEnvBase):
             return self._start_at(self._draw_start(batch), batch)
         shape = (*batch, *self.observation_spec[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
-        names = self.observation_spec.keys(True, True)
-        n_models = self.world_model.dynamics.n_models
-        state = blank_state(self.observation_spec, names, batch, n_models, self.device)
+        specs = dict(self.observation_spec.items(True, True))
+        state = blank_state(specs, batch, self.world_model.dynamics.n_models, self.device)
         state[self.latent_key] = latent.clone()
         if self._decodes:
             state[observation_key] = self._decode(latent, state[self.context_key])
@@ -307,35 +368,38 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.start[index].to(self.device)
 
     @property
-    def _state_keys(self) -> set[NestedKey]:
-        """Entries that make an imagined state."""
-        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER}
-        return names & set(self.observation_spec.keys(True, True))
-
-    @property
     def _decodes(self) -> bool:
         return self.initial_state.encoder.can_decode
 
     def _decode(self, latent: Tensor, context: Tensor) -> Tensor:
         return self.initial_state.encoder.decode(latent[..., 0, 0, :], context)
 
+    def _check_actions(self, actions: Tensor, batch: torch.Size) -> None:
+        shape = self._action_shape
+        if actions.ndim != len(batch) + 1 + len(shape) or (
+            actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
+        ):
+            expected = ", ".join(map(str, [*batch, "H", *shape]))
+            raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
+        if actions.shape[len(batch)] < 1 or batch.numel() < 1:
+            raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
+
     def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
-        names = self._state_keys
-        missing = sorted(str(name) for name in names if name not in flat.keys(True))
+        state = {name: flat.get(name, None) for name in self._state_shapes}
+        missing = sorted(str(name) for name, x in state.items() if x is None)
         if missing:
             raise KeyError(
                 f"PredictorEnv: the imagined state has no entry {missing}; there is "
                 f"{sorted(map(str, flat.keys(True, True)))}. "
                 "Make one with env.initial_state or env.reset."
             )
-        for name in names:
-            expected = self.observation_spec[name].shape
-            if flat.get(name).shape[1:] != expected:
+        for name, expected in self._state_shapes.items():
+            if state[name].shape[1:] != expected:
                 raise ValueError(
                     f"{name}: expected trailing shape {list(expected)}, "
-                    f"got {list(flat.get(name).shape[1:])}."
+                    f"got {list(state[name].shape[1:])}."
                 )
-        return {name: flat.get(name) for name in names}
+        return state
 
     def _is_deterministic(self) -> bool:
         if self.deterministic is None:
@@ -366,7 +430,11 @@ class PredictorEnv(ModelBasedEnvBase):
         self, flat: TensorDictBase, state: dict[NestedKey, Tensor]
     ) -> dict[NestedKey, Tensor]:
         """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
-        specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
-        zeros = {key: spec.zero().expand(*flat.shape, *spec.shape) for key, spec in specs.items()}
-        given = {key: flat.get(key, zero).to(zero.dtype) for key, zero in zeros.items()}
-        return given | state
+        out = dict(state)
+        for key in self._root_specs.keys() - state.keys():
+            spec, given = self._root_specs[key], flat.get(key, None)
+            if given is None:
+                shape = (*flat.shape, *spec.shape)
+                given = torch.zeros(shape, dtype=spec.dtype, device=self.device)
+            out[key] = given.to(spec.dtype)
+        return out

@@ -27,6 +27,7 @@ from layeredrl_trl.functional.mixtures import (
     gaussian_mixture_mean,
     gaussian_mixture_variance,
     mixture_noise,
+    mixture_noise_of_steps,
     sample_gaussian_mixture,
 )
 from layeredrl_trl.functional.returns import (
@@ -81,6 +82,7 @@ __all__ = [
     "interval_coverage",
     "known_to_hold",
     "mixture_noise",
+    "mixture_noise_of_steps",
     "n_step_sums",
     "n_step_targets",
     "n_step_window",

@@ -94,10 +94,22 @@ def mixture_noise(
         dtype: of the noise.
         device: of the noise.
     """
-    gumbel = None
-    if shape[-1] > 1:
-        gumbel = -torch.empty(*shape, dtype=dtype, device=device).exponential_().log()
-    return MixtureNoise(gumbel, torch.randn(*shape[:-1], dim, dtype=dtype, device=device))
+    gumbel, normal = mixture_noise_of_steps(1, shape, dim, dtype=dtype, device=device)
+    return MixtureNoise(None if gumbel is None else gumbel[0], normal[0])
+
+
+def mixture_noise_of_steps(
+    steps: int, shape: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device
+) -> MixtureNoise:
+    """Draw what as many calls of :func:`mixture_noise` draw; ``[steps, ..., K]``, ``[..., D]``."""
+    like = {"dtype": dtype, "device": device}
+    exponential, normal = [], []
+    for _ in range(steps):
+        if shape[-1] > 1:
+            exponential.append(torch.empty(shape, **like).exponential_())
+        normal.append(torch.randn((*shape[:-1], dim), **like))
+    gumbel = -torch.stack(exponential).log() if exponential else None
+    return MixtureNoise(gumbel, torch.stack(normal))
 
 
 def sample_gaussian_mixture(

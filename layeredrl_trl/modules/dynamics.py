@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,6 +151,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             latents.append(latent)
             term_logits.append(prediction.term_logit)
         return torch.stack(latents, 1), torch.stack(term_logits, 1) if terminations else None
+
+    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Give :meth:`propagate` for several calls, in between which the model does not change.
+
+        What they share may be computed once, and is then one graph to differentiate; by default
+        nothing is.
+        """
+        return self.propagate
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None

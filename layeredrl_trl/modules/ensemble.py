@@ -196,19 +196,43 @@ class ProbabilisticEnsemble(DynamicsModel):
         terminations: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
+        propagate = self._folded() or super().propagate
+        return propagate(
+            latent,
+            context,
+            actions,
+            member,
+            deterministic=deterministic,
+            terminations=terminations,
+        )
+
+    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Give :meth:`propagate` with layers that are folded once."""
+        propagates_as_here = type(self).propagate is ProbabilisticEnsemble.propagate
+        return (propagates_as_here and self._folded()) or super().propagator()
+
+    def _folded(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+        """The fast path with its layers, where it predicts what this model does."""
         if self.termination_net is None or not self._predicts_as_here:
-            return super().propagate(
-                latent,
-                context,
-                actions,
-                member,
-                deterministic=deterministic,
-                terminations=terminations,
-            )
+            return None
+        return partial(self._propagate, self._open_loop(), self.termination_net)
+
+    def _propagate(
+        self,
+        open_loop: OpenLoop,
+        termination_net: EnsembleMLP,
+        latent: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        member: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+        terminations: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         self._check(latent, context, member)
         n_envs, _, n_particles, dim = latent.shape
         horizon = actions.shape[1]
-        centre, width = self.input_moments.mean, self.input_moments.divisor()
+        centre, width = open_loop.centre, open_loop.width
         rows = MemberRows(n_envs, n_particles, self.n_models, member)
         start = rows.gather((latent.to(centre.dtype) - centre[:dim]) / width[:dim])
         others = self._features(actions, actions.shape[:2])
@@ -217,15 +241,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         others = ((others - centre[dim:]) / width[dim:]).flatten(1)[:, None, None]
         others = rows.gather(others.expand(-1, latent.shape[1], n_particles, -1))
         others = others.unflatten(-1, (horizon, -1))
-        inputs, after = self._open_loop().run(start, others, rows, deterministic=deterministic)
-        after = centre[:dim] + width[:dim] * after
+        inputs, after = open_loop.run(start, others, rows, deterministic=deterministic)
+        after = torch.addcmul(centre[:dim], width[:dim], after)
 
         def by_env(x: Tensor) -> Tensor:
             return rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
 
         if not terminations:
             return by_env(after), None
-        term_logit = self.termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
+        term_logit = termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
         return by_env(after), by_env(term_logit)
 
     def _score_members(
@@ -259,29 +283,39 @@ class ProbabilisticEnsemble(DynamicsModel):
             for name in _PREDICTING
         )
 
+    def _by_mode(self, x: Tensor) -> list[Tensor]:
+        """Outputs ``[..., 2 M D + M]`` as means, log stds ``[..., M, D]``, logits ``[..., M, 1]``.
+
+        A single mode has no logit.
+        """
+        shape = (2, self.n_modes, self.latent_state_dim)
+        logits = x[..., math.prod(shape) :].unsqueeze(-1)
+        gaussians = x[..., : math.prod(shape)].unflatten(-1, shape).unbind(-3)
+        return [*gaussians, logits] if self.n_modes > 1 else [*gaussians]
+
     def _open_loop(self) -> OpenLoop:
         """Fold standardisation and the scale of targets into the last layer of the network."""
-        modes, dim = self.n_modes, self.latent_state_dim
-        centre, width = self.input_moments.mean[:dim], self.input_moments.divisor()[:dim]
+        dim = self.latent_state_dim
+        centre, width = self.input_moments.mean, self.input_moments.divisor()
         low, high = self.log_std_bounds.exp()
-        shift = (
-            self.target_moments.mean if self.predict_delta else self.target_moments.mean - centre
-        )
-        scale = self.target_scale / width
-        n_out = modes * (2 * dim + (modes > 1))
-        rest = scale.new_zeros(n_out - modes * dim)
-        factor = torch.cat([scale.repeat(modes), rest + 1])
-        mean = shift / width + scale * self.mode_start[0]
-        log_std = self.mode_start[1] - self.log_std_bounds[1]
-        offset = torch.cat([mean.flatten(), log_std.flatten(), rest[modes * dim :]])
-        *hidden, (weight, bias) = zip(self.net.weights, self.net.biases, strict=True)
-        last = (weight[..., :n_out] * factor, bias[..., :n_out] * factor + offset)
+        shift = self.target_moments.mean
+        if not self.predict_delta:
+            shift = shift - centre[:dim]
+        shift, scale = shift / width[:dim], self.target_scale / width[:dim]
+        *hidden, last = zip(self.net.weights, self.net.biases, strict=True)
+        (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._by_mode, last)
+        bias = scale * (bias + self.mode_start[0]) + shift
+        log_std_bias = log_std_bias + self.mode_start[1] - self.log_std_bounds[1]
+        weight = torch.cat([scale * mean, log_std, *logit], -1).flatten(-2)
+        bias = torch.cat([bias, log_std_bias, *logit_bias], -1).flatten(-2)
         return OpenLoop(
-            [*hidden, last],
+            [*hidden, (weight, bias)],
             self.net.activation,
+            centre,
+            width,
             scale * low,
             scale * high,
-            n_modes=modes,
+            n_modes=self.n_modes,
             is_change=self.predict_delta,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -108,10 +107,15 @@ class EnsembleMLP(nn.Module):
         """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``."""
         # a ParameterList asks each of its entries for by name
         weights, biases = self.weights._parameters.values(), self.biases._parameters.values()
-        return run_layers(x, list(zip(weights, biases, strict=True)), self.activation)
+        layers = list(zip(weights, biases, strict=True))
+        return run_layers(x, layers, in_place(self.activation))
 
 
-def run_layers(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: nn.Module) -> Tensor:
+def run_layers(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Send rows through the layers of their member.
 
     Many rows without gradient on a CPU go member by member, in pieces whose hidden layers stay in
@@ -121,13 +125,11 @@ def run_layers(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: n
     Args:
         x: ``[E, N, in]``.
         layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``.
-        activation: between them.
+        activation: between them, see :func:`in_place`.
 
     Returns:
         ``[E, N, out]``.
     """
-    if not torch.is_grad_enabled():
-        activation = in_place(activation)
     if not _pays_in_pieces(x, x.shape[1]):
         return _run(x, layers, activation, torch.baddbmm)
     pieces = []
@@ -140,7 +142,7 @@ def run_layers(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: n
 def _run(
     x: Tensor,
     layers: Sequence[tuple[Tensor, Tensor]],
-    activation: nn.Module,
+    activation: Callable[[Tensor], Tensor],
     product: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     *hidden, (weight, bias) = layers
@@ -151,21 +153,23 @@ def _run(
 
 def _pays_in_pieces(x: Tensor, n_rows: int) -> bool:
     """Whether there are many rows on a CPU, and no gradient is asked for."""
-    if torch.is_grad_enabled() or x.is_cuda or torch.compiler.is_compiling():
+    if n_rows <= _PIECE // 2 or x.is_cuda:
         return False
-    return n_rows > _PIECE // 2
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def in_place(activation: nn.Module) -> nn.Module:
+def in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     """Give the same nonlinearity, but overwriting what it gets, where torch has such a one.
 
     Only where no gradient is asked for. It saves a CPU a third of the time of the nonlinearity.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return activation
     is_plain = type(activation).__module__.startswith("torch.nn.") and not (
         activation._forward_hooks or activation._forward_pre_hooks
     )
-    if torch.compiler.is_compiling() or not is_plain or not hasattr(activation, "inplace"):
+    if not is_plain or not hasattr(activation, "inplace"):
         return activation
-    activation = copy.copy(activation)
-    activation.inplace = True
-    return activation
+    twin = activation.__new__(type(activation))
+    twin.__dict__.update(activation.__dict__, inplace=True)  # a tenth of the time of copy.copy
+    return twin.forward

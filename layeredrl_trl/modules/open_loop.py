@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from layeredrl_trl.functional import (
     MixtureNoise,
     gaussian_mixture_mean,
-    mixture_noise,
-    sample_gaussian_mixture,
+    mixture_noise_of_steps,
 )
-from layeredrl_trl.modules.mlp import run_layers
+from layeredrl_trl.modules.mlp import in_place, run_layers
 
 
 class MemberRows:
@@ -43,23 +42,28 @@ class MemberRows:
         self.member = member
         self._slot = None
         if member is not None and not member.is_cuda:
-            order = member[:, 0].argsort(stable=True)
-            counts = member[:, 0].bincount(minlength=n_models)
+            ordered, order = member[:, 0].sort(stable=True)
+            counts = ordered.bincount(minlength=n_models)
             most = int(counts.max())
-            first = counts.cumsum(0) - counts
-            ordered = member[order, 0]
-            slot = ordered * most + torch.arange(n_envs) - first[ordered]
+            padding = most - counts
+            before = padding.cumsum(0) - padding
+            slot = torch.arange(n_envs) + before.index_select(0, ordered)
             self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
             self._env = torch.zeros(n_models * most, dtype=torch.long)
             self._env.index_copy_(0, slot, order)  # padding repeats env 0
 
     def gather(self, x: Tensor) -> Tensor:
-        """Order ``[N, E, P, K]`` (with ``member`` ``[N, 1, P, K]``) by member: ``[E, R, K]``."""
+        """Order ``[..., N, E, P, K]`` (with ``member`` ``[..., N, 1, P, K]``) by member.
+
+        Returns:
+            ``[..., E, R, K]``.
+        """
+        lead = x.shape[:-4]
         if self._slot is not None:
-            x = x[:, 0].index_select(0, self._env)
+            x = x.squeeze(-3).index_select(-3, self._env)
         else:
-            x = x.expand(-1, self.n_models, -1, -1).transpose(0, 1)
-        return x.reshape(self.n_models, -1, x.shape[-1])
+            x = x.expand(*lead, -1, self.n_models, -1, -1).transpose(-4, -3)
+        return x.reshape(*lead, self.n_models, -1, x.shape[-1])
 
     def scatter(self, x: Tensor) -> Tensor:
         """Undo :meth:`gather`."""
@@ -78,10 +82,12 @@ class OpenLoop:
     """Networks that move particles in the units of their own inputs.
 
     Attributes:
-        layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``; the last gives ``2 M D + M``
-            numbers, or ``2 M D`` if ``M`` is 1.
+        layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``; the last gives mean and width
+            of a mode and its logit, ``M (2 D + 1)`` numbers, or ``2 D`` if ``M`` is 1.
         activation: between them.
-        std_low: least standard deviation, broadcast to ``[..., M, D]``.
+        centre: what inputs are shifted by, ``[D + K]``.
+        width: what they are then divided by, ``[D + K]``.
+        std_low: least standard deviation, broadcast to ``[..., D]``.
         std_high: what a sigmoid of the network's output adds to it at most, likewise.
         n_modes: ``M``.
         is_change: whether the networks predict the change of the latent state.
@@ -89,6 +95,8 @@ class OpenLoop:
 
     layers: list[tuple[Tensor, Tensor]]
     activation: nn.Module
+    centre: Tensor
+    width: Tensor
     std_low: Tensor
     std_high: Tensor
     n_modes: int
@@ -109,38 +117,47 @@ class OpenLoop:
             inputs of all steps ``[E, H * R, D + K]``, and the latent states after them
             ``[E, R, H, D]``.
         """
+        horizon, dim = others.shape[2], latent.shape[-1]
+        activation = in_place(self.activation)
+        noise = [None] * horizon if deterministic else self._noise(latent, rows, horizon)
+        parts = [dim, dim, 1] if self.n_modes > 1 else [dim, dim]
+        first = torch.arange(latent.shape[:2].numel(), device=latent.device) * self.n_modes
         inputs, after = [], []
-        for other in others.unbind(2):
+        for other, own in zip(others.unbind(2), noise, strict=True):
             inputs.append(torch.cat([latent, other], -1))
-            latent = self._move(latent, inputs[-1], rows, deterministic)
+            raw = run_layers(inputs[-1], self.layers, activation)
+            if self.n_modes > 1:
+                raw = raw.unflatten(-1, (self.n_modes, 2 * dim + 1))
+                raw = _mean_mode(raw) if own is None else _draw_mode(raw, own.gumbel, first)
+            mean, width, *_ = raw.split_with_sizes(parts, -1)
+            latent = mean + latent if self.is_change else mean
+            if own is not None:
+                std = torch.addcmul(self.std_low, self.std_high, width.sigmoid())
+                latent = torch.addcmul(latent, std, own.normal)
             after.append(latent)
         return torch.cat(inputs, 1), torch.stack(after, 2)
 
-    def _move(self, latent: Tensor, x: Tensor, rows: MemberRows, deterministic: bool) -> Tensor:
-        raw = run_layers(x, self.layers, self.activation)
-        dim = latent.shape[-1]
-        if self.n_modes == 1:
-            mean, std = raw.split(dim, -1)
-            mean = mean + latent if self.is_change else mean
-            if deterministic:
-                return mean
-            std = torch.addcmul(self.std_low, self.std_high, std.sigmoid())
-            return torch.addcmul(mean, std, self._noise(latent, rows).normal)
-        mean, std = (
-            raw[..., : 2 * self.n_modes * dim].unflatten(-1, (2, self.n_modes, dim)).unbind(-3)
-        )
-        log_weights = torch.log_softmax(raw[..., -self.n_modes :], -1)
-        if self.is_change:
-            mean = mean + latent.unsqueeze(-2)
-        if deterministic:
-            return gaussian_mixture_mean(mean, log_weights.exp())
-        std = torch.addcmul(self.std_low, self.std_high, std.sigmoid())
-        return sample_gaussian_mixture(mean, std, log_weights, self._noise(latent, rows))
-
-    def _noise(self, latent: Tensor, rows: MemberRows) -> MixtureNoise:
+    def _noise(self, latent: Tensor, rows: MemberRows, horizon: int) -> list[MixtureNoise]:
         n_rows = rows.n_models if rows.member is None else 1
         shape = (rows.n_envs, n_rows, rows.n_particles, self.n_modes)
-        gumbel, normal = mixture_noise(
-            shape, latent.shape[-1], dtype=latent.dtype, device=latent.device
+        like = {"dtype": latent.dtype, "device": latent.device}
+        gumbel, normal = (
+            [None] * horizon if x is None else rows.gather(x).unbind(0)
+            for x in mixture_noise_of_steps(horizon, shape, latent.shape[-1], **like)
         )
-        return MixtureNoise(None if gumbel is None else rows.gather(gumbel), rows.gather(normal))
+        return [MixtureNoise(*own) for own in zip(gumbel, normal, strict=True)]
+
+
+def _mean_mode(modes: Tensor) -> Tensor:
+    """Average the modes ``[E, R, M, 2 D + 1]`` by their weights; ``[E, R, 2 D + 1]``."""
+    return gaussian_mixture_mean(modes, modes[..., -1].softmax(-1))
+
+
+def _draw_mode(modes: Tensor, gumbel: Tensor, first: Tensor) -> Tensor:
+    """Draw a mode of each of ``[E, R, M, 2 D + 1]`` by its weight; ``[E, R, 2 D + 1]``.
+
+    ``first`` says where the modes of each begin, ``[E * R]``: on a CPU to select is several times
+    faster than to gather.
+    """
+    index = first + (modes[..., -1] + gumbel).argmax(-1).flatten()
+    return modes.flatten(0, 2).index_select(0, index).unflatten(0, modes.shape[:2])

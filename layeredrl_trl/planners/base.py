@@ -204,17 +204,16 @@ class SamplingPlanner(PlanCarrier, ABC):
         """Plan for every environment of the batch; see the class for what is read and written."""
         state = self._state(tensordict)
         belief = self._start(self._carried(tensordict))
-        candidates = self._repeat(state, self.num_candidates)
+        score = self.score.scorer(self._repeat(state, self.num_candidates))
         best = self._mode(belief)
         best_return = torch.full((), -torch.inf, device=best.device)
         for number in range(self.optim_steps):
             samples = self._draw(belief, number)
-            returns = self._evaluate(candidates, samples, number)
+            returns = self._evaluate(score, samples, number)
             index, weights = self._weigh(returns)
-            chosen, chosen_returns = samples, returns
+            chosen = samples
             if index is not None:
                 chosen = samples.take_along_dim(index.unsqueeze(-1), -3)
-                chosen_returns = returns.take_along_dim(index, -2)
             if self.return_action == "best":
                 top, at = returns.max(-2, keepdim=True)
                 top, candidate = top.squeeze(-2), samples.take_along_dim(at.unsqueeze(-1), -3)
@@ -225,6 +224,7 @@ class SamplingPlanner(PlanCarrier, ABC):
         if self.return_action == "best":
             sequence, plan_return = best, best_return
         else:
+            chosen_returns = returns if index is None else returns.take_along_dim(index, -2)
             mean = (weights * torch.where(weights > 0, chosen_returns, 0.0)).sum(-2)
             plan_return = torch.where(weights.sum(-2) > 0, mean, -torch.inf)
             sequence = self._mode(belief)
@@ -279,15 +279,13 @@ class SamplingPlanner(PlanCarrier, ABC):
             )
         return self.score(self._repeat(self._state(tensordict), actions.shape[ndim]), actions)
 
-    def _evaluate(self, candidates: TensorDictBase, samples: Tensor, number: int) -> Tensor:
+    def _evaluate(self, score: Callable[[Tensor], Tensor], samples: Tensor, number: int) -> Tensor:
         """Returns ``[*B, N, 1]`` of the candidates of a round, which may be fewer than the first's.
 
         Where members of an ensemble are dealt out to candidates, any first few are spread evenly.
         """
-        actions, n = self._encode(samples), samples.shape[-3]
-        returns = self.score(
-            candidates if n == self.num_candidates else candidates[..., :n], actions
-        )
+        actions = self._encode(samples)
+        returns = score(actions)
         if self.callback is not None:
             copies = {"action": actions.clone(), "return": returns.clone()}
             seen = TensorDict(copies, batch_size=returns.shape[:-1])

@@ -116,7 +116,8 @@ class CrossEntropyPlanner(GaussianPlanner):
         mean, std = weighted_moments(chosen, weights)
         mean = belief.mean.lerp(mean, 1 - self.momentum)
         std = belief.std.lerp(std, 1 - self.momentum)
-        std = std.maximum(self.min_std * self.std * self._half_range)
+        if self.min_std:
+            std = std.maximum(self.min_std * self.std * self._half_range)
         fitted = weights.sum(-2, keepdim=True) > 0
         return belief._replace(
             mean=torch.where(fitted, mean, belief.mean), std=torch.where(fitted, std, belief.std)

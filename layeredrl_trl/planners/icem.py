@@ -149,7 +149,9 @@ class ICEMPlanner(CrossEntropyPlanner):
             return belief
         elites = carried[self.elites_key]
         new = torch.randn_like(elites[..., :1, :]) * (self.std * self._half_range) + self._cold_step
-        return belief._replace(kept=self._clip(torch.cat([elites[..., 1:, :], new], -2)))
+        kept = self._clip(torch.cat([elites[..., 1:, :], new], -2))
+        known = kept.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        return belief._replace(kept=torch.where(known, kept, torch.nan))
 
     def _num_candidates(self, number: int) -> int:
         decayed = int(self.num_candidates * self.population_decay**-number)
@@ -162,8 +164,7 @@ class ICEMPlanner(CrossEntropyPlanner):
         samples = super()._draw(belief, number)
         if belief.kept is not None:
             places = samples[..., 1 : 1 + self._num_kept, :, :]  # the first may be the mean's
-            known = belief.kept.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-            samples[..., 1 : 1 + self._num_kept, :, :] = torch.where(known, belief.kept, places)
+            places.copy_(torch.where(belief.kept.isnan(), places, belief.kept))
         return samples
 
     def _fit(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Gaussian:

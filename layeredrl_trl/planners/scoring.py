@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
@@ -14,6 +16,8 @@ from torchrl.envs import EnvBase, TransformedEnv
 from layeredrl_trl import keys
 from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.functional import disagreement as member_disagreement
+
+_Steps = TensorDictBase | dict[NestedKey, Tensor]
 
 
 class CandidateReturn(nn.Module):
@@ -137,26 +141,53 @@ class CandidateReturn(nn.Module):
         Returns:
             returns ``[..., 1]``, ``-inf`` where they are not finite.
         """
-        steps = self._imagine(candidates, actions)
+        return self.scorer(candidates)(actions)
+
+    def scorer(self, candidates: TensorDictBase) -> Callable[[Tensor], Tensor]:
+        """Prepare to score several rounds of sequences, in between which the model does not change.
+
+        Args:
+            candidates (TensorDictBase): as for :meth:`forward`.
+
+        Returns:
+            a function of actions ``[..., H, A]`` that does what :meth:`forward` does, for as many
+            of the last batch dim as there are actions for, the first.
+        """
+        env = self.env
+        if getattr(type(env), "imagine", None) is PredictorEnv.imagine:
+            names = {self.reward_key, self.alive_key, self.epistemic_var_key}
+            names |= {self.done_key, self.terminated_key} - {None}
+            if self.terminal_value is not None:
+                names |= {unravel_key(("next", key)) for key in self.terminal_value.in_keys}
+            return partial(self._score, env.imaginer(candidates, names), candidates)
+        return partial(self._score, partial(self._imagine, candidates), candidates)
+
+    def _score(
+        self,
+        imagine: Callable[[Tensor], _Steps],
+        candidates: TensorDictBase,
+        actions: Tensor,
+    ) -> Tensor:
+        steps = imagine(actions)
         reward = self._add_terms(steps.get(self.reward_key), candidates, steps)
         done = None if self.done_key is None else steps.get(self.done_key, None)
-        if done is None:
-            running = torch.ones_like(reward, dtype=torch.bool)
-        else:
-            running = done.cumsum(-2) <= done
+        running = None if done is None else done.cumsum(-2) <= done
+        if running is not None:
             reward = torch.where(running, reward, 0.0)
         step = torch.arange(reward.shape[-2], dtype=reward.dtype, device=reward.device)
         total = (self.gamma ** step.unsqueeze(-1) * reward).sum(-2)
         if self.terminal_value is not None:
+            running = torch.ones_like(reward, dtype=torch.bool) if running is None else running
             length = running.sum(-2)
             value = self._bootstrap(self.terminal_value, candidates, steps, length - 1)
             total = total + self.gamma ** length.to(value.dtype) * value
-        return torch.where(total.isfinite(), total, -torch.inf)
+        return total.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
     def _imagine(self, candidates: TensorDictBase, actions: Tensor) -> TensorDictBase:
         """Step through the actions: batch ``[...]`` to ``[..., H]``."""
-        if getattr(type(self.env), "imagine", None) is PredictorEnv.imagine:
-            return self.env.imagine(candidates, actions, only_next=True)
+        batch = actions.shape[: candidates.ndim]
+        if candidates.batch_size != batch:
+            candidates = candidates[..., : batch[-1]]
         if self._has_imagine:
             return self.env.imagine(candidates, actions)
         # Not env.rollout: it resets finished candidates, which draws random numbers and syncs.
@@ -170,17 +201,15 @@ class CandidateReturn(nn.Module):
             tensordict = self.env.step_mdp(tensordict).select(*self.state_shapes)
         return torch.stack(steps, -1)  # pyright: ignore[reportReturnType]
 
-    def _add_terms(
-        self, reward: Tensor, candidates: TensorDictBase, steps: TensorDictBase
-    ) -> Tensor:
+    def _add_terms(self, reward: Tensor, candidates: TensorDictBase, steps: _Steps) -> Tensor:
         """The reward of each step ``[..., H, 1]`` with disagreement and termination in it."""
         if not self.disagreement and not self.terminal_penalty:
             return reward
         alive = None
         if self._has_alive:  # of the whole state, from before the first step on: [..., H + 1, 1]
             time = candidates.ndim
-            first = candidates.get(self.first_alive_key).unsqueeze(time)
-            alive = torch.cat([first, steps.get(self.alive_key)], time)
+            first = _first(candidates, self.first_alive_key, reward.shape[:time])
+            alive = torch.cat([first.unsqueeze(time), steps.get(self.alive_key)], time)
             alive = alive.flatten(time + 1).mean(-1, keepdim=True)
         if self.disagreement:
             distance = member_disagreement(steps.get(self.epistemic_var_key))
@@ -200,11 +229,12 @@ class CandidateReturn(nn.Module):
         self,
         terminal_value: TensorDictModuleBase,
         candidates: TensorDictBase,
-        steps: TensorDictBase,
+        steps: _Steps,
         last: Tensor,
     ) -> Tensor:
         """Value ``[..., 1]`` of the state after step number ``last`` ``[..., 1]``."""
         time = candidates.ndim
+        batch = last.shape[:time]
 
         def at_last(key: NestedKey | None) -> Tensor | None:
             value = None if key is None else steps.get(key, None)
@@ -214,18 +244,18 @@ class CandidateReturn(nn.Module):
             return value.take_along_dim(index, time).squeeze(time)
 
         alive = at_last(self.alive_key)
-        batch_size = candidates.batch_size if alive is None else alive.shape[:-1]
+        batch_size = batch if alive is None else alive.shape[:-1]
         state = TensorDict({}, batch_size=batch_size, device=candidates.device)
         for key in terminal_value.in_keys:
             value = at_last(unravel_key(("next", key)))
-            value = candidates.get(key) if value is None else value
+            value = _first(candidates, key, batch) if value is None else value
             for _ in range(len(batch_size) + 1 - value.ndim):  # context: the same in all particles
                 value = value.unsqueeze(time)
             state.set(key, value.expand(*batch_size, *value.shape[len(batch_size) :]))
         value = terminal_value(state).get(self.value_key)
         if alive is not None:
             value = torch.where(alive > 0, alive * value, 0.0)
-        value = value.reshape(*candidates.batch_size, -1, 1).mean(-2)
+        value = value.reshape(*batch, -1, 1).mean(-2)
         terminated = at_last(self.terminated_key)
         return value if terminated is None else torch.where(terminated, 0.0, value)
 
@@ -278,6 +308,12 @@ def _outermost(done_keys: list[NestedKey], name: str) -> NestedKey | None:
     """Where the flag ``name`` of a step is found; TorchRL gives outer done groups precedence."""
     found = [unravel_key(("next", key)) for key in done_keys]
     return min((key for key in found if key[-1] == name), key=len, default=None)
+
+
+def _first(candidates: TensorDictBase, key: NestedKey, batch: torch.Size) -> Tensor:
+    """An entry of the first candidates, as many as there are in ``batch``."""
+    value = candidates.get(key)
+    return value.narrow(len(batch) - 1, 0, batch[-1]) if batch else value
 
 
 def base_env(env: EnvBase) -> EnvBase:

@@ -250,6 +250,41 @@ def test_imagine_is_rollout(deterministic, propagation, num_particles, batch):
     assert_same(state, before)
 
 
+@pytest.mark.parametrize("batch", BATCH_SHAPES)
+@pytest.mark.parametrize("num_particles", [None, 1])
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+def test_imaginer_is_imagine(termination, propagation, num_particles, batch):
+    env = make_env(num_particles=num_particles, propagation=propagation, termination=termination)
+    state = env.reset(observations(env, *batch))
+    full = env.imagine(state, random_actions(env, *batch, 4))
+    flags = ("done", "terminated", "truncated")
+    names = [("next", key) for key in full["next"].keys()]
+    imagine = env.imaginer(state, [*names, ("next", "nothing"), "reward"])
+    for n in {1, batch[-1]} if batch else {None}:  # the first few, then all
+        some = state if n is None else state[..., :n]
+        actions = random_actions(env, *some.batch_size, 4)
+        torch.manual_seed(1)
+        expected = env.imagine(some, actions)["next"]
+        torch.manual_seed(1)
+        found = imagine(actions)
+        assert found.keys() == {
+            ("next", key) for key in expected.keys() if termination == "sample" or key not in flags
+        }
+        for (_, key), x in found.items():
+            torch.testing.assert_close(x, expected[key])
+
+
+def test_imaginer_names_what_does_not_fit():
+    env = make_env()
+    state = env.reset(observations(env, 3))
+    with pytest.raises(KeyError, match="no entry \\['alive'\\]"):
+        env.imaginer(state.exclude("alive"), [])
+    for shape in [(4, 4), (3, 4, 7), (3,), (3, 0)]:
+        with pytest.raises(ValueError, match="actions: expected"):
+            env.imaginer(state, [])(torch.zeros(*shape, *env.action_spec.shape))
+
+
 @pytest.mark.parametrize("action_spec", ACTION_SPECS.values(), ids=ACTION_SPECS)
 def test_imagine_is_rollout_for_any_action(action_spec):
     env = make_env(action_spec, deterministic=True)

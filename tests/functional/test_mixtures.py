@@ -9,6 +9,8 @@ from layeredrl_trl.functional import (
     gaussian_mixture_log_prob,
     gaussian_mixture_mean,
     gaussian_mixture_variance,
+    mixture_noise,
+    mixture_noise_of_steps,
     sample_gaussian_mixture,
 )
 from tests.oracles import mixture
@@ -144,3 +146,17 @@ def test_a_mean_for_all_dims_counts_for_each():
     torch.testing.assert_close(
         gaussian_mixture_log_prob(value, torch.zeros(1, 1), std, weight), expected
     )
+
+
+@pytest.mark.parametrize("modes", [1, 3])
+def test_noise_of_steps_is_that_of_as_many_calls(modes):
+    like = {"dtype": torch.float32, "device": torch.device("cpu")}
+    torch.manual_seed(0)
+    calls = [mixture_noise((5, modes), 2, **like) for _ in range(4)]
+    torch.manual_seed(0)
+    gumbel, normal = mixture_noise_of_steps(4, (5, modes), 2, **like)
+    assert torch.equal(normal, torch.stack([call.normal for call in calls]))
+    if modes == 1:
+        assert gumbel is None and calls[0].gumbel is None
+    else:
+        assert torch.equal(gumbel, torch.stack([call.gumbel for call in calls]))

@@ -150,3 +150,29 @@ def test_a_subclass_that_predicts_otherwise_is_asked():
     expected = DynamicsModel.propagate(model, *given, deterministic=True)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["all", "mixed"])
+def test_propagator_is_propagate(model, kind):
+    member = members(kind, model)
+    propagate = model.propagator()
+    for _ in range(2):
+        given = start(model, member)
+        torch.manual_seed(3)
+        expected = model.propagate(*given, member)
+        torch.manual_seed(3)
+        for one, other in zip(propagate(*given, member), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_propagator_asks_a_subclass_that_propagates_otherwise():
+    class Frozen(type(random_ensemble())):
+        def propagate(self, latent, *args, **kwargs):
+            after, term_logit = super().propagate(latent, *args, **kwargs)
+            return latent.unsqueeze(1).expand_as(after), term_logit
+
+    model = random_ensemble()
+    model.__class__ = Frozen
+    latent, *rest = start(model, None)
+    after, _ = model.propagator()(latent, *rest)
+    assert torch.equal(after, latent.unsqueeze(1).expand_as(after))
