@@ -214,14 +214,17 @@ class PredictorEnv(ModelBasedEnvBase):
             steps = {key: x[:, :-1] for key, x in both.items()}
             steps[self.imagined_action_key] = flat_actions
         batch_size = torch.Size([*batch, horizon])
+        names = [None] * len(batch) + ["time"]
 
-        def shaped(entries: dict[NestedKey, Tensor]) -> TensorDict:
-            entries = {key: x.reshape(*batch, *x.shape[1:]) for key, x in entries.items()}
-            return TensorDict(entries, batch_size, device=self.device)
+        def shaped(entries: dict[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+            if len(batch) == 1:
+                return entries
+            return {key: x.reshape(*batch, *x.shape[1:]) for key, x in entries.items()}
 
-        out = shaped(steps).set("next", shaped(following))
-        out.names = [None] * len(batch) + ["time"]
-        return out
+        after = TensorDict(shaped(following), batch_size, device=self.device, names=names)
+        return TensorDict(
+            {**shaped(steps), "next": after}, batch_size, device=self.device, names=names
+        )
 
     def imaginer(
         self, tensordict: TensorDictBase, names: Iterable[NestedKey]
