@@ -374,35 +374,20 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a shape does not fit.
         """
-        names = (keys.WEIGHT, keys.INDEX, keys.MASK)
-        return self.weigh(batch.shape, *(batch.get(key, default=None) for key in names))
-
-    def weigh(
-        self,
-        batch_shape: torch.Size,
-        weight: Tensor | None = None,
-        index: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor | None:
-        """Do what :meth:`batch_weight` does, with plain tensors.
-
-        Args:
-            batch_shape: leading shape ``[...]``.
-            weight: at least 0, ``[..., 1]`` or ``[..., E]``.
-            index: storage positions, ``[...]`` or ``[..., ndim]``.
-            mask: bool ``[..., 1]``, False on padding.
-        """
         factors = []
+        mask, weight, index = (
+            batch.get(key, default=None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
+        )
         if weight is not None:
-            self._check_weight(weight, batch_shape)
+            self._check_weight(weight, batch.shape)
             factors.append(weight.to(torch.float32))
         if index is not None:
-            index = index if index.shape == batch_shape else fold_index(index)
-            _check_shape("index", index, batch_shape)
+            index = index if index.shape == batch.shape else fold_index(index)
+            _check_shape("index", index, batch.shape)
             own = self.transition_weights(index)
             factors += [] if own is None else [own]
         if mask is not None:
-            mask = mask.reshape(*batch_shape, 1)
+            mask = mask.reshape(*batch.shape, 1)
             factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
         return math.prod(factors[1:], start=factors[0]) if factors else None
 

@@ -58,15 +58,11 @@ class RunningMoments(nn.Module):
         if mask is not None and mask.shape != batch:
             raise ValueError(f"mask: expected shape {list(batch)}, got {list(mask.shape)}.")
         samples = samples.detach().reshape(-1, samples.shape[-1])
-        if mask is None:  # torch.var_mean takes three times as long
-            batch_mean = samples.mean(0)
-            batch_var = (samples - batch_mean).square().mean(0)
+        if mask is None:
+            batch_mean, batch_var = _moments(samples)
         else:
-            weight = mask.reshape(-1, 1).to(samples.dtype)
-            samples = torch.where(weight > 0, samples, 0.0)
-            n = weight.sum()
-            batch_mean = (samples * weight).sum(0) / n
-            batch_var = ((samples - batch_mean).square() * weight).sum(0) / n
+            counts = mask.reshape(-1)
+            batch_mean, batch_var = _moments(samples, counts)
         if samples.dtype is not self.mean.dtype:
             batch_var, batch_mean = batch_var.to(self.var.dtype), batch_mean.to(self.mean.dtype)
         shift = batch_mean - self.mean
@@ -102,3 +98,23 @@ class RunningMoments(nn.Module):
         """
         std = self.var.sqrt()
         return torch.where(std > 1e-4, std, 1.0)
+
+
+def _moments(samples: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[D]`` of ``[N, D]``, of those that count; NaN if there are none.
+
+    What never changes has a variance of exactly 0, as rows are taken relative to one of them.
+    (``torch.var_mean`` does that too, in three times the time.)
+    """
+    if counts is None:
+        origin = samples[:1].mean(0)
+        offset = samples - origin
+        mean = offset.mean(0)
+        return origin + mean, (offset - mean).square().mean(0)
+    weight = counts.unsqueeze(-1).to(samples.dtype)
+    n = weight.sum()
+    first = counts.byte().argmax(0, keepdim=True) if len(samples) else counts.long()
+    origin = samples.index_select(0, first).sum(0)
+    offset = torch.where(counts.unsqueeze(-1), samples - origin, 0.0)
+    mean = offset.sum(0) / n
+    return origin + mean, ((offset - mean).square() * weight).sum(0) / n

@@ -5,7 +5,7 @@ A learning step asks for some fifty entries. Asking a tuple for them costs nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import repeat
 from typing import NamedTuple, TypeVar
 
@@ -60,7 +60,7 @@ class Targets(NamedTuple):
         action: ``[B, k, A]``, or indices ``[B, k]``.
         reward: ``[B, k, 1]``; ``None`` where there is no reward to learn.
         terminated: bool ``[B, k, 1]``; ``None`` where it was not handed in.
-        value_target: ``[B, k, 1]``.
+        value_target: ``[B, k, 1]``; ``None`` where there is no value to learn.
         valid: whether the step counts, bool ``[B, k, 1]``.
         planned: bool ``[B, k, 1]``; ``None``: all are.
         index: as in :class:`SliceParts`.
@@ -71,7 +71,7 @@ class Targets(NamedTuple):
     action: Tensor
     reward: Tensor | None
     terminated: Tensor | None
-    value_target: Tensor
+    value_target: Tensor | None
     valid: Tensor
     planned: Tensor | None
     index: Tensor | None = None
@@ -84,6 +84,7 @@ class Targets(NamedTuple):
         names: SliceKeys,
         *,
         has_reward: bool,
+        has_value: bool,
     ) -> Targets:
         """Take them from a TensorDict ``[B, k]``.
 
@@ -92,6 +93,7 @@ class Targets(NamedTuple):
             encoded: names of latent state and context.
             names: of the other entries.
             has_reward: whether a reward is needed.
+            has_value: whether a value target is, and which steps were planned.
 
         Raises:
             KeyError: if an entry is missing.
@@ -105,9 +107,9 @@ class Targets(NamedTuple):
             action=targets.get(names.action),
             reward=read_reward(targets, names, shape) if has_reward else None,
             terminated=None,
-            value_target=per_step(targets, keys.VALUE_TARGET, shape),
+            value_target=per_step(targets, keys.VALUE_TARGET, shape) if has_value else None,
             valid=per_step(targets, names.mask, shape, flag=True),
-            planned=per_step(targets, names.planned, shape, flag=True),
+            planned=per_step(targets, names.planned, shape, flag=True) if has_value else None,
         )
 
     def to_tensordict(self, encoded: list[NestedKey], names: SliceKeys) -> TensorDict:
@@ -123,7 +125,7 @@ class Targets(NamedTuple):
             names.planned: torch.ones_like(self.valid) if self.planned is None else self.planned,
             keys.INDEX: self.index,
         }
-        return as_tensordict(entries, self.valid.shape[:-1])
+        return _as_tensordict(entries, self.valid.shape[:-1], self.valid.device)
 
 
 class TransitionParts(NamedTuple):
@@ -211,23 +213,26 @@ class Transitions(NamedTuple):
         needed = (*encoded, names.action, _next(encoded[0]))
         terminated = per_step(transitions, names.next_terminated, transitions.batch_size, flag=True)
         check_keys(transitions, needed)
-        optional = (
-            keys.WEIGHT,
-            keys.INDEX,
-            keys.MASK,
-            names.observation,
-            names.next_observation,
-        )
+        optional = [keys.WEIGHT, keys.INDEX, keys.MASK]
+        if names.observation != encoded[0]:
+            optional += [names.observation, names.next_observation]
         return cls(
             *(transitions.get(key) for key in needed),
             terminated,
             *(transitions.get(key, default=None) for key in optional),
         )
 
+    def weights(self) -> TensorDict:
+        """Put what says how much each counts into a TensorDict ``[N]``."""
+        entries = {keys.WEIGHT: self.weight, keys.INDEX: self.index, keys.MASK: self.mask}
+        return _as_tensordict(entries, self.latent.shape[:-1])
+
     def to_tensordict(self, encoded: list[NestedKey], names: SliceKeys) -> TensorDict:
         """Put them into a TensorDict ``[N]``; those that are ``None`` are left out."""
         entries = {
-            encoded[0]: self.latent,
+            names.observation: self.observation,
+            names.next_observation: self.next_observation,
+            encoded[0]: self.latent,  # behind the observation: it may be called the same
             encoded[1]: self.context,
             names.action: self.action,
             _next(encoded[0]): self.next_latent,
@@ -235,16 +240,8 @@ class Transitions(NamedTuple):
             keys.WEIGHT: self.weight,
             keys.INDEX: self.index,
             keys.MASK: self.mask,
-            names.observation: self.observation,
-            names.next_observation: self.next_observation,
         }
-        return as_tensordict(entries, self.latent.shape[:-1])
-
-
-def as_tensordict(entries: dict[NestedKey, Tensor | None], batch_size: torch.Size) -> TensorDict:
-    """Make a TensorDict of those entries that are there."""
-    there = {key: x for key, x in entries.items() if x is not None}
-    return TensorDict(there, batch_size=batch_size)
+        return _as_tensordict(entries, self.latent.shape[:-1], self.latent.device)
 
 
 def split(columns: Columns, n: int) -> Iterator[Columns]:
@@ -256,6 +253,16 @@ def split(columns: Columns, n: int) -> Iterator[Columns]:
     """
     pieces = (repeat(None, n) if x is None else x.unflatten(0, (n, -1)).unbind(0) for x in columns)
     return map(type(columns)._make, zip(*pieces, strict=True))
+
+
+def _as_tensordict(
+    entries: Mapping[NestedKey, Tensor | None],
+    batch_size: torch.Size,
+    device: torch.device | None = None,
+) -> TensorDict:
+    """Make a TensorDict of those entries that are there."""
+    there = {key: x for key, x in entries.items() if x is not None}
+    return TensorDict(there, batch_size=batch_size, device=device)
 
 
 def _next(key: NestedKey) -> NestedKey:

@@ -243,7 +243,9 @@ class RewardPredictorLoss(LossModule):
         return [name for name, applies in terms.items() if applies]
 
     def forward(
-        self, tensordict: TensorDictBase, transitions: TensorDictBase | None = None
+        self,
+        tensordict: TensorDictBase | Targets,
+        transitions: TensorDictBase | Transitions | None = None,
     ) -> TensorDict:
         """Compute every term.
 
@@ -252,39 +254,29 @@ class RewardPredictorLoss(LossModule):
 
         Args:
             tensordict: slices as ``Reads`` says, flat or ``[B, T]``; or targets ``[B, k]`` from
-                :meth:`compute_targets`, which then need ``transitions``.
+                :meth:`compute_targets`, or as plain tensors from :meth:`encode_slices`, which then
+                need ``transitions``.
             transitions: separate transitions ``[N]`` for the dynamics, from
-                :meth:`encode_transitions`. ``None``: the first steps of the slices.
+                :meth:`encode_transitions` or, as plain tensors, :meth:`encode_parts`. ``None``: the
+                first steps of the slices.
 
         Returns:
             A TensorDict without batch dims (with ``reduction="none"`` each term keeps its shape).
         """
-        names, encoded = self.tensor_keys, self.encoder.out_keys
-        there = tensordict.keys(True)
-        if keys.VALUE_TARGET in there and encoded[0] in there:
-            has_reward = self.reward is not None
-            targets = Targets.read(tensordict, encoded, names, has_reward=has_reward)
-            if transitions is None:
-                raise ValueError(
-                    "RewardPredictorLoss: targets hold no next observations, so the dynamics need "
-                    "transitions as second argument; or pass slices alone."
-                )
-        else:
-            slices = as_slices(tensordict, self.slice_len, self.in_keys, names.mask)
-            mask = per_step(slices, names.mask, slices.batch_size, flag=True).squeeze(-1)
-            row = rows_with_data(mask)
-            targets = self.encode_slices(
-                self.read_slices(lambda names, steps: read_steps(slices, row, names, steps), mask)
+        targets = tensordict
+        if not isinstance(targets, Targets):
+            targets, own_transitions = self._read(targets, transitions is None)
+            transitions = own_transitions if transitions is None else transitions
+        if transitions is None:
+            raise ValueError(
+                "RewardPredictorLoss: targets hold no next observations, so the dynamics need "
+                "transitions as second argument; or pass slices alone."
             )
-            if transitions is None:
-                transitions = self.encode_transitions(slices[row, 0])
-                transitions.set(keys.MASK, mask[:, :1])
-        terms = self.terms(targets, Transitions.read(transitions, encoded, names))
+        if not isinstance(transitions, Transitions):
+            names = self.tensor_keys
+            transitions = Transitions.read(transitions, self.encoder.out_keys, names)
+        terms = {**self._head_terms(targets), **self._dynamics_terms(transitions)}
         return TensorDict(terms, batch_size=[])
-
-    def terms(self, targets: Targets, transitions: Transitions) -> dict[str, Tensor]:
-        """Compute what :meth:`forward` returns, of plain tensors."""
-        return {**self._head_terms(targets), **self._dynamics_terms(transitions)}
 
     def compute_targets(
         self,
@@ -417,6 +409,26 @@ class RewardPredictorLoss(LossModule):
         network, params = self.value_network, self.target_value_network_params
         return with_parameters(network, params, lambda: evaluate(network, entries))
 
+    def _read(
+        self, tensordict: TensorDictBase, with_transitions: bool
+    ) -> tuple[Targets, Transitions | None]:
+        """Take targets from a TensorDict, or make them of slices; these hold transitions too."""
+        names, encoded = self.tensor_keys, self.encoder.out_keys
+        there = tensordict.keys(True)
+        if keys.VALUE_TARGET in there and encoded[0] in there:
+            learned = {"has_reward": self.reward is not None, "has_value": self.has_value}
+            return Targets.read(tensordict, encoded, names, **learned), None
+        slices = as_slices(tensordict, self.slice_len, self.in_keys, names.mask)
+        mask = per_step(slices, names.mask, slices.batch_size, flag=True).squeeze(-1)
+        row = rows_with_data(mask)
+        targets = self.encode_slices(
+            self.read_slices(lambda names, steps: read_steps(slices, row, names, steps), mask)
+        )
+        if not with_transitions:
+            return targets, None
+        parts = TransitionParts.read(slices[row, 0], names)
+        return targets, self.encode_parts(parts)._replace(mask=mask[:, :1])
+
     def _head_terms(self, targets: Targets) -> dict[str, Tensor]:
         latent, context, action = targets.latent, targets.context, targets.action
         if not self.learn_encoder:
@@ -446,8 +458,7 @@ class RewardPredictorLoss(LossModule):
         return terms
 
     def _dynamics_terms(self, transitions: Transitions) -> dict[str, Tensor]:
-        shape = transitions.latent.shape[:-1]
-        weight = self.dynamics.weigh(shape, transitions.weight, transitions.index, transitions.mask)
+        weight = self.dynamics.batch_weight(transitions.weights())
         latent, context, action, next_latent = (x.detach() for x in transitions[:4])
         counts = None if weight is None else (weight > 0).any(-1)
         if counts is not None:

@@ -23,7 +23,10 @@ Losses = Mapping[str, Tensor] | TensorDictBase
 
 def total_loss(losses: Losses) -> Tensor:
     """Add up all scalars of a loss module whose key begins with ``loss_``."""
-    return reduce(add, [x for key, x in losses.items() if key.startswith("loss_")])
+    terms = [x for key, x in losses.items() if key.startswith("loss_")]
+    if not terms or any(x.ndim for x in terms):
+        return torch.stack(terms).sum()
+    return reduce(add, terms)
 
 
 class Statistics:
@@ -93,7 +96,7 @@ class Update:
     """Take optimisation steps on a loss, and leave everything as it was where a step went wrong.
 
     A batch whose gradients are not finite changes no parameter, no target and no running
-    statistic; it is counted in :attr:`skipped` and warned of once.
+    statistic; it is counted in :attr:`skipped` and warned of once. Nor does a step that raises.
 
     Args:
         loss_module: every output whose key begins with ``loss_`` is minimised.
@@ -195,12 +198,16 @@ class Update:
             step was skipped.
         """
         before = Statistics(self._statistics)
-        losses = self.compute(*batch)
-        total = total_loss(losses)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         for p in params:
             p.grad = None
-        total.backward()
+        try:
+            losses = self.compute(*batch)
+            total = total_loss(losses)
+            total.backward()
+        except BaseException:
+            before.put_back()
+            raise
         grads = [p.grad for p in params if p.grad is not None]
         whole_norm = norm = _norm(grads)
         if self.steps < self.warm_up:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torchrl.data import TensorDictReplayBuffer
-from torchrl.envs import set_exploration_type
 
 from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
@@ -23,7 +24,6 @@ from layeredrl_trl.objectives import (
 )
 from layeredrl_trl.objectives.columns import SliceParts, TransitionParts
 from layeredrl_trl.predictors.batches import BatchReader
-from layeredrl_trl.predictors.compiling import compiled
 from layeredrl_trl.predictors.learning_rates import (
     LearningRate,
     check_rate,
@@ -333,9 +333,7 @@ class RewardPredictor(Predictor):
         for slices, transitions in self._reader.batches(
             buffer, n_steps, batch_size, model_batch_size
         ):
-            # what a LossModule puts around its forward
-            with set_exploration_type(self.loss_module.deterministic_sampling_mode):
-                terms = self.update(slices, transitions)
+            terms = self._take_step(slices, transitions)
             names, values = [*map(str, terms.keys())], torch.stack([*terms.values()])
             sums = sums + torch.where(terms["grad_norm"].isfinite(), values, 0.0)
         whitening = None if self.standardizer is None else self.standardizer.matrix
@@ -505,7 +503,7 @@ class RewardPredictor(Predictor):
         on_cuda = self.device.type == "cuda"
         if compile or (compile is None and on_cuda):
             captured = bool(cudagraphs) and on_cuda
-            compute = self._compiled_losses(captured, or_eager=compile is None)
+            compute = self._compiled_losses(captured)
         return Update(
             loss,
             torch.optim.Adam(groups, fused=True),
@@ -517,22 +515,38 @@ class RewardPredictor(Predictor):
             compute=compute,
         )
 
-    def _compiled_losses(
-        self, cudagraphs: bool, *, or_eager: bool
-    ) -> Callable[..., dict[str, Tensor]]:
-        generated = compiled(self._losses, cudagraphs=cudagraphs, or_eager=or_eager)
+    def _losses(self, slices: SliceParts, transitions: TransitionParts) -> TensorDict:
+        """The terms of the loss, of what was read from a buffer."""
+        loss = self.loss_module
+        return loss(loss.encode_slices(slices), loss.encode_parts(transitions))
 
-        def compute(slices: SliceParts, transitions: TransitionParts) -> dict[str, Tensor]:
+    def _compiled_losses(self, cudagraphs: bool) -> Callable[..., TensorDict]:
+        generated = torch.compile(self._losses, mode="reduce-overhead" if cudagraphs else None)
+
+        def compute(slices: SliceParts, transitions: TransitionParts) -> TensorDict:
             # the first batches start running statistics, by what is never done again
-            is_new = self.update.steps < _STARTING_STEPS
-            return (self._losses if is_new else generated)(slices, transitions)
+            if self.update.steps < _STARTING_STEPS:
+                return self._losses(slices, transitions)
+            if cudagraphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            return generated(slices, transitions)
 
         return compute
 
-    def _losses(self, slices: SliceParts, transitions: TransitionParts) -> dict[str, Tensor]:
-        """The terms of the loss, of what was read from a buffer."""
-        loss = self.loss_module
-        return loss.terms(loss.encode_slices(slices), loss.encode_parts(transitions))
+    def _take_step(self, slices: SliceParts, transitions: TransitionParts) -> TensorDict:
+        try:
+            return self.update(slices, transitions)
+        except TorchDynamoException as error:
+            if self._update_options["compile"] is not None:  # it was asked for
+                raise
+            warnings.warn(
+                "RewardPredictor: the losses cannot be compiled and are computed without, more "
+                f"slowly (compile=False asks for that): {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}",
+                stacklevel=5,
+            )
+            self.update.compute = self._losses
+            return self.update(slices, transitions)
 
     @property
     def _reader(self) -> BatchReader:

@@ -115,6 +115,31 @@ def test_a_constant_dim_is_shifted_but_not_blown_up():
     assert moments.std(floor=0.1).tolist() == pytest.approx([0.1, 1.0])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("constant", [0.1, 1000.1, 3333333.33, -1e-7])
+def test_what_never_changes_has_no_variance_at_all(constant, masked):
+    """The mean of equal numbers is off by a bit, its square may be above the floor of scales."""
+    moments = RunningMoments(1)
+    for n in (257, 64, 1, 131, 300):
+        samples, mask = torch.full((n, 1), constant), None
+        if masked:
+            mask = torch.arange(n) % 3 != 1
+            samples[~mask] = NAN
+        moments.update(samples, mask)
+        assert moments.var == 0 and moments.mean == samples[0]
+    assert moments.divisor() == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_variance_far_from_0(masked):
+    samples = 1e5 + 0.1 * torch.randn(500, 3)
+    mask = torch.rand(500) < 0.5 if masked else None
+    moments = RunningMoments(3)
+    moments.update(samples, mask)
+    _, var = moments_of(samples if mask is None else samples[mask])
+    torch.testing.assert_close(moments.var.double(), var, rtol=1e-4, atol=0)
+
+
 def test_statistics_carry_no_gradient_but_standardize_does():
     moments, x = RunningMoments(2), torch.randn(5, 2, requires_grad=True)
     moments.update(x)

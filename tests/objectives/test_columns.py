@@ -41,7 +41,7 @@ def test_targets_there_and_back(batch):
     targets = make_targets(*batch)
     tensordict = targets.to_tensordict(ENCODED, NAMES)
     assert tensordict.batch_size == batch
-    back = Targets.read(tensordict, ENCODED, NAMES, has_reward=True)
+    back = Targets.read(tensordict, ENCODED, NAMES, has_reward=True, has_value=True)
     assert_same(back._replace(terminated=targets.terminated), targets)
     assert torch.equal(tensordict["next", "terminated"], targets.terminated)
 
@@ -54,9 +54,24 @@ def test_targets_that_say_nothing_of_plans_are_planned():
 def test_targets_without_a_reward():
     tensordict = make_targets(4, 2, reward=None).to_tensordict(ENCODED, NAMES)
     assert ("next", "gain") not in tensordict.keys(True)
-    assert Targets.read(tensordict, ENCODED, NAMES, has_reward=False).reward is None
+    assert Targets.read(tensordict, ENCODED, NAMES, has_reward=False, has_value=True).reward is None
     with pytest.raises(KeyError, match="gain"):
-        Targets.read(tensordict, ENCODED, NAMES, has_reward=True)
+        Targets.read(tensordict, ENCODED, NAMES, has_reward=True, has_value=True)
+
+
+def test_targets_without_a_value():
+    targets = make_targets(4, 2, value_target=None)
+    tensordict = targets.to_tensordict(ENCODED, NAMES).exclude(("plan", "made"))
+    back = Targets.read(tensordict, ENCODED, NAMES, has_reward=True, has_value=False)
+    assert back.value_target is None and back.planned is None
+
+
+def test_a_latent_called_like_the_observation_is_the_latent():
+    encoded, transitions = ["observation", "c"], make_transitions(5)
+    there = transitions._replace(observation=torch.zeros(5, 3), next_observation=torch.zeros(5, 3))
+    for given in (transitions, there):
+        back = Transitions.read(given.to_tensordict(encoded, NAMES), encoded, NAMES)
+        assert_same(back, transitions)
 
 
 def test_transitions_there_and_back():

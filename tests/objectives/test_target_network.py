@@ -23,6 +23,30 @@ class Tied(nn.Module):
         return self.second(self.first(x).tanh())
 
 
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+class Counter(nn.Module):
+    """Puts another tensor in the place of its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("seen", torch.randn(()))
+
+    def forward(self, x):
+        self.seen = 0.9 * self.seen + 0.1 * x.mean()
+        return self.layer(x) + self.seen
+
+
 def normed():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     net(torch.randn(7, 3) + 2)
@@ -34,6 +58,8 @@ MODULES = {
     "one layer": lambda: nn.Linear(3, 1),
     "buffers": normed,
     "tied": Tied,
+    "one layer under two names": Twice,
+    "that layer in a sequence": lambda: nn.Sequential(layer := nn.Linear(3, 3), nn.Tanh(), layer),
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 2)),
 }
 
@@ -83,3 +109,14 @@ def test_all_tensors_are_named_as_the_module_names_them(pair):
     assert tensors.keys() == other.state_dict().keys()
     for name, x in other.state_dict(keep_vars=True).items():
         assert tensors[name].data_ptr() == x.data_ptr()
+
+
+def test_a_buffer_that_is_replaced_meanwhile_is_the_others():
+    module, other, alone = Counter(), Counter(), Counter()
+    alone.load_state_dict(other.state_dict())
+    params, own, x = TensorDict.from_module(other, as_module=True), module.seen, torch.ones(4, 3)
+    for _ in range(2):
+        answer = with_parameters(module, params, lambda: module(x))
+        torch.testing.assert_close(answer, alone(x))
+    assert module.seen is own
+    torch.testing.assert_close(params.get("seen"), alone.seen)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.objectives import SoftUpdate
 
 from layeredrl_trl.modules import DeltaStandardizer
-from layeredrl_trl.objectives import ForeachSoftUpdate, RewardPredictorLoss, Update
+from layeredrl_trl.objectives import ForeachSoftUpdate, RewardPredictorLoss, Update, total_loss
 from tests.oracles_predictors import adam_oracle, small_parts
 
 MASK = ("collector", "mask")
@@ -216,6 +216,40 @@ def test_target_rests_in_a_skipped_step():
     torch.testing.assert_close(targets(loss), before, rtol=0, atol=0)
     update(make_slices())
     assert not torch.equal(targets(loss)[0], before[0])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_raises_changes_nothing(where):
+    update, loss = make()
+    update(make_slices())
+    before, steps = snapshot(update), update.steps
+
+    def fail(*_):
+        raise RuntimeError("in the middle")
+
+    def compute(batch):
+        losses = loss(batch)  # moves the running statistics
+        if where == "forward":
+            fail()
+        losses.get("loss_value").register_hook(fail)
+        return losses
+
+    update.compute = compute
+    with pytest.raises(RuntimeError, match="in the middle"):
+        update(make_slices())
+    assert not changed(before, snapshot(update)) and update.steps == steps
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 1)])
+def test_the_total_is_the_sum_of_all_terms(shape):
+    terms = {"loss_a": torch.rand(shape), "loss_b": torch.rand(shape), "nll": torch.rand(shape)}
+    expected = sum(x.sum() for key, x in terms.items() if key.startswith("loss_"))
+    assert total_loss(terms).shape == () and total_loss(terms) == pytest.approx(expected.item())
+
+
+def test_terms_of_several_shapes_are_not_broadcast():
+    with pytest.raises(RuntimeError, match="equal size"):
+        total_loss({"loss_a": torch.rand(3, 1), "loss_b": torch.rand(3)})
 
 
 # --- property: the device decides as the host does

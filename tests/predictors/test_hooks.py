@@ -106,3 +106,19 @@ def test_bootstrap_lets_members_see_different_transitions():
     unseen = (weight == 0).all(-1)
     assert unseen.any() and (batch["next", "latent"].grad[unseen] == 0).all()
     assert (batch["next", "latent"].grad[~unseen] != 0).any(-1).all()
+
+
+def test_learning_calls_the_loss_and_the_weights_of_a_model():
+    """What somebody hooks or overrides is asked in each step."""
+
+    class Weightless(ProbabilisticEnsemble):
+        def batch_weight(self, batch):
+            asked.append(batch["index"].shape)
+            return torch.zeros(*batch.shape, 1)
+
+    asked, seen = [], []
+    predictor = predictor_of(Weightless(3, 0, 1, n_models=2))
+    predictor.loss_module.register_forward_hook(lambda *_: seen.append(1))
+    _, info = predictor.learn(filled_buffer().buffer, 3, 8, 8, 0)
+    assert len(seen) == 3 and asked == [(8,)] * 3
+    assert info["loss_consistency"] == 0
