@@ -44,6 +44,9 @@ def walk(
         The storage positions, one LongTensor ``[B, T]`` per storage dim, and the mask ``[B, T]``,
         True on real steps; past the last of these it repeats.
     """
+    if slice_len == 1 and columns.mask is None:  # nothing is followed
+        index = tuple(i.unsqueeze(-1) for i in start)
+        return index, torch.ones_like(index[0], dtype=torch.bool)
     shape = storage.shape
     rows, lanes = shape[0], shape[1:]
     first, lane = start[0].unsqueeze(-1), [i.unsqueeze(-1) for i in start[1:]]

@@ -143,7 +143,7 @@ def read_transitions(
                 f"it has {leaf_keys(source)}."
             )
         rows = None if not plain or storage._is_full else storage._len_along_dim0
-        out = TensorDict({}, batch_size=index[0].shape)
+        entries = {}
         for key in (*keys, *optional_keys):
             value = source.get(key, None)
             if value is None:
@@ -154,8 +154,8 @@ def read_transitions(
                 value = gather(value[:rows], index)
             else:
                 value = value[:rows][index]
-            out.set(key, _as_float32(value))
-    return out
+            entries[key] = _as_float32(value)
+    return TensorDict(entries, batch_size=index[0].shape)
 
 
 def has_plain_columns(buffer: ReplayBuffer) -> bool:

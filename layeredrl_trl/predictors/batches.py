@@ -115,4 +115,6 @@ class BatchReader(NamedTuple):
         maybe = {self.loss.tensor_keys.planned, keys.WEIGHT}
         needed = [name for name in names if name not in maybe]
         optional = [name for name in names if name in maybe]
-        return read_transitions(buffer, index, needed, optional).to(self.device)
+        out = read_transitions(buffer, index, needed, optional)
+        is_there = all(x.device == self.device for x in out.values(True, True))
+        return out if is_there else out.to(self.device)
