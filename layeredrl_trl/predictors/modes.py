@@ -18,13 +18,17 @@ R = TypeVar("R")
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Put a module and all of its parts into one mode; afterwards each is in its own again."""
     before, modes = module.training, [(part, part.training) for part in module.modules()]
-    module.train(training)
+    changes = any(mode is not training for _, mode in modes)
+    if changes:
+        module.train(training)
     try:
         yield
     finally:
-        module.train(before)  # for what it passes the mode on to beside its parts
+        if changes:
+            module.train(before)  # for what it passes the mode on to beside its parts
         for part, mode in modes:
-            part.training = mode
+            if part.training is not mode:  # to set it takes longer than to ask
+                part.training = mode
 
 
 def in_training_mode(
