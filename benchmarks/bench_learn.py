@@ -30,21 +30,18 @@ def buffer(columns):
     return make_buffer(columns)
 
 
-@pytest.mark.parametrize("who", ["bare", "ours", "ours, compiled"])
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_learn(name, who, columns, buffer, benchmark):
-    if who == "bare":
-        learner = BareLearner(WORKLOADS[name], columns)
+def test_learn(name, compile, columns, buffer, take_turns):
+    bare = BareLearner(WORKLOADS[name], columns)
+    predictor = make_predictor(WORKLOADS[name], compile=compile)
 
-        def learn():
-            for _ in range(STEPS):
-                learner.step()
-    else:
-        predictor = make_predictor(WORKLOADS[name], compile=who != "ours")
+    def learn_bare():
+        for _ in range(STEPS):
+            bare.step()
 
-        def learn():
-            predictor.learn(buffer, STEPS, BATCH_SIZE, BATCH_SIZE, 1000)
+    def learn():
+        predictor.learn(buffer, STEPS, BATCH_SIZE, BATCH_SIZE, 1000)
 
-    benchmark.group, benchmark.name = f"learn, {name}, one step", who
-    benchmark.extra_info["divide"] = STEPS
-    benchmark.pedantic(learn, rounds=20, warmup_rounds=2)
+    who = "learn, compiled" if compile else "learn"
+    take_turns(f"learn, {name}, one step", who, learn, "bare", learn_bare, rounds=40, divide=STEPS)

@@ -46,19 +46,17 @@ def make_plan(workload, who, n_envs):
     return lambda: planner(state.copy())
 
 
-@pytest.mark.parametrize("who", ["bare iCEM", "iCEM", "CEM", "TorchRL's CEM"])
+@pytest.mark.parametrize(("who", "other"), [("iCEM", "bare iCEM"), ("CEM", "TorchRL's CEM")])
 @pytest.mark.parametrize("n_envs", [1, 8])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_plan(name, n_envs, who, benchmark):
-    plan = make_plan(WORKLOADS[name], who, n_envs)
-    benchmark.group, benchmark.name = f"plan, {name}, {n_envs} envs", who
-    benchmark.pedantic(plan, rounds=8, iterations=3, warmup_rounds=1)
+def test_plan(name, n_envs, who, other, take_turns):
+    plan, other_plan = (make_plan(WORKLOADS[name], one, n_envs) for one in (who, other))
+    take_turns(f"plan, {name}, {n_envs} envs", who, plan, other, other_plan, rounds=15)
 
 
-@pytest.mark.parametrize("n_models", [1, 7])
-def test_members_dealt_out_to_candidates(n_models, benchmark):
+def test_members_dealt_out_to_candidates(take_turns):
     """A plan with one particle a candidate does not cost more with a larger ensemble."""
-    workload = dataclasses.replace(WORKLOADS["ens5"], n_models=n_models)
-    plan = make_plan(workload, "iCEM", 8)
-    benchmark.group, benchmark.name = "plan, ens5 with E members, 8 envs", f"E = {n_models}"
-    benchmark.pedantic(plan, rounds=8, iterations=3, warmup_rounds=1)
+    plans = [
+        make_plan(dataclasses.replace(WORKLOADS["ens5"], n_models=n), "iCEM", 8) for n in (7, 1)
+    ]
+    take_turns("plan, ens5 with E members, 8 envs", "E = 7", plans[0], "E = 1", plans[1], rounds=20)

@@ -11,9 +11,8 @@ from benchmarks.workloads import BATCH_SIZE, EPISODE_STEPS, N_STEPS
 from layeredrl_trl.data import TransitionSliceSampler
 
 
-@pytest.mark.parametrize("who", ["bare", "ours", "TorchRL's"])
-@pytest.mark.parametrize("size", [10**4, 10**5, 10**6])
-def test_slices(size, who, benchmark):
+def make_draw(who, size):
+    """What draws one sample."""
     step = torch.arange(size)
     done = (step % EPISODE_STEPS == EPISODE_STEPS - 1)[:, None]
     if who == "bare":
@@ -26,18 +25,23 @@ def test_slices(size, who, benchmark):
             end = last[start]
             index = start + offset
             return index.minimum(end), index <= end
-    else:
-        data = TensorDict({"observation": step[:, None].float(), "next": {"done": done}}, [size])
-        storage = LazyTensorStorage(size)
-        TensorDictReplayBuffer(storage=storage).extend(data)
-        if who == "ours":
-            sampler = TransitionSliceSampler(slice_len=N_STEPS)
-        else:  # finding where episodes end is what it does anew for each sample
-            end_key = ("next", "done")
-            sampler = SliceSampler(slice_len=N_STEPS, end_key=end_key, cache_values=False)
 
-        def draw():
-            return sampler.sample(storage, BATCH_SIZE * N_STEPS)
+        return draw
+    data = TensorDict({"observation": step[:, None].float(), "next": {"done": done}}, [size])
+    storage = LazyTensorStorage(size)
+    TensorDictReplayBuffer(storage=storage).extend(data)
+    if who == "slices":
+        sampler = TransitionSliceSampler(slice_len=N_STEPS)
+    else:  # finding where episodes end is what it does anew for each sample
+        end_key = ("next", "done")
+        sampler = SliceSampler(slice_len=N_STEPS, end_key=end_key, cache_values=False)
+    return lambda: sampler.sample(storage, BATCH_SIZE * N_STEPS)
 
-    benchmark.group, benchmark.name = f"slices, of {size:,} transitions", who
-    benchmark.pedantic(draw, rounds=20, iterations=10, warmup_rounds=1)
+
+@pytest.mark.parametrize("other", ["bare", "TorchRL's"])
+@pytest.mark.parametrize("size", [10**4, 10**5, 10**6])
+def test_slices(size, other, take_turns):
+    draw, other_draw = make_draw("slices", size), make_draw(other, size)
+    take_turns(
+        f"slices, of {size:,} transitions", "slices", draw, other, other_draw, rounds=20, calls=20
+    )
