@@ -69,6 +69,8 @@ class ProbabilisticEnsemble(DynamicsModel):
             small one of its own for termination.
         std_bounds: ``(low, high)`` of the standard deviation, in units of the running standard
             deviation of the target. The bound is soft: it is between ``low`` and ``low + high``.
+            Raise ``low`` (to 0.2, say) where some dims rarely change, and then by much, as contact
+            forces do: else their likelihood drowns that of all others.
         learn_std_bounds: learn the bounds of every latent dim, from ``std_bounds`` on;
             :meth:`regularization` draws them together.
         bootstrap: let each member learn from its own half of the stored transitions, see
