@@ -344,6 +344,8 @@ def test_stored_padding_is_never_real_nor_a_start(ndim):
     assert (stored[index][mask]).all()
     assert not mask[~stored.flatten()].any()
     assert mask.sum() == (3 + 3 + 3 + 2 + 1) + (3 + 2 + 1)
+    _, single = buffer.sampler.slices_from(buffer.storage, every_start(buffer.storage), 1)
+    assert torch.equal(single[:, 0], stored.flatten())
     batch = buffer.sample()
     starts = batch.reshape(-1, 3)[:, 0]
     assert starts[MASK].all()

@@ -218,6 +218,22 @@ def test_target_rests_in_a_skipped_step():
     assert not torch.equal(targets(loss)[0], before[0])
 
 
+def test_a_batch_is_skipped_for_gradients_that_the_warm_up_drops():
+    update, loss = make(warm_up=3)
+    update(make_slices())
+    before = snapshot(update)
+
+    def compute(batch):
+        losses = loss(batch)
+        value_params = list(loss.value_network_params.values(True, True))
+        return losses.set("loss_value", losses["loss_value"] + torch.nan * value_params[0].sum())
+
+    update.compute = compute
+    with pytest.warns(UserWarning, match="skipped"):
+        info = update(make_slices())
+    assert not info["grad_norm"].isfinite() and not changed(before, snapshot(update))
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_that_raises_changes_nothing(where):
     update, loss = make()
