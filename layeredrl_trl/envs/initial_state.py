@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import Composite, TensorSpec
+from torchrl.data import Composite
 
 from layeredrl_trl import keys
 from layeredrl_trl.modules import Encoder
@@ -39,11 +39,7 @@ class InitialState(TensorDictModuleBase):
         self.state_spec = state_spec
         self.n_models = n_models
         self.in_keys = list(encoder.in_keys)
-        # read once: to ask a Composite takes about as long as a step
-        self._blank = dict(state_spec.items(True, True))
-        for key in encoder.in_keys:
-            self._blank.pop(key, None)
-        self.out_keys = list(self._blank)
+        self.out_keys = [key for key in state_spec.keys(True, True) if key not in encoder.in_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the imagined state."""
@@ -60,7 +56,7 @@ class InitialState(TensorDictModuleBase):
                 f"observation: expected the batch size {list(batch)} of the TensorDict, got a "
                 f"latent state of shape {list(latent.shape)}."
             )
-        state = blank_state(self._blank, batch, self.n_models, latent.device)
+        state = blank_state(self.state_spec, self.out_keys, batch, self.n_models, latent.device)
         latent_key, context_key = self.encoder.out_keys
         # a copy: a state may be written to, particle by particle
         state[latent_key] = latent[..., None, None, :].expand(state[latent_key].shape).clone()
@@ -69,7 +65,8 @@ class InitialState(TensorDictModuleBase):
 
 
 def blank_state(
-    specs: Mapping[NestedKey, TensorSpec],
+    spec: Composite,
+    names: Iterable[NestedKey],
     batch: torch.Size,
     n_models: int,
     device: torch.device,
@@ -77,15 +74,17 @@ def blank_state(
     """Make an imagined state of zeros in which every particle is alive.
 
     Args:
-        specs: of the entries, of one env.
+        spec: of one env.
+        names: entries of ``spec`` to make.
         batch: of the state.
         n_models: members to spread envs over, if there is an entry ``member``.
         device: of the state.
     """
-    state = {}
-    for key, spec in specs.items():
-        make = torch.ones if key == keys.ALIVE else torch.zeros
-        state[key] = make((*batch, *spec.shape), dtype=spec.dtype, device=device)
+    state = {
+        key: torch.zeros((*batch, *spec[key].shape), dtype=spec[key].dtype, device=device)
+        for key in names
+    }
+    state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
     if keys.MEMBER in state:
         state[keys.MEMBER] = spread_members(batch, n_models, device)
     return state

@@ -147,11 +147,6 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = specs.reward
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
-        # read once: to ask a Composite takes about as long as a step
-        entries = dict(specs.observation.items(True, True))
-        self._root_specs = entries | dict(specs.done.items())
-        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER} & entries.keys()
-        self._state_shapes = {name: entries[name].shape for name in names}
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
 
     @property
@@ -330,7 +325,7 @@ class PredictorEnv(ModelBasedEnvBase):
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
-        if given and self._state_shapes.keys() <= set(tensordict.keys(True, True)):
+        if given and self._state_keys <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
             out = self._before_first_step(flat, self._read_state(flat))
             names = self.observation_spec.keys(True, True)
@@ -340,8 +335,9 @@ class PredictorEnv(ModelBasedEnvBase):
             return self._start_at(self._draw_start(batch), batch)
         shape = (*batch, *self.observation_spec[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
-        specs = dict(self.observation_spec.items(True, True))
-        state = blank_state(specs, batch, self.world_model.dynamics.n_models, self.device)
+        names = self.observation_spec.keys(True, True)
+        n_models = self.world_model.dynamics.n_models
+        state = blank_state(self.observation_spec, names, batch, n_models, self.device)
         state[self.latent_key] = latent.clone()
         if self._decodes:
             state[observation_key] = self._decode(latent, state[self.context_key])
@@ -371,6 +367,12 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.start[index].to(self.device)
 
     @property
+    def _state_keys(self) -> set[NestedKey]:
+        """Entries that make an imagined state."""
+        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER}
+        return names & set(self.observation_spec.keys(True, True))
+
+    @property
     def _decodes(self) -> bool:
         return self.initial_state.encoder.can_decode
 
@@ -388,7 +390,7 @@ class PredictorEnv(ModelBasedEnvBase):
             raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
 
     def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
-        state = {name: flat.get(name, None) for name in self._state_shapes}
+        state = {name: flat.get(name, None) for name in self._state_keys}
         missing = sorted(str(name) for name, x in state.items() if x is None)
         if missing:
             raise KeyError(
@@ -396,11 +398,11 @@ class PredictorEnv(ModelBasedEnvBase):
                 f"{sorted(map(str, flat.keys(True, True)))}. "
                 "Make one with env.initial_state or env.reset."
             )
-        for name, expected in self._state_shapes.items():
-            if state[name].shape[1:] != expected:
+        for name, x in state.items():
+            expected = self.observation_spec[name].shape
+            if x.shape[1:] != expected:
                 raise ValueError(
-                    f"{name}: expected trailing shape {list(expected)}, "
-                    f"got {list(state[name].shape[1:])}."
+                    f"{name}: expected trailing shape {list(expected)}, got {list(x.shape[1:])}."
                 )
         return state
 
@@ -433,9 +435,10 @@ class PredictorEnv(ModelBasedEnvBase):
         self, flat: TensorDictBase, state: dict[NestedKey, Tensor]
     ) -> dict[NestedKey, Tensor]:
         """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
+        specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
         out = dict(state)
-        for key in self._root_specs.keys() - state.keys():
-            spec, given = self._root_specs[key], flat.get(key, None)
+        for key in specs.keys() - state.keys():
+            spec, given = specs[key], flat.get(key, None)
             if given is None:
                 shape = (*flat.shape, *spec.shape)
                 given = torch.zeros(shape, dtype=spec.dtype, device=self.device)

@@ -290,10 +290,14 @@ class ProbabilisticEnsemble(DynamicsModel):
 
         A single mode has no logit.
         """
+        gaussians, logits = self._split(x)
+        parts = gaussians.unbind(-3)
+        return [*parts, logits.unsqueeze(-1)] if self.n_modes > 1 else [*parts]
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs ``[..., 2 M D + M]`` as Gaussians ``[..., 2, M, D]`` and logits ``[..., M]``."""
         shape = (2, self.n_modes, self.latent_state_dim)
-        logits = x[..., math.prod(shape) :].unsqueeze(-1)
-        gaussians = x[..., : math.prod(shape)].unflatten(-1, shape).unbind(-3)
-        return [*gaussians, logits] if self.n_modes > 1 else [*gaussians]
+        return x[..., : math.prod(shape)].unflatten(-1, shape), x[..., math.prod(shape) :]
 
     def _open_loop(self) -> OpenLoop:
         """Fold standardisation and the scale of targets into the last layer of the network."""
@@ -451,16 +455,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         Returns:
             means and standard deviations ``[..., M, D]``, log weights ``[..., M]``.
         """
-        n_modes, dim = self.n_modes, self.latent_state_dim
-        gaussians = raw[..., : 2 * n_modes * dim].unflatten(-1, (2, n_modes, dim))
-        if n_modes > 1:  # one mode starts at 0
+        gaussians, logits = self._split(raw)
+        if self.n_modes > 1:  # one mode starts at 0
             gaussians = gaussians + self.mode_start
         mean, log_std = gaussians.unbind(-3)
         low, high = self.log_std_bounds.exp()
         std = torch.addcmul(low, high, (log_std - self.log_std_bounds[1]).sigmoid())
-        if n_modes == 1:
+        if self.n_modes == 1:
             return mean, std, raw.new_zeros(()).expand(mean.shape[:-1])
-        return mean, std, torch.log_softmax(raw[..., -n_modes:], -1)
+        return mean, std, torch.log_softmax(logits, -1)
 
     def _check(self, latent: Tensor, context: Tensor, member: Tensor | None = None) -> None:
         n_rows = self.n_models if member is None else 1

@@ -224,6 +224,25 @@ def test_imagine_like_a_loop_over_particles(action_spec, num_particles, propagat
                 torch.testing.assert_close(found, x.double().flatten(), rtol=1e-4, atol=1e-4)
 
 
+def test_an_env_of_ones_own_may_observe_more():
+    """Specs are read when they are needed, not when the env is made."""
+
+    class WithDistance(PredictorEnv):
+        def _entries(self, outcome, context):
+            distance = outcome.latent.norm(dim=-1).mean((-2, -1)).unsqueeze(-1)
+            return super()._entries(outcome, context) | {"distance": distance}
+
+    env = make_env()
+    env.__class__ = WithDistance
+    entries = dict(env.observation_spec.items())
+    env.observation_spec = Composite(entries | {"distance": Unbounded((1,))})
+    state, actions = env.initial_state(observations(env, 2)), random_actions(env, 2, 4)
+    imagined = env.imagine(state, actions)
+    assert (imagined["distance"][:, 0] == 0).all()
+    torch.testing.assert_close(imagined["distance"][:, 1:], imagined["next", "distance"][:, :-1])
+    assert (imagined["next", "distance"] > 0).all()
+
+
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
 @pytest.mark.parametrize("num_particles", [None, 1])
 @pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
