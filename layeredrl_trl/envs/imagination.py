@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layeredrl_trl.functional import (
     aleatoric_variance,
+    can_read,
     epistemic_variance,
     gaussian_mixture_mean,
 )
@@ -289,7 +290,7 @@ class Imagination(nn.Module):
     ) -> Tensor:
         prob = self._evaluate(self.termination_fn, latent, context, action, next_latent)
         possible = (prob >= 0) & (prob <= 1)
-        if not prob.is_cuda and not possible.all():  # a GPU would stall for it
+        if can_read(prob) and not possible.all():
             raise ValueError(
                 "termination_fn: expected probabilities or bools, got values from "
                 f"{prob.min().item()} to {prob.max().item()}."

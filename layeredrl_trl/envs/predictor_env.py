@@ -18,6 +18,7 @@ from layeredrl_trl.envs.initial_state import InitialState, blank_state, spread_m
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
+    Recorded,
     as_reward_module,
     as_termination_module,
     check_heads,
@@ -71,6 +72,10 @@ class PredictorEnv(ModelBasedEnvBase):
         start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
             or a function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
+        cudagraphs: let :meth:`imagine` on CUDA, where no gradient is asked for, replay what it did
+            when it was last asked for as many envs and steps, without Python in between: see
+            :class:`~layeredrl_trl.modules.Recorded`. ``None``: if it can be done and all parts are
+            of this library or torch's; True: whatever the parts.
 
     Reads:
         ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``,
@@ -118,6 +123,7 @@ class PredictorEnv(ModelBasedEnvBase):
         uncertainty: bool = False,
         termination_fn: nn.Module | Callable[..., Tensor] | None = None,
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
+        cudagraphs: bool | None = None,
     ) -> None:
         check_sizes(encoder, dynamics, action_spec, start)
         reward = as_reward_module(reward, dynamics.in_keys)
@@ -148,6 +154,9 @@ class PredictorEnv(ModelBasedEnvBase):
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
+        self._recorded = Recorded(
+            self._roll, [imagination], cudagraphs=cudagraphs, also=self._is_deterministic
+        )
 
     @property
     def one_particle_keys(self) -> list[NestedKey]:
@@ -184,13 +193,13 @@ class PredictorEnv(ModelBasedEnvBase):
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
-        outcome: ImaginedStep = self.world_model.rollout(
+        roll = self._roll if torch.is_grad_enabled() else self._recorded
+        outcome: ImaginedStep = roll(
             state[self.latent_key],
             state[self.context_key],
             state[keys.ALIVE],
             flat_actions,
             state.get(keys.MEMBER),
-            deterministic=self._is_deterministic(),
         )
         context = state[self.context_key].unsqueeze(1).expand(-1, horizon, -1)
         following = self._entries(outcome, context)
@@ -301,6 +310,18 @@ class PredictorEnv(ModelBasedEnvBase):
             n_models = self.world_model.dynamics.n_models
             out.set(keys.MEMBER, spread_members(out.batch_size, n_models, self.device))
         return out
+
+    def _roll(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        alive: Tensor,
+        actions: Tensor,
+        member: Tensor | None,
+    ) -> ImaginedStep:
+        return self.world_model.rollout(
+            latent, context, alive, actions, member, deterministic=self._is_deterministic()
+        )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         batch = tensordict.batch_size

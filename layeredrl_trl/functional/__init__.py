@@ -20,7 +20,7 @@ from layeredrl_trl.functional.candidate_weights import (
 )
 from layeredrl_trl.functional.clustering import spread_modes
 from layeredrl_trl.functional.coloured_noise import colour, coloured_noise, colouring_matrix
-from layeredrl_trl.functional.masking import can_read, known_to_hold, zero_where_not
+from layeredrl_trl.functional.masking import zero_where_not
 from layeredrl_trl.functional.mixtures import (
     MixtureNoise,
     gaussian_mixture_log_prob,
@@ -30,6 +30,7 @@ from layeredrl_trl.functional.mixtures import (
     mixture_noise_of_steps,
     sample_gaussian_mixture,
 )
+from layeredrl_trl.functional.reading import can_read, known_to_hold, without_reading
 from layeredrl_trl.functional.returns import (
     NStepWindow,
     discounted_window_sum,
@@ -96,5 +97,6 @@ __all__ = [
     "varies",
     "weighted_moments",
     "whitening_residual",
+    "without_reading",
     "zero_where_not",
 ]

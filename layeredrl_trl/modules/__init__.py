@@ -25,6 +25,7 @@ from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
 from layeredrl_trl.modules.mlp_encoder import MLPEncoder
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.parts import check_heads, check_kinds, check_parts
+from layeredrl_trl.modules.recorded import Recorded, can_record, fingerprint, is_known, is_recording
 from layeredrl_trl.modules.select_encoder import SelectEncoder
 from layeredrl_trl.modules.spaces import action_features, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
@@ -44,6 +45,7 @@ __all__ = [
     "MLPEncoder",
     "ParticlePrediction",
     "ProbabilisticEnsemble",
+    "Recorded",
     "RewardNet",
     "RunningMoments",
     "SelectEncoder",
@@ -54,11 +56,15 @@ __all__ = [
     "as_reward_module",
     "as_termination_module",
     "as_value_module",
+    "can_record",
     "check_heads",
     "check_kinds",
     "check_parts",
     "evaluate",
+    "fingerprint",
     "head_entries",
+    "is_known",
+    "is_recording",
     "reads_action",
     "space_dim",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layeredrl_trl.functional import (
     MixtureNoise,
+    can_read,
     gaussian_mixture_mean,
     mixture_noise_of_steps,
 )
@@ -41,7 +42,7 @@ class MemberRows:
         self.n_envs, self.n_particles, self.n_models = n_envs, n_particles, n_models
         self.member = member
         self._slot = None
-        if member is not None and not member.is_cuda:
+        if member is not None and can_read(member):
             ordered, order = member[:, 0].sort(stable=True)
             counts = ordered.bincount(minlength=n_models)
             most = int(counts.max())

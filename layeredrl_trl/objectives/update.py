@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
+from layeredrl_trl.functional import can_read
+from layeredrl_trl.modules.recorded import Recorded, can_record
 from layeredrl_trl.objectives.target_network import tensors_of
 
 Losses = Mapping[str, Tensor] | TensorDictBase
@@ -50,9 +53,11 @@ class Statistics:
         Args:
             where: bool ``[]``; where it is False they stay what they are. ``None``: make them.
         """
-        for (buffers, name, own), copy in zip(self._own, self._copies, strict=True):
-            own.copy_(copy if where is None else torch.where(where, copy, buffers[name]))
+        there = [buffers[name] for buffers, name, _ in self._own]
+        for buffers, name, own in self._own:
             buffers[name] = own
+        for now, (_, _, own), copy in zip(there, self._own, self._copies, strict=True):
+            own.copy_(copy if where is None else torch.where(where, copy, now))
 
 
 class ForeachSoftUpdate(SoftUpdate):
@@ -111,6 +116,11 @@ class Update:
             :class:`ForeachSoftUpdate`. ``None``: where these are there and the gradients are on
             CUDA, do not wait.
         compute: what computes the losses of a batch with ``loss_module``, itself by default.
+        cudagraphs: carry steps on CUDA out by replaying one of them, which has been recorded: see
+            :class:`~layeredrl_trl.modules.Recorded`. What each step does must not depend on more
+            than its batch and what modules hold. ``None``: if all of them are known and it can
+            be done; True: raise where it cannot. Where it is done ``wait`` is False.
+        starting_steps: so many steps are not like those that follow, and not recorded.
 
     Attributes:
         steps: steps taken, skipped ones included.
@@ -134,6 +144,8 @@ class Update:
         warm_up_params: list[nn.Parameter] | None = None,
         wait: bool | None = None,
         compute: Callable[..., Losses] | None = None,
+        cudagraphs: bool | None = False,
+        starting_steps: int = 0,
     ) -> None:
         if clip_grad_max_norm is not None and clip_grad_max_norm <= 0:
             raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
@@ -142,9 +154,10 @@ class Update:
         can_go_on = _can_skip(optimizer) and (
             target_updater is None or isinstance(target_updater, ForeachSoftUpdate)
         )
-        if wait is False and not can_go_on:
+        if not can_go_on and (wait is False or cudagraphs):
+            asked_for = "cudagraphs" if cudagraphs else "wait=False"
             raise ValueError(
-                "wait=False: expected an optimiser with fused=True, without momentum, and a "
+                f"{asked_for}: expected an optimiser with fused=True, without momentum, and a "
                 f"ForeachSoftUpdate, got {type(optimizer).__name__} and "
                 f"{type(target_updater).__name__}."
             )
@@ -164,15 +177,27 @@ class Update:
             for name in module._buffers
             if f"{path}.{name}".lstrip(".") not in moved
         ]
+        self.starting_steps = starting_steps
         self.steps = 0
-        self._skipped: int | Tensor = 0
+        self._skipped = 0
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        device = None if first is None else first.device
+        self._skipped_on_device = torch.zeros((), dtype=torch.long, device=device)
         self._has_warned = False
+        self._recorded = None
+        if cudagraphs is not False and can_go_on and device and can_record(device):
+            self.wait = False
+            self._rates = torch.full((len(optimizer.param_groups),), torch.nan, device=device)
+            self._rates_there: list[float] = []
+            self._recorded = Recorded(
+                self._step, [loss_module], cudagraphs=cudagraphs, also=self._circumstances
+            )
 
     @property
     def skipped(self) -> int:
         """Steps skipped for non-finite gradients."""
-        self._skipped = int(self._skipped)
-        if self._skipped and not self._has_warned:
+        skipped = self._skipped + int(self._skipped_on_device)
+        if skipped and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "A batch gave non-finite gradients and was skipped: no parameter, target or "
@@ -180,23 +205,37 @@ class Update:
                 "ones are only counted ('skipped').",
                 stacklevel=3,
             )
-        return self._skipped
+        return skipped
 
     @skipped.setter
     def skipped(self, number: int) -> None:
         self._skipped, self._has_warned = number, number > 0
+        self._skipped_on_device.zero_()
 
-    def __call__(self, *batch: Any) -> TensorDict:
+    def __call__(self, *batch: Any, is_unchanged: bool = False) -> TensorDict:
         """Take one step on the losses of a batch.
 
         Args:
-            *batch: what ``compute`` takes.
+            *batch: what ``compute`` takes; with ``cudagraphs`` tensors, and tuples of them.
+            is_unchanged: since the last step nothing was changed but by it, which with
+                ``cudagraphs`` is then not looked for.
 
         Returns:
             The outputs of the loss, detached, with the sum of its terms under ``loss`` and the
             gradients' global norm before clipping under ``grad_norm``; where it is not finite the
             step was skipped.
         """
+        if self._recorded is None:
+            info = self._step(*batch)
+        else:
+            is_unchanged = is_unchanged and self.steps not in (self.warm_up, self.starting_steps)
+            with self._rates_on_device():
+                info = self._recorded(*batch, is_unchanged=is_unchanged)
+        self.steps += 1
+        return TensorDict(info, batch_size=[])
+
+    def _step(self, *batch: Any) -> dict[str, Tensor]:
+        """Take a step that is not counted."""
         before = Statistics(self._statistics)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         for p in params:
@@ -216,9 +255,7 @@ class Update:
                     p.grad = None
             grads = [p.grad for p in params if p.grad is not None]
             norm = _norm(grads)
-        self.steps += 1
-        wait = not norm.is_cuda if self.wait is None else self.wait
-        if wait:
+        if can_read(norm) if self.wait is None else self.wait:
             self._finish(grads, norm, whole_norm, before)
         else:
             self._finish_on_device(norm, whole_norm, before)
@@ -227,14 +264,14 @@ class Update:
         info["grad_norm"] = norm
         if norm is not whole_norm:
             info["grad_norm"] = torch.where(whole_norm.isfinite(), norm, whole_norm)
-        return TensorDict(info, batch_size=[])
+        return info
 
     def _finish(
         self, grads: list[Tensor], norm: Tensor, whole_norm: Tensor, before: Statistics
     ) -> None:
         if not math.isfinite(whole_norm.item()):
             before.put_back()
-            self._skipped = self._skipped + 1
+            self._skipped += 1
             _ = self.skipped  # warns
             return
         max_norm = self.clip_grad_max_norm
@@ -254,7 +291,7 @@ class Update:
         if self.target_updater is not None:
             self.target_updater.step(is_finite)
         before.put_back(~is_finite)
-        self._skipped = self._skipped + (~is_finite).long()
+        self._skipped_on_device.add_(~is_finite)
 
     def _scaled_step(self, scale: Tensor | None, found_inf: Tensor | None = None) -> None:
         """Step by gradients divided by ``scale``, or not at all where ``found_inf`` is 1.
@@ -266,6 +303,49 @@ class Update:
             self.optimizer.step()
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Let the optimiser read its learning rates from memory, where a replay finds new ones."""
+        groups = self.optimizer.param_groups
+        own = [(group, group["lr"], group.get("capturable", False)) for group in groups]
+        rates = [float(rate) for _, rate, _ in own]
+        if rates != self._rates_there:
+            self._rates.copy_(torch.tensor(rates))
+            self._rates_there = rates
+        try:
+            for group, rate in zip(groups, self._rates.unbind(), strict=True):
+                group["lr"], group["capturable"] = rate, True
+            yield
+        finally:
+            for group, rate, capturable in own:
+                group["lr"], group["capturable"] = rate, capturable
+
+    def _circumstances(self) -> Hashable:
+        """All that a step depends on beside its batch and the modules."""
+        in_memory = ("params", "lr", "capturable")
+        options = [
+            (name, str(x))
+            for group in self.optimizer.param_groups
+            for name, x in group.items()
+            if name not in in_memory
+        ]
+        moments = [
+            x.data_ptr()
+            for state in self.optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        ]
+        updater = self.target_updater
+        return (
+            self.steps < self.warm_up,
+            self.steps < self.starting_steps,
+            self.clip_grad_max_norm,
+            self.compute,
+            None if updater is None else (id(updater), getattr(updater, "eps", None)),
+            tuple(options),
+            tuple(moments),
+        )
 
 
 def _as_path(key: NestedKey) -> tuple[Any, ...]:

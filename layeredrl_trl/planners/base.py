@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,13 +12,15 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.checks import check_counts
 from layeredrl_trl.functional import return_spread
+from layeredrl_trl.modules import Recorded
 from layeredrl_trl.planners.carrier import PlanCarrier
 from layeredrl_trl.planners.options import REQUIRED, check_options
-from layeredrl_trl.planners.scoring import CandidateReturn, base_env
+from layeredrl_trl.planners.scoring import CandidateReturn, base_env, imagines_on_tensors
 
 ReturnAction = Literal["mean", "best", "sample"]
 
@@ -57,6 +59,11 @@ class SamplingPlanner(PlanCarrier, ABC):
         callback (callable, optional): called in every round with a TensorDict ``[*B, N]`` that
             holds copies: ``action`` ``[*B, N, H, A]``, ``return`` ``[*B, N, 1]`` (``-inf`` where
             it is not finite) and ``round``, an int from 0.
+        cudagraphs (bool, optional): replay a whole plan on CUDA, without Python in between, if
+            there is no callback: see :class:`~layeredrl_trl.modules.Recorded`. ``None``: if it can
+            be done, ``env`` is a :class:`~layeredrl_trl.envs.PredictorEnv`, and its parts and
+            ``terminal_value`` are of this library or torch's; True: whatever they are; False:
+            never.
         action_key (NestedKey, optional): where the action is written. Default: the environment's.
         plan_key (NestedKey): the plan. Read here, written under ``"next"``.
         plan_return_key (NestedKey): what the planner expects its plan to return.
@@ -95,6 +102,7 @@ class SamplingPlanner(PlanCarrier, ABC):
         return_action: ReturnAction = "mean",
         warm_start: bool = True,
         callback: Callable[[TensorDictBase], Any] | None = None,
+        cudagraphs: bool | None = None,
         action_key: NestedKey | None = None,
         plan_key: NestedKey = "plan",
         plan_return_key: NestedKey = "plan_return",
@@ -125,6 +133,11 @@ class SamplingPlanner(PlanCarrier, ABC):
         self.num_candidates = num_candidates
         self.return_action = return_action
         self.callback = callback
+        if cudagraphs is None and not imagines_on_tensors(env):
+            cudagraphs = False  # TorchRL's steps wait for the device
+        self._recorded = Recorded(
+            self._search, [self], cudagraphs=cudagraphs, also=exploration_type
+        )
         self.action_key = unravel_key(action_key or score.action_key)
         self.plan_return_key = unravel_key(plan_return_key)
         self.plan_spread_key = unravel_key(plan_spread_key)
@@ -202,8 +215,22 @@ class SamplingPlanner(PlanCarrier, ABC):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Plan for every environment of the batch; see the class for what is read and written."""
-        state = self._state(tensordict)
-        belief = self._start(self._carried(tensordict))
+        state, carried = self._state(tensordict), self._carried(tensordict)
+        given = dict(state.items(True, True)), carried, (state.batch_size, state.device)
+        search = self._recorded if self.callback is None else self._search
+        for key, x in search(*given).items():
+            tensordict.set(key, x)
+        return tensordict
+
+    def _search(
+        self,
+        state: dict[NestedKey, Tensor],
+        carried: dict[NestedKey, Tensor],
+        batch: tuple[Sequence[int], torch.device | None],
+    ) -> dict[NestedKey, Tensor]:
+        """All that :meth:`forward` writes, from all that it reads."""
+        state = TensorDict(state, *batch)
+        belief = self._start(carried)
         score = self.score.scorer(self._repeat(state, self.num_candidates))
         best = self._mode(belief)
         best_return = torch.full((), -torch.inf, device=best.device)
@@ -231,13 +258,13 @@ class SamplingPlanner(PlanCarrier, ABC):
         carried = self._carry_on(belief, sequence)
         if self.return_action == "sample":
             sequence = self._sample(belief, chosen, weights)
-        tensordict.set(self.action_key, self._encode(sequence[..., 0, :]).clone())
-        for key, value in carried.items():
-            tensordict.set(unravel_key(("next", key)), value)
-        tensordict.set(self.plan_return_key, plan_return)
-        tensordict.set(self.plan_spread_key, return_spread(returns))
-        tensordict.set(self.plan_std_key, self._width(belief))
-        return tensordict
+        return {
+            self.action_key: self._encode(sequence[..., 0, :]).clone(),
+            **{unravel_key(("next", key)): value for key, value in carried.items()},
+            self.plan_return_key: plan_return,
+            self.plan_spread_key: return_spread(returns),
+            self.plan_std_key: self._width(belief),
+        }
 
     def planning(self, td: TensorDictBase) -> Tensor:
         """Plan, and return the action only: what TorchRL's ``MPCPlannerBase`` calls planning.

@@ -122,7 +122,7 @@ class GaussianPlanner(SamplingPlanner):
         if self._colouring is not None:
             noise = colour(noise, self._colouring)
         if self._mean_is_candidate(number):
-            noise[..., 0, :, :] = 0.0  # a good plan is not lost
+            noise.select(-3, 0).zero_()  # a good plan is not lost
         return self._clip(torch.addcmul(mean, std, noise))
 
     def _mode(self, belief: Gaussian) -> Tensor:

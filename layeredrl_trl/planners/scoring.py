@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
@@ -154,7 +155,7 @@ class CandidateReturn(nn.Module):
             of the last batch dim as there are actions for, the first.
         """
         env = self.env
-        if getattr(type(env), "imagine", None) is PredictorEnv.imagine:
+        if imagines_on_tensors(env):
             names = {self.reward_key, self.alive_key, self.epistemic_var_key}
             names |= {self.done_key, self.terminated_key} - {None}
             if self.terminal_value is not None:
@@ -314,6 +315,11 @@ def _first(candidates: TensorDictBase, key: NestedKey, batch: torch.Size) -> Ten
     """An entry of the first candidates, as many as there are in ``batch``."""
     value = candidates.get(key)
     return value.narrow(len(batch) - 1, 0, batch[-1]) if batch else value
+
+
+def imagines_on_tensors(env: EnvBase) -> TypeGuard[PredictorEnv]:
+    """Say whether an env is a ``PredictorEnv`` with nothing around it that changes a step."""
+    return getattr(type(env), "imagine", None) is PredictorEnv.imagine
 
 
 def base_env(env: EnvBase) -> EnvBase:

@@ -15,7 +15,12 @@ from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
-from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
+from layeredrl_trl.modules import (
+    DeltaStandardizer,
+    DynamicsModel,
+    Encoder,
+    can_record,
+)
 from layeredrl_trl.objectives import (
     ForeachSoftUpdate,
     RewardPredictorLoss,
@@ -83,7 +88,11 @@ class RewardPredictor(Predictor):
             first call, and the first with other batch sizes, takes half a minute; after that a
             step on a CPU takes some 60 to 90% of the time. Needs a C++ compiler (on CUDA Triton).
             ``None``: on CUDA, if it can be done there, else not.
-        cudagraphs: capture that code as CUDA graphs; ``None``: not.
+        cudagraphs: let :meth:`learn` record a step on CUDA as a graph, and replay it: everything
+            from what was read from the buffer to the targets, without Python in between. See
+            :class:`~layeredrl_trl.modules.Recorded`. ``None``: on CUDA, if it can be done there
+            and all parts are of this library or torch's, so that nothing is missed that changes
+            what they do; True: whatever the parts.
 
     Attributes:
         loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
@@ -93,7 +102,7 @@ class RewardPredictor(Predictor):
     Raises:
         TypeError: if a part is of an unknown kind, ``val_func`` a reward or ``rew_func`` a value.
         ValueError: if a number is out of its range or sizes of the parts differ, or ``cudagraphs``
-            are asked for without CUDA or without ``compile``.
+            are asked for without CUDA.
 
     Example:
         >>> from torchrl.data import LazyTensorStorage
@@ -170,11 +179,8 @@ class RewardPredictor(Predictor):
         )
         if not 0 <= tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {tau}.")
-        if cudagraphs and (compile is False or torch.device(device).type != "cuda"):
-            raise ValueError(
-                f"cudagraphs: they capture compiled code on CUDA, got compile={compile} and "
-                f"device {torch.device(device)}."
-            )
+        if cudagraphs and not can_record(torch.device(device)):
+            raise ValueError(f"cudagraphs: they need CUDA, got device {torch.device(device)}.")
         self.standardizer = DeltaStandardizer(latent_state_dim) if delta_standardizer else None
         self.to(device)
         loss_module = RewardPredictorLoss(
@@ -330,10 +336,9 @@ class RewardPredictor(Predictor):
         skipped_before = self.update.skipped
         for group in groups:
             group["lr"] = rates[group["name"]]
-        for slices, transitions in self._reader.batches(
-            buffer, n_steps, batch_size, model_batch_size
-        ):
-            terms = self._take_step(slices, transitions)
+        batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
+        for i, (slices, transitions) in enumerate(batches):
+            terms = self._take_step(slices, transitions, is_first=i == 0)
             names, values = [*map(str, terms.keys())], torch.stack([*terms.values()])
             sums = sums + torch.where(terms["grad_norm"].isfinite(), values, 0.0)
         whitening = None if self.standardizer is None else self.standardizer.matrix
@@ -500,10 +505,8 @@ class RewardPredictor(Predictor):
         params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
         groups = [{"params": ps, "name": name} for name, ps in params.items() if ps]
         compute = self._losses
-        on_cuda = self.device.type == "cuda"
-        if compile or (compile is None and on_cuda):
-            captured = bool(cudagraphs) and on_cuda
-            compute = self._compiled_losses(captured)
+        if compile or (compile is None and self.device.type == "cuda"):
+            compute = self._compiled_losses()
         return Update(
             loss,
             torch.optim.Adam(groups, fused=True),
@@ -513,6 +516,8 @@ class RewardPredictor(Predictor):
             warm_up=encoder_warm_up if loss.learn_encoder and self.rew_func is not None else 0,
             warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
             compute=compute,
+            cudagraphs=cudagraphs,
+            starting_steps=_STARTING_STEPS,
         )
 
     def _losses(self, slices: SliceParts, transitions: TransitionParts) -> TensorDict:
@@ -520,22 +525,22 @@ class RewardPredictor(Predictor):
         loss = self.loss_module
         return loss(loss.encode_slices(slices), loss.encode_parts(transitions))
 
-    def _compiled_losses(self, cudagraphs: bool) -> Callable[..., TensorDict]:
-        generated = torch.compile(self._losses, mode="reduce-overhead" if cudagraphs else None)
+    def _compiled_losses(self) -> Callable[..., TensorDict]:
+        generated = torch.compile(self._losses)
 
         def compute(slices: SliceParts, transitions: TransitionParts) -> TensorDict:
             # the first batches start running statistics, by what is never done again
             if self.update.steps < _STARTING_STEPS:
                 return self._losses(slices, transitions)
-            if cudagraphs:
-                torch.compiler.cudagraph_mark_step_begin()
             return generated(slices, transitions)
 
         return compute
 
-    def _take_step(self, slices: SliceParts, transitions: TransitionParts) -> TensorDict:
+    def _take_step(
+        self, slices: SliceParts, transitions: TransitionParts, *, is_first: bool
+    ) -> TensorDict:
         try:
-            return self.update(slices, transitions)
+            return self.update(slices, transitions, is_unchanged=not is_first)
         except TorchDynamoException as error:
             if self._update_options["compile"] is not None:  # it was asked for
                 raise

@@ -29,7 +29,7 @@ def test_every_step_gets_a_batch_of_its_own(value, monkeypatch):
         predictor, seen = small_predictor(value), []
         update = predictor.update
 
-        def spy(batch, model_batch, update=update, seen=seen):
+        def spy(batch, model_batch, update=update, seen=seen, **_):
             seen.append((batch.index.flatten().tolist(), model_batch.index.tolist()))
             return update(batch, model_batch)
 

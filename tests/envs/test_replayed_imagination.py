@@ -1,0 +1,193 @@
+"""Imagining by replays is imagining: on a CPU, by a stand-in for CUDA graphs."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from layeredrl_trl.modules import IdentityEncoder, SymmetryBreakingStart
+from tests.envs.test_predictor_env import (
+    ACTION_SPECS,
+    BATCH_SHAPES,
+    SplitEncoder,
+    make_env,
+    observations,
+    random_actions,
+)
+from tests.predictors.test_reward_predictor import small_predictor
+from tests.replaying import replays  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("replays")
+
+
+@pytest.fixture(autouse=True)
+def without_gradient():
+    with torch.no_grad():
+        yield
+
+
+def count_rollouts(env):
+    """Let an env note how often Python imagines in it."""
+    rollout, calls = env.world_model.rollout, []
+
+    def noted(*args, **kwargs):
+        calls.append(1)
+        return rollout(*args, **kwargs)
+
+    env.world_model.__dict__["rollout"] = noted
+    return calls
+
+
+def assert_same_imagination(own, plain, batch=(4,), n=6, horizon=5):
+    for seed in range(n):
+        torch.manual_seed(seed)
+        state, actions = own.reset(observations(own, *batch)), random_actions(own, *batch, horizon)
+        outs = []
+        for env in (own, plain):
+            torch.manual_seed(seed)
+            outs.append(env.imagine(state, actions))
+        assert outs[0].batch_size == outs[1].batch_size == (*batch, horizon)
+        assert set(outs[0].keys(True, True)) == set(outs[1].keys(True, True))
+        torch.testing.assert_close(outs[0].to_dict(), outs[1].to_dict(), rtol=1e-5, atol=1e-6)
+
+
+def both(**options):
+    plain = make_env(cudagraphs=False, **options)
+    own = copy.deepcopy(plain)
+    own._recorded.cudagraphs = True
+    return own, plain
+
+
+@pytest.mark.parametrize("num_particles", [None, 1])
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+def test_it_is_imagining(num_particles, propagation, termination):
+    options = {"propagation": propagation, "termination": termination}
+    for uncertainty, deterministic in itertools.product([False, True], repeat=2):
+        own, plain = both(
+            num_particles=num_particles,
+            uncertainty=uncertainty,
+            deterministic=deterministic,
+            **options,
+        )
+        calls = count_rollouts(own)
+        assert_same_imagination(own, plain)
+        assert len(calls) == 4  # three to warm up, one to record
+
+
+@pytest.mark.parametrize("batch", BATCH_SHAPES)
+@pytest.mark.parametrize("action", ACTION_SPECS)
+def test_any_batch_and_action(batch, action):
+    assert_same_imagination(*both(action_spec=ACTION_SPECS[action]), batch)
+
+
+def test_other_sizes_are_recorded_apart():
+    own, plain = both(num_particles=1)
+    for _ in range(2):
+        for batch, horizon in itertools.product([(4,), (7,)], [1, 3]):
+            assert_same_imagination(own, plain, batch, 3, horizon)
+
+
+def test_two_imaginations_differ_and_a_seed_repeats_them():
+    own, _ = both()
+    state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
+    outs = [own.imagine(state, actions)["next", "latent"] for _ in range(8)]
+    assert len({x.sum().item() for x in outs}) == 8
+    again = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        again.append(own.imagine(state, actions)["next", "latent"])
+    assert torch.equal(*again)
+
+
+def test_earlier_outcomes_stay():
+    own, _ = both()
+    state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
+    for only_next in (False, True):
+        outs = [own.imagine(state, actions, only_next=only_next) for _ in range(6)]
+        copies = [out.clone() for out in outs]
+        own.imagine(state, actions + 1, only_next=only_next)
+        for out, there in zip(outs, copies, strict=True):
+            torch.testing.assert_close(out.to_dict(), there.to_dict(), rtol=0, atol=0)
+
+
+def test_what_is_learned_and_what_is_changed_is_imagined():
+    own, plain = both(deterministic=None)
+    assert_same_imagination(own, plain)
+    for env in (own, plain):
+        for p in env.world_model.parameters():
+            p.mul_(0.5)
+    assert_same_imagination(own, plain)
+    for env in (own, plain):
+        env.world_model.termination = "sample"
+    assert_same_imagination(own, plain)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert_same_imagination(own, plain)
+    for env in (own, plain):
+        env.world_model.propagation = "expectation"
+        env.deterministic = True
+    assert_same_imagination(own, plain)
+
+
+def test_gradients_are_not_replayed():
+    own, plain = both(deterministic=True)
+    state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
+    for _ in range(5):
+        own.imagine(state, actions)
+    grads = []
+    for env in (own, plain):
+        with torch.enable_grad():
+            given = actions.clone().requires_grad_()
+            env.imagine(state, given)["next", "reward"].sum().backward()
+            grads.append(given.grad)
+    assert grads[0].abs().sum() > 0
+    torch.testing.assert_close(*grads)
+
+
+def test_parts_of_anybody_else_are_replayed_on_demand():
+    class Reward(nn.Module):
+        def forward(self, latent, context, action):
+            return latent[..., :1]
+
+    for reward, expected in ((None, True), (Reward(), False)):
+        env = make_env(with_reward=False)
+        if reward is not None:
+            env = type(env)(
+                IdentityEncoder(3), env.world_model.dynamics, reward, env.action_spec_unbatched
+            )
+        state, actions = env.reset(observations(env, 4)), random_actions(env, 4, 5)
+        for _ in range(5):
+            env.imagine(state, actions)
+        assert any(env._recorded._recordings.values()) is expected
+
+
+@pytest.mark.parametrize(
+    "encoder", [SplitEncoder(3), IdentityEncoder(3)], ids=["split", "identity"]
+)
+def test_rollouts_of_predictors(encoder):
+    predictor = small_predictor(encoder=encoder)
+    obs, act = torch.randn(6, 3), torch.randn(6, 4, 1)
+    for i in range(8):
+        outs = []
+        for cudagraphs in (True, False):
+            env = predictor._rollout_env(False, False)
+            env._recorded.cudagraphs = cudagraphs
+            torch.manual_seed(i)
+            outs.append(predictor.rollout(obs + i, act)[0])
+        torch.testing.assert_close(outs[0].to_dict(), outs[1].to_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_symmetry_breaking_start_goes_on():
+    """How far it is is a number of Python, which changes between replays."""
+    own, plain = both()
+    inner = own.world_model.dynamics
+    for env in (own, plain):
+        env.world_model.dynamics = SymmetryBreakingStart(inner, 100)
+    for env_steps in (0, 75, 100):
+        for env in (own, plain):
+            env.world_model.dynamics.advance(env_steps)
+        plain.world_model.dynamics.load_state_dict(own.world_model.dynamics.state_dict())
+        assert_same_imagination(own, plain)

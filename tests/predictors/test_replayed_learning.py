@@ -1,0 +1,245 @@
+"""Learning by replays is learning: on a CPU, by a stand-in for CUDA graphs.
+
+It also shows that a step waits for nothing and has no shape that depends on data: the stand-in does
+not record such a thing (``tests/replaying.py``).
+"""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchrl.objectives import SoftUpdate
+
+from layeredrl_trl.modules import (
+    IdentityEncoder,
+    LinearEncoder,
+    MLPEncoder,
+    ProbabilisticEnsemble,
+    RewardNet,
+    ValueNet,
+)
+from layeredrl_trl.objectives import Update
+from layeredrl_trl.predictors import RewardPredictor
+from layeredrl_trl.schedules import LinearSchedule
+from tests.oracles_predictors import filled_buffer, small_predictor
+from tests.predictors.test_reward_predictor import learn, snapshot
+from tests.replaying import replays  # noqa: F401
+
+N_CALLS = 3
+N_STEPS = 4
+
+pytestmark = pytest.mark.usefixtures("replays")
+
+
+def known_predictor(encoder, value="state", model=None, **options):
+    """Of the library's parts only."""
+    dims = encoder.latent_state_dim, encoder.context_dim
+    values = {
+        None: None,
+        "state": ValueNet(*dims, hidden_sizes=(8,)),
+        "q": ValueNet(*dims, action_dim=1, hidden_sizes=(8,)),
+    }
+    model = ProbabilisticEnsemble(*dims, 1, hidden_sizes=(8,), **{"n_models": 2, **(model or {})})
+    reward = RewardNet(*dims, 1, hidden_sizes=(8,))
+    return RewardPredictor(model, values[value], reward, encoder, *dims, **options)
+
+
+def replayed(make):
+    """A predictor that learns by replays, and the same one that does not."""
+    own, plain = make(cudagraphs=True), make(cudagraphs=False)
+    plain.load_state_dict(own.state_dict())
+    return own, plain
+
+
+def recordings(predictor):
+    return len(predictor.update._recorded._recordings)
+
+
+def assert_close(own, plain):
+    torch.testing.assert_close(snapshot(own), snapshot(plain), rtol=1e-4, atol=1e-6)
+
+
+def learn_both(own, plain, data, n_calls=N_CALLS, **options):
+    for seed in range(n_calls):
+        infos = [learn(p, data, n_steps=N_STEPS, seed=seed, **options)[1] for p in (own, plain)]
+        assert_close(own, plain)
+        for key, expected in infos[1].items():
+            assert infos[0][key] == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True), key
+
+
+CASES = {
+    "state value": lambda **o: small_predictor("state", encoder_warm_up=0, **o),
+    "q-function": lambda **o: small_predictor("q", encoder_warm_up=0, k_steps=2, n_steps=3, **o),
+    "no value": lambda **o: small_predictor(None, encoder_warm_up=0, **o),
+    "warm-up": lambda **o: small_predictor(encoder_warm_up=6, **o),
+    "clipped": lambda **o: small_predictor(encoder_warm_up=0, clip_grad_max_norm=0.05, **o),
+    "not clipped": lambda **o: small_predictor(encoder_warm_up=0, clip_grad_max_norm=None, **o),
+    "no standardizer": lambda **o: small_predictor(delta_standardizer=False, **o),
+    "modes, one member": lambda **o: known_predictor(
+        IdentityEncoder(3), model={"n_models": 1, "n_modes": 3}, **o
+    ),
+    "bootstrap": lambda **o: known_predictor(
+        IdentityEncoder(3), model={"bootstrap": True, "learn_std_bounds": True}, **o
+    ),
+    "linear encoder": lambda **o: known_predictor(LinearEncoder(3, 2, 1), "q", n_steps=2, **o),
+    "encoder of layers": lambda **o: known_predictor(MLPEncoder(3, 2, 1), encoder_warm_up=5, **o),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("data", [{}, {"planned": True}, {"capacity": 40}], ids=str)
+def test_it_is_learning(case, data):
+    own, plain = replayed(CASES[case])
+    learn_both(own, plain, filled_buffer(**data))
+    assert recordings(own) >= 1
+    assert own.update.steps == plain.update.steps == N_CALLS * N_STEPS
+
+
+def test_after_the_start_nothing_is_recorded_again(monkeypatch):
+    own, _ = replayed(CASES["state value"])
+    data, calls = filled_buffer(), []
+    learn(own, data, n_steps=8)
+    compute = own.loss_module.forward
+    monkeypatch.setattr(
+        type(own.loss_module), "forward", lambda *args: calls.append(1) or compute(*args[1:])
+    )
+    n = recordings(own)
+    for seed in range(3):
+        learn(own, data, n_steps=5, seed=seed)
+    assert recordings(own) <= n + 1
+    calls.clear()
+    learn(own, data, n_steps=50)
+    assert calls == []
+
+
+def test_parts_of_the_library_are_recorded_unasked():
+    for encoder, expected in ((IdentityEncoder(3), True), (None, False)):
+        predictor = known_predictor(encoder) if encoder else small_predictor()
+        learn(predictor, n_steps=10)
+        assert any(predictor.update._recorded._recordings.values()) is expected
+
+
+def test_learning_rates_are_those_of_the_call():
+    schedule = LinearSchedule(1e-2, 0.0, 100)
+    own, plain = replayed(
+        lambda **o: small_predictor(encoder_warm_up=0, model_lr=schedule, value_lr=1e-2, **o)
+    )
+    data = filled_buffer()
+    for env_steps in (0, 50, 100):
+        learn_both(own, plain, data, n_calls=2, env_steps=env_steps)
+    before = snapshot(own)
+    learn(own, data, n_steps=3)
+    after = snapshot(own)
+    frozen = {key for key in before if key.startswith("model.net.")}
+    assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
+    assert all(isinstance(g["lr"], float) for g in own.update.optimizer.param_groups)
+    assert not any(g["capturable"] for g in own.update.optimizer.param_groups)
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted():
+    own, plain = replayed(CASES["state value"])
+    good, bad = filled_buffer(), filled_buffer()
+    bad.buffer.storage[:]["next", "reward"].fill_(torch.nan)
+    learn_both(own, plain, good)
+    before = snapshot(own)
+    with pytest.warns(UserWarning, match="non-finite gradients"):
+        loss, info = learn(own, bad, n_steps=3)
+    assert math.isnan(loss) and info["skipped"] == own.update.skipped == 3
+    torch.testing.assert_close(snapshot(own), before, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="non-finite gradients"):
+        learn(plain, bad, n_steps=3)
+    learn_both(own, plain, good)
+    assert own.update.skipped == 3
+
+
+def test_other_batch_sizes():
+    own, plain = replayed(CASES["state value"])
+    data = filled_buffer()
+    for batch_size in (8, 5, 8, 5):
+        learn_both(own, plain, data, n_calls=2, batch_size=batch_size)
+
+
+def test_what_is_loaded_in_between_is_learned_on():
+    """New parameters, moments of the optimiser, or an optimiser's options."""
+    own, plain = replayed(CASES["q-function"])
+    other, data = CASES["q-function"](), filled_buffer()
+    learn(other, data, n_steps=5)
+    learn_both(own, plain, data)
+    for p in (own, plain):
+        p.load_state_dict(other.state_dict())
+    learn_both(own, plain, data)
+    for p in (own, plain):
+        p.update.optimizer.load_state_dict(copy.deepcopy(other.update.optimizer.state_dict()))
+    learn_both(own, plain, data)
+    for p in (own, plain):
+        p.update.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+        p.update.clip_grad_max_norm = 0.1
+        p.update.target_updater.eps = 0.5
+    learn_both(own, plain, data)
+    for p in (own, plain):
+        p.loss_module.gamma = 0.5
+        p.loss_module.rew_loss_weight = 2.0
+    learn_both(own, plain, data)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_learn_on_their_own(copied):
+    own, plain = replayed(CASES["state value"])
+    data = filled_buffer()
+    learn_both(own, plain, data)
+    twin, before = copied(own), snapshot(own)
+    learn_both(twin, plain, data)
+    torch.testing.assert_close(snapshot(own), before, rtol=0, atol=0)
+
+
+def test_an_error_in_a_step_leaves_everything_as_it_was(monkeypatch):
+    own, _ = replayed(CASES["warm-up"])
+    data = filled_buffer()
+    learn(own, data, n_steps=2)
+    for _ in range(5):
+        before = snapshot(own)
+        with monkeypatch.context() as patch:
+            patch.setattr(own.standardizer, "residual", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                learn(own, data, batch_size=6)  # of a size that has not been recorded
+        torch.testing.assert_close(snapshot(own), before, rtol=0, atol=0)
+        learn(own, data, n_steps=2)
+    assert own.update.steps == 12
+
+
+def test_graphs_need_cuda(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"cudagraphs.*device cpu"):
+        small_predictor(cudagraphs=True)
+
+
+def test_an_update_with_graphs_needs_an_optimiser_that_waits_for_nothing():
+    loss = small_predictor().loss_module
+    for optimizer, updater in (
+        (torch.optim.Adam(loss.parameters()), None),
+        (torch.optim.Adam(loss.parameters(), fused=True), SoftUpdate(loss, tau=0.1)),
+    ):
+        with pytest.raises(ValueError, match=r"cudagraphs: expected.*fused.*ForeachSoftUpdate"):
+            Update(loss, optimizer, target_updater=updater, cudagraphs=True)
+        Update(loss, optimizer, target_updater=updater, cudagraphs=None)
+
+
+class Strange(nn.Module):
+    """Reads a number in every step."""
+
+    def forward(self, latent, context, action):
+        return latent[..., :1] * latent.sum().item()
+
+
+def test_what_cannot_be_recorded_is_learned_without():
+    predictor = small_predictor("state", encoder_warm_up=0)
+    predictor = RewardPredictor(
+        predictor.model, None, Strange(), predictor.encoder, 2, 1, cudagraphs=True
+    )
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        learn(predictor, n_steps=10)
+    predictor.update._recorded.cudagraphs = None
+    assert learn(predictor, n_steps=10)[1]["skipped"] == 0
