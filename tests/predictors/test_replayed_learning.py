@@ -74,7 +74,7 @@ CASES = {
     "state value": lambda **o: small_predictor("state", encoder_warm_up=0, **o),
     "q-function": lambda **o: small_predictor("q", encoder_warm_up=0, k_steps=2, n_steps=3, **o),
     "no value": lambda **o: small_predictor(None, encoder_warm_up=0, **o),
-    "warm-up": lambda **o: small_predictor(encoder_warm_up=6, **o),
+    "warm-up": lambda **o: small_predictor(encoder_warm_up=10, **o),  # ends between replays
     "clipped": lambda **o: small_predictor(encoder_warm_up=0, clip_grad_max_norm=0.05, **o),
     "not clipped": lambda **o: small_predictor(encoder_warm_up=0, clip_grad_max_norm=None, **o),
     "no standardizer": lambda **o: small_predictor(delta_standardizer=False, **o),
@@ -163,7 +163,7 @@ def test_other_batch_sizes():
 
 
 def test_what_is_loaded_in_between_is_learned_on():
-    """New parameters, moments of the optimiser, or an optimiser's options."""
+    """New parameters, or new memory of the optimiser."""
     own, plain = replayed(CASES["q-function"])
     other, data = CASES["q-function"](), filled_buffer()
     learn(other, data, n_steps=5)
@@ -174,14 +174,49 @@ def test_what_is_loaded_in_between_is_learned_on():
     for p in (own, plain):
         p.update.optimizer.load_state_dict(copy.deepcopy(other.update.optimizer.state_dict()))
     learn_both(own, plain, data)
-    for p in (own, plain):
-        p.update.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
-        p.update.clip_grad_max_norm = 0.1
-        p.update.target_updater.eps = 0.5
+
+
+def change_moments(predictor):
+    predictor.update.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+
+def change_bound(predictor):
+    predictor.update.clip_grad_max_norm = 0.05
+
+
+def change_tau(predictor):
+    predictor.update.target_updater.eps = 0.5
+
+
+def change_weight(predictor):
+    predictor.loss_module.rew_loss_weight = 2.0
+
+
+def change_discount(predictor):
+    predictor.loss_module.gamma = 0.5
+
+
+def change_normalisation(predictor):
+    predictor.model.target_moments.rate = 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_moments,
+        change_bound,
+        change_tau,
+        change_weight,
+        change_discount,
+        change_normalisation,
+    ],
+)
+def test_an_option_that_is_changed_in_between_counts(change):
+    own, plain = replayed(CASES["state value"])
+    data = filled_buffer()
     learn_both(own, plain, data)
     for p in (own, plain):
-        p.loss_module.gamma = 0.5
-        p.loss_module.rew_loss_weight = 2.0
+        change(p)
     learn_both(own, plain, data)
 
 
