@@ -1,28 +1,37 @@
-"""Check and time everything on a GPU, in one call of a few minutes, and print a table.
+"""Check and time everything on a GPU, in one call of a few minutes, and print tables.
 
     python -m benchmarks.gpu                     # on a machine with CUDA
     python -m benchmarks.gpu --device cpu        # that the script works, where there is none
 
-First the numbers are checked against the CPU, then learning steps, rollouts and plans are timed,
-with the floor of each by arithmetic: operations of the networks over the measured rate of a matrix
-product. TF32 is off unless asked for.
+First numbers are checked: those of the GPU against the CPU's, and those of compiled code and of
+replayed CUDA graphs against what is done operation by operation. Then learning steps, rollouts and
+plans are timed in each of these ways, beside three floors by arithmetic: operations of the networks
+over the measured rate of a matrix product, bytes that must be read and written over the measured
+bandwidth, and 2 us for each kernel that is launched. What fails is said, and the rest goes on; the
+exit status is 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torchrl
 from tensordict import TensorDict
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.workloads import (
     ACTION_DIM,
     BATCH_SIZE,
     BUFFER_SIZE,
     GAMMA,
+    N_STEPS,
     OBSERVATION_DIM,
     WORKLOADS,
     Workload,
@@ -33,138 +42,321 @@ from benchmarks.workloads import (
 )
 from layeredrl_trl.planners import ICEMPlanner
 
+WAYS = {
+    "eager": {"compile": False, "cudagraphs": False},
+    "compiled": {"compile": True, "cudagraphs": False},
+    "replayed": {"compile": False, "cudagraphs": True},
+    "compiled and replayed": {"compile": True, "cudagraphs": True},
+}
+"""Of learning; imagining and planning are not compiled."""
+
+STEPS = 20
+"""Learning steps in a call."""
+
+SECONDS_PER_KERNEL = 2e-6
+
+FAILURES: list[str] = []
+
+
+class Floors(NamedTuple):
+    """What work takes at least: arithmetic, bytes (float32), and kernels, if these are known."""
+
+    operations: float
+    bytes: float
+
+
+class Machine(NamedTuple):
+    """What a device was measured to do."""
+
+    device: str
+    operations_per_second: float
+    bytes_per_second: float
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Of imagining and planning."""
+        return ("eager",) if self.is_cpu else ("eager", "replayed")
+
 
 def sync(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
 
 
-def least(work: Callable[[], object], device: str, rounds: int = 8) -> float:
-    """Seconds of the fastest call, after two to warm up."""
+def least(work: Callable[[], object], device: str, rounds: int = 8, warm_up: int = 5) -> float:
+    """Seconds of the fastest call, after some to warm up, compile and record."""
     times = []
-    for _ in range(rounds + 2):
+    for _ in range(rounds + warm_up):
         sync(device)
         start = time.perf_counter()
         work()
         sync(device)
         times.append(time.perf_counter() - start)
-    return min(times[2:])
+    return min(times[warm_up:])
 
 
-def matrix_rate(device: str, n: int) -> float:
-    """Operations per second of a product of matrices of ``n`` rows."""
+def measure(device: str) -> Machine:
+    """Rate of a matrix product, and bandwidth of a copy."""
+    n = 1024 if device == "cpu" else 8192
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    return 2 * n**3 / least(lambda: a @ b, device)
+    rate = 2 * n**3 / least(lambda: a @ b, device)
+    bandwidth = 2 * a.nbytes / least(lambda: a.copy_(b), device)
+    return Machine(device, rate, bandwidth)
 
 
-def work_of(net: torch.nn.Module) -> int:
-    """Multiplications and additions of one row through all members of a network."""
-    return 2 * sum(p.numel() for p in net.parameters() if p.ndim > 1)
+def kernels(work: Callable[[], object], machine: Machine) -> int | None:
+    """How many kernels a call launches; ``None`` where there are none."""
+    if machine.is_cpu:
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        sync(machine.device)
+    events = seen.events() or []
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events)
 
 
-def floor_of_learning(predictor, workload: Workload) -> int:
-    """Operations of a step: forward, and twice as many backward; targets forward only."""
-    model = work_of(predictor.model)
-    heads = work_of(predictor.rew_func) + work_of(predictor.val_func)
+def weights_of(net: torch.nn.Module) -> int:
+    """Multiplications of one row through all members of a network."""
+    return sum(p.numel() for p in net.parameters() if p.ndim > 1)
+
+
+def floors_of_learning(predictor, workload: Workload) -> Floors:
+    """Of a step: networks forward, and twice as much backward; targets forward only.
+
+    Weights, their gradients and moments are read and written by the optimiser.
+    """
+    model, value = weights_of(predictor.model), weights_of(predictor.val_func)
+    heads = weights_of(predictor.rew_func) + value
     rows = BATCH_SIZE * workload.k_steps
-    return 3 * BATCH_SIZE * model + rows * (3 * heads + work_of(predictor.val_func))
+    operations = 2 * (3 * BATCH_SIZE * model + rows * (3 * heads + value))
+    read = 4 * (rows + BATCH_SIZE) * (3 * OBSERVATION_DIM + ACTION_DIM + N_STEPS)
+    return Floors(operations, read + 4 * 8 * (model + heads))
 
 
-def floor_of_rollout(predictor, workload: Workload, rows: int) -> int:
-    """Operations of ``rows`` steps of all particles."""
-    one_member = work_of(predictor.model) / workload.n_models
-    particles = workload.n_models * workload.n_particles
-    return int(rows * particles * (one_member + work_of(predictor.rew_func)))
+def floors_of_rollout(predictor, workload: Workload, rows: int, particles: int) -> Floors:
+    """Of ``rows`` steps of so many particles each: networks forward, and states are written."""
+    member = weights_of(predictor.model) / workload.n_models
+    operations = 2 * rows * particles * (member + weights_of(predictor.rew_func))
+    return Floors(operations, 4 * rows * (ACTION_DIM + particles * (OBSERVATION_DIM + 3)))
 
 
-def check(device: str) -> None:
+def attempt(what: str, work: Callable[[], object]) -> None:
+    """Do it, and say what went wrong if something did."""
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work()
+        for warning in said:
+            if "cannot be" in str(warning.message):
+                FAILURES.append(what)
+                print(f"WARNED in {what}: {warning.message}", flush=True)
+    except Exception:
+        FAILURES.append(what)
+        print(f"FAILED: {what}\n{traceback.format_exc()}", flush=True)
+
+
+def check_device(workload: Workload, device: str) -> None:
     """Deterministic rollouts, and losses, are those of the CPU."""
-    for workload in WORKLOADS.values():
-        there, here = make_predictor(workload, device), make_predictor(workload)
-        there.load_state_dict(here.state_dict())
-        observation, actions = torch.randn(16, OBSERVATION_DIM), torch.rand(16, 5, ACTION_DIM)
-        results = [
-            p.rollout(observation.to(d), actions.to(d), deterministic=True)[0]["next", "reward"]
-            for p, d in ((there, device), (here, "cpu"))
-        ]
-        torch.testing.assert_close(results[0].cpu(), results[1], rtol=1e-3, atol=1e-4)
-        buffer = make_buffer(make_transitions(2000))
-        batch = here.compute_targets(buffer, 64, workload.k_steps, 3)
-        single = here.sample_model_batch(buffer, 64)
-        for p in (there, here):
-            p.eval()
-        losses = [
-            p.loss(batch.to(d), single.to(d))[0].detach().cpu()
-            for p, d in ((there, device), (here, "cpu"))
-        ]
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
-        print(f"{workload.name}: rollouts and losses are those of the CPU", flush=True)
+    there, here = make_predictor(workload, device), make_predictor(workload)
+    there.load_state_dict(here.state_dict())
+    observation, actions = torch.randn(16, OBSERVATION_DIM), torch.rand(16, 5, ACTION_DIM)
+    results = [
+        p.rollout(observation.to(d), actions.to(d), deterministic=True)[0]["next", "reward"]
+        for p, d in ((there, device), (here, "cpu"))
+    ]
+    torch.testing.assert_close(results[0].cpu(), results[1], rtol=1e-3, atol=1e-4)
+    buffer = make_buffer(make_transitions(2000))
+    batch = here.compute_targets(buffer, 64, workload.k_steps, N_STEPS)
+    single = here.sample_model_batch(buffer, 64)
+    for p in (there, here):
+        p.eval()
+    losses = [
+        p.loss(batch.to(d), single.to(d))[0].detach().cpu()
+        for p, d in ((there, device), (here, "cpu"))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+
+
+def check_learning(workload: Workload, device: str, way: str) -> None:
+    """Learning in one way gives what eager learning gives, over three calls of eight steps."""
+    buffer, states = make_buffer(make_transitions(2000), device), []
+    for options in (WAYS["eager"], WAYS[way]):
+        predictor = make_predictor(workload, device, **options)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            predictor.learn(buffer, 8, BATCH_SIZE, BATCH_SIZE, 0)
+        states.append(dict(predictor.named_parameters()))
+    for name, expected in states[0].items():
+        torch.testing.assert_close(states[1][name], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def check_imagining(workload: Workload, device: str) -> None:
+    """Replayed rollouts and plans: as eager ones where nothing is drawn, else repeatable."""
+    predictor = make_predictor(workload, device)
+    envs = [
+        predictor.env(action_spec(device), num_particles=1, deterministic=d, cudagraphs=c)
+        for d, c in ((True, False), (True, True), (False, True))
+    ]
+    for i in range(6):
+        observation = torch.randn(8, OBSERVATION_DIM, device=device)
+        actions = torch.rand(8, 5, ACTION_DIM, device=device)
+        torch.manual_seed(i)
+        state = start(envs[0], observation)
+        eager, replayed, _ = (env.imagine(state, actions)["next", "reward"] for env in envs)
+        torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-4)
+        drawn = [envs[2].imagine(state, actions)["next", "reward"] for _ in range(2)]
+        assert not torch.equal(*drawn), "two rollouts draw the same"
+    planner = make_planner(envs[2], cudagraphs=True)
+    for work in (
+        lambda: envs[2].imagine(state, actions)["next", "reward"],
+        lambda: planner(state.copy())["plan_return"],
+    ):
+        for _ in range(5):
+            work()
+        outs = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            outs.append(work())
+        assert torch.equal(outs[0], outs[1]), "a seed does not repeat it"
+        assert not torch.equal(outs[0], outs[2]), "another seed draws the same"
+
+
+def start(env, observation: torch.Tensor) -> TensorDict:
+    batch = observation.shape[:1]
+    return env.initial_state(
+        TensorDict(observation=observation, batch_size=batch, device=env.device)
+    )
+
+
+def make_planner(env, **options) -> ICEMPlanner:
+    return ICEMPlanner(
+        env,
+        planning_horizon=15,
+        optim_steps=6,
+        num_candidates=128,
+        top_k=12,
+        gamma=GAMMA,
+        **options,
+    ).to(env.device)
+
+
+class Report:
+    """Print rows of a table as they come."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        print("\n| work | way | ms | operations | bytes | kernels | x floor | x eager |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        self._eager: dict[str, float] = {}
+
+    def row(
+        self, work: str, way: str, call: Callable[[], object], floors: Floors, *, repeats: int = 1
+    ) -> None:
+        """Time a call that does the work ``repeats`` times."""
+
+        def timed() -> None:
+            seconds = least(call, self.machine.device) / repeats
+            if way == "eager":
+                self._eager[work] = seconds
+            own = [
+                floors.operations / self.machine.operations_per_second,
+                floors.bytes / self.machine.bytes_per_second,
+            ]
+            n = kernels(call, self.machine)
+            launched = "" if n is None else f"{n / repeats:.0f}: "
+            own.append(0.0 if n is None else SECONDS_PER_KERNEL * n / repeats)
+            eager = self._eager.get(work, seconds)
+            print(
+                f"| {work} | {way} | {1e3 * seconds:.3f} | {1e3 * own[0]:.3f} | "
+                f"{1e3 * own[1]:.3f} | {launched}{1e3 * own[2]:.3f} | {seconds / max(own):.1f} | "
+                f"{eager / seconds:.1f} |",
+                flush=True,
+            )
+
+        attempt(f"{work}, {way}", timed)
+
+
+@torch.no_grad()
+def time_imagining(report: Report, workload: Workload, predictor) -> None:
+    device = report.machine.device
+    n_particles = workload.n_models * workload.n_particles
+    for n_envs, horizon in ((128, 10), (1024, 15)):
+        observation = torch.randn(n_envs, OBSERVATION_DIM, device=device)
+        actions = torch.rand(n_envs, horizon, ACTION_DIM, device=device)
+        floors = floors_of_rollout(predictor, workload, n_envs * horizon, n_particles)
+        for way in report.machine.ways:
+            predictor._rollout_env(False, False)._recorded.cudagraphs = way == "replayed"
+            report.row(
+                f"rollout, {workload.name}, {n_envs} x {horizon}",
+                way,
+                lambda o=observation, a=actions: predictor.rollout(o, a),
+                floors,
+            )
+    env = predictor.env(action_spec(device), num_particles=1)
+    for n_envs in (1, 8):
+        state = start(env, torch.randn(n_envs, OBSERVATION_DIM, device=device))
+        for way in report.machine.ways:
+            planner = make_planner(env, cudagraphs=way == "replayed")
+            rows = sum(planner._num_candidates(i) for i in range(6)) * 15 * n_envs
+            report.row(
+                f"plan, {workload.name}, {n_envs} envs, one particle",
+                way,
+                lambda p=planner, s=state: p(s.copy()),
+                floors_of_rollout(predictor, workload, rows, 1),
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tf32", action="store_true")
-    parser.add_argument(
-        "--compile", action="store_true", help="also compiled and captured learning"
-    )
+    parser.add_argument("--only", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
     args = parser.parse_args()
     device = args.device
     torchrl.logger.setLevel("WARNING")
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    ways = [way for way, x in WAYS.items() if device != "cpu" or not x["cudagraphs"]]
     print(f"torch {torch.__version__}, {device}", end="")
     print("" if device == "cpu" else f", {torch.cuda.get_device_name()}")
-    check(device)
-    rate = matrix_rate(device, 1024 if device == "cpu" else 8192)
-    print(f"matrix product: {rate / 1e12:.2f} TFLOP/s\n\n| work | ms | floor, ms | ratio |")
-    print("|---|---|---|---|")
-
-    def report(work: str, seconds: float, operations: int) -> None:
-        floor = operations / rate
-        print(f"| {work} | {1e3 * seconds:.3f} | {1e3 * floor:.3f} | {seconds / floor:.1f} |")
-
-    variants: dict[str, dict[str, bool]] = {"eager": {"compile": False}}
-    if args.compile:
-        variants["compiled"] = {"compile": True}
-    if args.compile and device != "cpu":
-        variants["captured"] = {"compile": True, "cudagraphs": True}
+    workloads = [WORKLOADS[name] for name in args.only]
+    for workload in workloads:
+        name = workload.name
+        attempt(f"{name}: as the CPU", lambda w=workload: check_device(w, device))
+        for way in ways[1:]:
+            attempt(f"{name}: {way}", lambda w=workload, x=way: check_learning(w, device, x))
+        if device != "cpu":
+            attempt(f"{name}: imagined", lambda w=workload: check_imagining(w, device))
+        print(f"{name}: checked", flush=True)
     buffer = make_buffer(make_transitions(BUFFER_SIZE), device)
-    for workload in WORKLOADS.values():
-        for name, options in variants.items():
-            predictor = make_predictor(workload, device, **options)
-
-            def learn(predictor=predictor):
-                predictor.learn(buffer, 20, BATCH_SIZE, BATCH_SIZE, 0)
-
-            label = f"learn, {workload.name}, {name}"
-            report(label, least(learn, device) / 20, floor_of_learning(predictor, workload))
-        predictor = make_predictor(workload, device)
-        for n_envs, horizon in ((128, 10), (1024, 15)):
-            observation = torch.randn(n_envs, OBSERVATION_DIM, device=device)
-            actions = torch.rand(n_envs, horizon, ACTION_DIM, device=device)
-
-            @torch.no_grad()
-            def roll(predictor=predictor, observation=observation, actions=actions):
-                predictor.rollout(observation, actions)
-
-            seconds = least(roll, device, 4)
-            operations = floor_of_rollout(predictor, workload, n_envs * horizon)
-            report(f"rollout, {workload.name}, {n_envs} x {horizon}", seconds, operations)
-        env = predictor.env(action_spec(device), num_particles=1)
-        planner = ICEMPlanner(
-            env, planning_horizon=15, optim_steps=6, num_candidates=128, top_k=12, gamma=GAMMA
-        ).to(device)
-        rows = sum(planner._num_candidates(i) for i in range(6)) * 15 * 8
-        particles = workload.n_models * workload.n_particles
-        observation = torch.randn(8, OBSERVATION_DIM, device=device)
-        state = env.initial_state(
-            TensorDict(observation=observation, batch_size=[8], device=device)
+    for precision in ("highest", "high") if device != "cpu" else ("highest",):
+        torch.set_float32_matmul_precision(precision)
+        machine = measure(device)
+        print(
+            f"\nfloat32 {'with' if precision == 'high' else 'without'} TF32: matrix product "
+            f"{machine.operations_per_second / 1e12:.2f} TFLOP/s, copy "
+            f"{machine.bytes_per_second / 1e9:.0f} GB/s. Floors in ms."
         )
-        report(
-            f"plan, {workload.name}, 8 envs, one particle",
-            least(lambda p=planner, s=state: p(s.copy()), device, 4),
-            floor_of_rollout(predictor, workload, rows) // particles,
-        )
+        report = Report(machine)
+        for workload in workloads:
+            for way in ways if precision == "highest" else ways[-1:]:
+                predictor = make_predictor(workload, device, **WAYS[way])
+                report.row(
+                    f"learn, {workload.name}",
+                    way,
+                    lambda p=predictor: p.learn(buffer, STEPS, BATCH_SIZE, BATCH_SIZE, 0),
+                    floors_of_learning(predictor, workload),
+                    repeats=STEPS,
+                )
+            predictor = make_predictor(workload, device)
+            attempt(
+                f"imagining, {workload.name}",
+                lambda r=report, w=workload, p=predictor: time_imagining(r, w, p),
+            )
+    print(f"\n{len(FAILURES)} failures" + "".join(f"\n- {what}" for what in FAILURES))
+    sys.exit(bool(FAILURES))
 
 
 if __name__ == "__main__":

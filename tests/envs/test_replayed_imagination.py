@@ -20,7 +20,7 @@ from tests.envs.test_predictor_env import (
 from tests.predictors.test_reward_predictor import small_predictor
 from tests.replaying import replays  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("replays")
+on_a_stand_in = pytest.mark.usefixtures("replays")
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,7 @@ def both(**options):
     return own, plain
 
 
+@on_a_stand_in
 @pytest.mark.parametrize("num_particles", [None, 1])
 @pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
 @pytest.mark.parametrize("termination", ["soft", "sample"])
@@ -78,12 +79,14 @@ def test_it_is_imagining(num_particles, propagation, termination):
         assert len(calls) == 4  # three to warm up, one to record
 
 
+@on_a_stand_in
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
 @pytest.mark.parametrize("action", ACTION_SPECS)
 def test_any_batch_and_action(batch, action):
     assert_same_imagination(*both(action_spec=ACTION_SPECS[action]), batch)
 
 
+@on_a_stand_in
 def test_other_sizes_are_recorded_apart():
     own, plain = both(num_particles=1)
     for _ in range(2):
@@ -91,6 +94,7 @@ def test_other_sizes_are_recorded_apart():
             assert_same_imagination(own, plain, batch, 3, horizon)
 
 
+@on_a_stand_in
 def test_two_imaginations_differ_and_a_seed_repeats_them():
     own, _ = both()
     state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
@@ -103,6 +107,7 @@ def test_two_imaginations_differ_and_a_seed_repeats_them():
     assert torch.equal(*again)
 
 
+@on_a_stand_in
 def test_earlier_outcomes_stay():
     own, _ = both()
     state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
@@ -114,6 +119,7 @@ def test_earlier_outcomes_stay():
             torch.testing.assert_close(out.to_dict(), there.to_dict(), rtol=0, atol=0)
 
 
+@on_a_stand_in
 def test_what_is_learned_and_what_is_changed_is_imagined():
     own, plain = both(deterministic=None)
     assert_same_imagination(own, plain)
@@ -132,6 +138,7 @@ def test_what_is_learned_and_what_is_changed_is_imagined():
     assert_same_imagination(own, plain)
 
 
+@on_a_stand_in
 def test_gradients_are_not_replayed():
     own, plain = both(deterministic=True)
     state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
@@ -147,6 +154,7 @@ def test_gradients_are_not_replayed():
     torch.testing.assert_close(*grads)
 
 
+@on_a_stand_in
 def test_parts_of_anybody_else_are_replayed_on_demand():
     class Reward(nn.Module):
         def forward(self, latent, context, action):
@@ -164,9 +172,11 @@ def test_parts_of_anybody_else_are_replayed_on_demand():
         assert any(env._recorded._recordings.values()) is expected
 
 
+@on_a_stand_in
 @pytest.mark.parametrize(
     "encoder", [SplitEncoder(3), IdentityEncoder(3)], ids=["split", "identity"]
 )
+@on_a_stand_in
 def test_rollouts_of_predictors(encoder):
     predictor = small_predictor(encoder=encoder)
     obs, act = torch.randn(6, 3), torch.randn(6, 4, 1)
@@ -180,6 +190,7 @@ def test_rollouts_of_predictors(encoder):
         torch.testing.assert_close(outs[0].to_dict(), outs[1].to_dict(), rtol=1e-5, atol=1e-6)
 
 
+@on_a_stand_in
 def test_a_symmetry_breaking_start_goes_on():
     """How far it is is a number of Python, which changes between replays."""
     own, plain = both()
@@ -191,3 +202,33 @@ def test_a_symmetry_breaking_start_goes_on():
             env.world_model.dynamics.advance(env_steps)
         plain.world_model.dynamics.load_state_dict(own.world_model.dynamics.state_dict())
         assert_same_imagination(own, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_particles", [None, 1])
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
+def test_cuda_graphs_imagine_the_same(num_particles, propagation):
+    own, plain = both(num_particles=num_particles, propagation=propagation, deterministic=True)
+    own, plain = own.to("cuda"), plain.to("cuda")
+    calls = count_rollouts(own)
+    state = plain.reset(observations(plain, 4).to("cuda"))
+    for i in range(8):
+        actions = random_actions(plain, 4, 5) * (i + 1) / 8
+        torch.manual_seed(i)
+        expected = plain.imagine(state, actions)["next", "reward"]
+        torch.manual_seed(i)
+        torch.testing.assert_close(own.imagine(state, actions)["next", "reward"], expected)
+    assert len(calls) == 4
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_do_not_freeze_random_numbers():
+    own = both()[0].to("cuda")
+    state, actions = own.reset(observations(own, 4).to("cuda")), random_actions(own, 4, 5)
+    outs = [own.imagine(state, actions)["next", "latent"] for _ in range(8)]
+    assert len({x.sum().item() for x in outs}) == 8
+    again = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        again.append(own.imagine(state, actions)["next", "latent"])
+    assert torch.equal(*again[:2]) and not torch.equal(*again[1:])

@@ -449,15 +449,17 @@ def test_a_copy_plans_alike_and_a_planner_has_no_state(name):
 @every_planner
 @every_return_action
 @pytest.mark.gpu
-def test_plans_on_the_gpu_without_waiting_for_it(name, return_action):
+@pytest.mark.parametrize("cudagraphs", [None, False])
+def test_plans_on_the_gpu_without_waiting_for_it(name, return_action, cudagraphs):
     spec = Categorical(3) if name == "categorical" else Bounded(-1, 1, (2,), dtype=torch.float32)
     model = random_ensemble(3, 0, spec)
     env = PredictorEnv(IdentityEncoder(3), model, random_reward(model), spec, uncertainty=True)
     options = {"terminal_penalty": 1.0, "disagreement": 0.5, "return_action": return_action}
+    options["cudagraphs"] = cudagraphs
     planner = make_planner(name, env, **options).to("cuda")
     start = TensorDict(observation=torch.randn(4, 3), batch_size=[4]).to("cuda")
     start = env.initial_state(start)
-    for _ in range(2):  # whatever is compiled is compiled here
+    for _ in range(3):  # whatever is recorded is recorded here
         out = planner(start.clone())
         planner(start.clone().update(out["next"]))
     torch.cuda.set_sync_debug_mode("error")

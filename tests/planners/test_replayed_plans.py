@@ -14,7 +14,7 @@ from tests.oracles import random_ensemble, random_reward
 from tests.planners.test_base import BATCH_SHAPES, every_planner, every_return_action, make_planner
 from tests.replaying import replays  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("replays")
+on_a_stand_in = pytest.mark.usefixtures("replays")
 
 
 def predictor_env(name, **options):
@@ -47,6 +47,7 @@ def assert_same_plans(own, plain, batch=(4,), n=6, seed=0):
     return len(calls)
 
 
+@on_a_stand_in
 @every_planner
 @every_return_action
 @pytest.mark.parametrize("num_particles", [None, 1])
@@ -63,6 +64,7 @@ def test_it_is_planning(name, return_action, num_particles):
     assert assert_same_plans(own, plain) == 4  # three to warm up, one to record
 
 
+@on_a_stand_in
 @every_planner
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
 def test_any_batch_cold_or_warm(name, batch):
@@ -70,6 +72,7 @@ def test_any_batch_cold_or_warm(name, batch):
         assert_same_plans(*both(name, warm_start=warm_start), batch)
 
 
+@on_a_stand_in
 @every_planner
 def test_episodes_that_begin_start_cold(name):
     own, plain = both(name)
@@ -85,12 +88,14 @@ def test_episodes_that_begin_start_cold(name):
         torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
+@on_a_stand_in
 @every_planner
 def test_sampled_terminations(name):
     env = predictor_env(name, termination="sample")
     assert assert_same_plans(*both(name, env)) == 4
 
 
+@on_a_stand_in
 @every_planner
 def test_in_an_env_with_transforms(name):
     """Its steps go through TorchRL, which waits for the device: the plan is made without."""
@@ -99,6 +104,7 @@ def test_in_an_env_with_transforms(name):
     assert assert_same_plans(own, plain, n=6) == 6
 
 
+@on_a_stand_in
 def test_what_is_learned_and_what_is_changed_is_planned_with():
     own, plain = both("iCEM", predictor_env("iCEM", deterministic=None))
     assert assert_same_plans(own, plain) == 4
@@ -113,6 +119,7 @@ def test_what_is_learned_and_what_is_changed_is_planned_with():
     assert assert_same_plans(own, plain) == 4
 
 
+@on_a_stand_in
 def test_a_callback_sees_every_round():
     seen = []
     (own, _) = both("CEM", callback=lambda td: seen.append(td["round"]))
@@ -127,6 +134,7 @@ def test_a_callback_sees_every_round():
     assert own._recorded._recordings
 
 
+@on_a_stand_in
 def test_copies_plan_on_their_own():
     own, plain = both("iCEM")
     assert_same_plans(own, plain)
@@ -137,3 +145,23 @@ def test_copies_plan_on_their_own():
     other = copy.deepcopy(own)
     assert twin.env is not own.env and not twin._recorded._recordings
     assert_same_plans(other, plain)
+
+
+@every_planner
+@pytest.mark.gpu
+def test_cuda_graphs_plan(name):
+    """Anew in every call, the same for the same seed, and no worse than without."""
+    env = predictor_env(name, deterministic=True).to("cuda")
+    own, plain = (p.to("cuda") for p in both(name, env, num_candidates=256))
+    start = TensorDict(observation=torch.randn(4, 3), batch_size=[4]).to("cuda")
+    start = env.initial_state(start)
+    returns = [own(start.clone())["plan_return"] for _ in range(8)]
+    assert own._recorded._recordings
+    assert len({x.sum().item() for x in returns}) == 8
+    again = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        again.append(own(start.clone())["next", "plan"])
+    assert torch.equal(*again)
+    expected = torch.stack([plain(start.clone())["plan_return"] for _ in range(8)]).mean(0)
+    torch.testing.assert_close(torch.stack(returns).mean(0), expected, rtol=0.05, atol=0.05)
