@@ -8,7 +8,8 @@ the memory that was there. :func:`fingerprint` says when that would be something
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,7 +24,9 @@ T = TypeVar("T")
 _MOST_RECORDINGS = 16
 """The oldest goes where there are more: each holds memory of its own."""
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = {bool, int, float, str, type(None)}
+
+_CONTAINERS = {dict, OrderedDict, list, tuple, set}
 
 _LIBRARIES = {"torch", "tensordict", "torchrl", "layeredrl_trl"}
 
@@ -167,28 +170,31 @@ class Recorded(Generic[T]):
 def fingerprint(modules: Iterable[nn.Module]) -> Hashable:
     """Describe all that a replay cannot see changing, of modules and their parts.
 
-    These are their plain attributes (numbers, strings, flags), the lengths of others, their parts,
-    and where in memory their parameters and buffers lie. Two that are equal were not changed but
-    in their numbers; a change inside of another attribute, say an entry of a list, is missed.
+    These are their plain attributes (numbers, strings, flags), the lengths of dictionaries and
+    lists, which object any other attribute is, their parts, and where in memory parameters and
+    buffers lie. What changes inside of an object, say an entry of a list, is missed.
 
     Args:
         modules: asked with all their parts.
     """
     seen: list[Hashable] = []
-    for module in modules:
-        for part in module.modules():
-            seen.append(id(part))
-            for x in part.__dict__.values():
-                if isinstance(x, _PLAIN):
-                    seen.append(x)
-                elif isinstance(x, Tensor):
-                    seen.append(x.data_ptr())
-                elif isinstance(x, Sized):
-                    seen.append(len(x))
-                else:
-                    seen.append(id(x))
-            for tensors in (part._parameters, part._buffers):
-                seen += [0 if x is None else x.data_ptr() for x in tensors.values()]
+    parts, done = list(modules), set[int]()
+    while parts:
+        part = parts.pop()
+        if id(part) in done:
+            continue
+        done.add(id(part))
+        for x in part.__dict__.values():
+            kind = type(x)  # asked for often: isinstance takes longer
+            if kind in _PLAIN:
+                seen.append(x)
+            elif kind in _CONTAINERS:
+                seen.append(len(x))
+            else:
+                seen.append(x.data_ptr() if isinstance(x, Tensor) else id(x))
+        for tensors in (part._parameters, part._buffers):
+            seen += [id(part), *(0 if x is None else x.data_ptr() for x in tensors.values())]
+        parts += [x for x in part._modules.values() if x is not None]
     return tuple(seen)
 
 

@@ -809,7 +809,7 @@ def test_info_is_the_mean_over_the_steps_that_were_taken():
         optimizer, skipped = predictor.update.optimizer, 0
         coming = iter([(1.0, 1.0), (100.0, torch.inf), (3.0, 1.0)])
 
-        def __call__(self, *batch):
+        def __call__(self, *batch, **_):
             nll, norm = next(self.coming)
             self.skipped += norm == torch.inf
             return TensorDict({"nll": nll, "loss": nll, "grad_norm": norm})
