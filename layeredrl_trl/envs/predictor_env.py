@@ -166,18 +166,28 @@ class PredictorEnv(ModelBasedEnvBase):
         return [unravel_key(self.initial_state.in_keys[0])] if self._decodes and several else []
 
     def imagine(
-        self, tensordict: TensorDictBase, actions: Tensor, *, only_next: bool = False
+        self,
+        tensordict: TensorDictBase,
+        actions: Tensor,
+        *,
+        only_next: bool = False,
+        set_truncated: bool = False,
     ) -> TensorDictBase:
         """Roll out given actions: as ``rollout``, without the machinery of a step.
 
         A terminated env (``termination="sample"``) goes on to the end of the actions, with
         ``alive`` and so its reward at 0.
 
+        To go into a replay buffer, rollouts need ``set_truncated``: without a mark on their last
+        steps, those that are stored one behind the other look like one.
+
         Args:
             tensordict: imagined state, batch ``[...]`` (see :attr:`initial_state`).
             actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
             only_next: give what is under ``"next"`` and nothing else, which is all that a planner
                 asks for.
+            set_truncated: raise ``truncated`` and ``done`` on the last step, terminated or not, as
+                ``rollout(set_truncated=True)`` does.
 
         Returns:
             TorchRL's rollout layout, batch ``[..., H]``. ``("next", key)`` and ``key`` are views
@@ -217,6 +227,9 @@ class PredictorEnv(ModelBasedEnvBase):
             following |= {key: x[:, 1:] for key, x in both.items()}
             steps = {key: x[:, :-1] for key, x in both.items()}
             steps[self.imagined_action_key] = flat_actions
+        if set_truncated:  # no view of these is a root: those end one step earlier
+            for key in (keys.TRUNCATED, keys.DONE):
+                following[key][:, -1] = True
         batch_size = torch.Size([*batch, horizon])
         names = [None] * len(batch) + ["time"]
 

@@ -161,7 +161,12 @@ class Predictor(nn.Module, abc.ABC):
         )
 
     def rollout(
-        self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray, deterministic: bool = False
+        self,
+        obs: Tensor | np.ndarray,
+        act: Tensor | np.ndarray,
+        deterministic: bool = False,
+        *,
+        set_truncated: bool = False,
     ) -> tuple[TensorDictBase, Tensor]:
         """Imagine what given actions lead to; carries gradient unless under ``torch.no_grad``.
 
@@ -169,6 +174,8 @@ class Predictor(nn.Module, abc.ABC):
             obs: where to start, ``[B, O]``.
             act: ``[B, H, A]``, or indices ``[B, H]`` of discrete actions.
             deterministic: move particles to the mean of their mixture instead of drawing.
+            set_truncated: raise ``truncated`` and ``done`` on the last step; rollouts that go into
+                a replay buffer need that.
 
         Returns:
             TorchRL's rollout layout, batch size ``[B, H]``: ``latent`` ``[B, H, E, P, D]`` before
@@ -193,7 +200,7 @@ class Predictor(nn.Module, abc.ABC):
             act = act.reshape(act.shape[:2])
         env = self._rollout_env(deterministic, discrete)
         start = TensorDict({self.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
-        out = env.imagine(env.initial_state(start), act)
+        out = env.imagine(env.initial_state(start), act, set_truncated=set_truncated)
         return out, out.get(self.encoder.out_keys[1])[:, 0]
 
     def env(self, action_spec: TensorSpec, **options: Any) -> PredictorEnv:

@@ -78,7 +78,7 @@ def random_actions(env, *batch):
     return env.action_spec.expand(*batch, *env.action_spec.shape).rand()
 
 
-def play(env, state, actions, break_when_any_done=False):
+def play(env, state, actions, break_when_any_done=False, **options):
     """TorchRL's rollout with given actions ``[..., H, A]``."""
     time, steps = len(state.batch_size), itertools.count()
 
@@ -91,6 +91,7 @@ def play(env, state, actions, break_when_any_done=False):
         tensordict=state.clone(),
         auto_reset=False,
         break_when_any_done=break_when_any_done,
+        **options,
     )
 
 
@@ -321,6 +322,41 @@ def test_imagine_is_rollout_until_termination_is_drawn():
     steps = slow.shape[1]
     assert slow["next", "terminated"][:, -1].any()
     assert_same(fast[:, :steps], slow)
+
+
+@pytest.mark.parametrize("batch", BATCH_SHAPES)
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+def test_set_truncated_is_that_of_rollout(termination, batch):
+    env = make_env(n_models=1, particles=1, termination=termination)
+    state, actions = env.reset(observations(env, *batch)), random_actions(env, *batch, 6)
+    torch.manual_seed(1)
+    stops = termination == "sample"
+    slow = play(env, state, actions, break_when_any_done=stops, set_truncated=True)
+    steps = slow.shape[-1]
+    actions = actions.narrow(len(batch), 0, steps)
+    before = state.clone()
+    for only_next in (False, True):
+        torch.manual_seed(1)
+        fast = env.imagine(state, actions, only_next=only_next, set_truncated=True)
+        assert_same(fast["next"] if only_next else fast, slow["next"] if only_next else slow)
+        assert_same(state, before)
+    unmarked = slow["next"].exclude("done", "truncated")
+    torch.manual_seed(1)
+    fast = env.imagine(state, actions)["next"]
+    assert not fast["truncated"].any()
+    assert_same(fast.exclude("done", "truncated"), unmarked)
+
+
+def test_set_truncated_marks_envs_that_terminated_too():
+    env = make_env(n_models=1, particles=1, termination="sample")
+    state, actions = env.reset(observations(env, 50)), random_actions(env, 50, 1)
+    torch.manual_seed(1)
+    slow = play(env, state, actions, set_truncated=True)
+    torch.manual_seed(1)
+    assert_same(env.imagine(state, actions, set_truncated=True), slow)
+    over = slow["next", "terminated"]
+    assert over.any() and not over.all()
+    assert slow["next", "truncated"].all() and slow["next", "done"].all()
 
 
 def test_a_terminated_env_goes_on_without_reward():

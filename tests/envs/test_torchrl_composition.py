@@ -167,6 +167,20 @@ def test_rollouts_go_through_a_replay_buffer(ndim, num_particles):
     assert torch.equal(sample["observation"], sample["latent"][:, :, 0, 0])
 
 
+def test_imagined_rollouts_laid_end_to_end_were_joined():
+    env = make_env(termination="soft")
+    start = env.reset(TensorDict(batch_size=[8]))
+    out = env.imagine(start, env.action_spec.expand(8, 6, 2).rand(), set_truncated=True)
+    sampler = TransitionSliceSampler(slice_len=3)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(48), sampler=sampler, batch_size=600)
+    buffer.extend(out.reshape(-1))
+    sample = buffer.sample().reshape(200, 3)
+    mask = sample["collector", "mask"].squeeze(-1)
+    consecutive = sample["latent"][:, 1:], sample["next", "latent"][:, :-1]
+    assert torch.equal(*(x[mask[:, 1:]] for x in consecutive))
+    assert not mask.all()
+
+
 def test_a_sampled_state_is_one_to_imagine_from():
     env = one_of_many(deterministic=True)
     out = rollout(env)

@@ -71,6 +71,14 @@ def test_shapes_of_predictions(batch):
     assert predictor.value(obs, act).shape == batch
 
 
+@pytest.mark.parametrize("set_truncated", [True, False])
+def test_a_rollout_is_marked_at_its_end_on_request(set_truncated):
+    out, _ = make().rollout(torch.randn(5, 3), torch.randn(5, 7, 1), set_truncated=set_truncated)
+    for flag in ("truncated", "done"):
+        assert (out["next", flag][:, -1] == set_truncated).all()
+        assert not out["next", flag][:, :-1].any() and not out[flag].any()
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_shapes_of_rollout(deterministic):
     predictor = make()
