@@ -42,7 +42,8 @@ class TrainConfig:
     """Folder under which the run's own folder is made."""
     resume: Path | None = None
     """A checkpoint.pt to go on from, in its folder; of all options only total-frames and device
-    are read then, the others are those of the checkpoint."""
+    are read then, the others are those of the checkpoint. Episodes and actions are drawn by a seed
+    that is made of the run's and of the steps already taken."""
     checkpoint_interval: int = 1000
     """Environment steps between two checkpoints; one is written at the end in any case."""
     eval_episodes: int = 10

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
@@ -81,6 +82,8 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     """Learn a world model of ``config.env`` and act by planning in it.
 
     Ctrl-C ends the run early: the checkpoint is written, evaluation and pictures are left out.
+    A resumed run draws its episodes, actions and batches anew, see :func:`seed_after`; the final
+    evaluation is on the episodes that an uninterrupted run has.
 
     Args:
         config: options of the run.
@@ -97,9 +100,10 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     if config.resume is not None:
         resumed = Checkpoint.load(config.resume, config.device)
         config = _resumed_config(config, resumed)
-    torch.manual_seed(config.seed if resumed is None else config.seed + resumed.frames)
+    seed = config.seed if resumed is None else seed_after(config.seed, resumed.frames)
+    torch.manual_seed(seed)
     repeat = config.action_repeat
-    env = make_env(config.env, seed=config.seed, action_repeat=repeat)
+    env = make_env(config.env, seed=seed, action_repeat=repeat)
     predictor = make_predictor(config, env)
     policy, planner = make_policy(config, predictor, env.action_spec)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames // repeat))
@@ -165,6 +169,24 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     for line in _summary(config, run):
         say(line)
     return run
+
+
+def seed_after(seed: int, frames: int) -> int:
+    """Make the seed by which a run goes on after ``frames`` env steps.
+
+    Hashed from both, so that what is drawn is neither what the run began with nor, as ``seed +
+    frames`` would be, what another run began with. The same checkpoint goes on in the same way.
+
+    Args:
+        seed: of the run, at least 0.
+        frames: env steps taken.
+
+    Returns:
+        an integer of 31 bits; ``seed`` itself if there were no steps yet.
+    """
+    if frames == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, frames]).generate_state(1)[0]) >> 1
 
 
 def _resumed_config(config: TrainConfig, resumed: Checkpoint) -> TrainConfig:

@@ -137,6 +137,29 @@ def test_ctrl_c_saves_a_checkpoint_that_can_be_gone_on_from(tiny, monkeypatch):
     assert ends.tolist() == [39]  # no slice may go from the interrupted episode into the next
 
 
+def test_a_resumed_run_began_with_the_same_episodes_again(tiny):
+    tiny = replace(tiny, updates_per_frame=0.0)
+    run = train(tiny, say=lambda _: None)
+    first, saved = Checkpoint.load(run.checkpoint), run.checkpoint.read_bytes()
+    firsts, lasts = first.transitions["observation"], []
+    for _ in range(2):
+        run.checkpoint.write_bytes(saved)
+        train(TrainConfig(resume=run.checkpoint, total_frames=80), say=lambda _: None)
+        lasts.append(Checkpoint.load(run.checkpoint).transitions["observation"][60:])
+    torch.testing.assert_close(lasts[0], lasts[1], rtol=0, atol=0)
+    assert not torch.equal(lasts[0][0], firsts[0])
+
+
+def test_seeds_to_go_on_with():
+    assert training.seed_after(7, 0) == 7
+    seeds = {
+        training.seed_after(seed, frames) for seed in range(30) for frames in range(1, 300, 10)
+    }
+    assert len(seeds) == 900 and not seeds & set(range(1000))
+    assert all(0 < seed < 2**31 for seed in seeds)
+    assert training.seed_after(0, 1000) == training.seed_after(0, 1000)
+
+
 def test_a_finished_run_is_not_resumed(tiny):
     run = train(tiny, say=lambda _: None)
     with pytest.raises(RecipeError, match="has taken 60 steps already; raise total_frames"):
