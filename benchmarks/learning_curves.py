@@ -4,7 +4,9 @@
     python -m benchmarks.learning_curves --tasks pendulum --seeds 0 1 --workers 1
 
 Each run is the command line of the library, in a process of its own, with one thread. A run that
-is there already (by its options) is not done again, so the script can be stopped and gone on with.
+is there already is not done again, so the script can be stopped and gone on with. It must have the
+same options and the same version: of all source files of the package, of torch, torchrl and the
+simulators. `--any-version` also takes runs of older versions, and the table names these.
 What counts is the mean return of the evaluation episodes after the last step, never that of the
 best seed or of the best checkpoint.
 """
@@ -12,11 +14,14 @@ best seed or of the best checkpoint.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +29,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+import layeredrl_trl
+
+PACKAGE = Path(layeredrl_trl.__file__).parent
+UNKNOWN = "unknown version"  # of runs from before versions were noted
 
 
 @dataclass(frozen=True)
@@ -71,16 +81,41 @@ TASKS = {
 }
 
 
-def run(task: Task, seed: int, folder: Path) -> dict:
+def code_version(package: Path = PACKAGE) -> str:
+    """Name what a run's numbers depend on beside its options, as a folder may be called."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    parts = [f"code-{digest.hexdigest()[:12]}"]
+    for name in ("torch", "torchrl", "gymnasium", "mujoco"):
+        try:
+            parts.append(f"{name}-{importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "_".join(parts)
+
+
+def find(place: Path, version: str, any_version: bool) -> Path | None:
+    """Summary of the last run of a version; where there is none, of any if that will do."""
+    found = list((place / version).glob("*/summary.json"))
+    if not found and any_version:
+        found = [*place.glob("*/*/summary.json"), *place.glob("*/summary.json")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def run(task: Task, seed: int, folder: Path, any_version: bool = False) -> dict:
     """Learn, or read what an earlier run has left; the content of its ``summary.json``."""
     options = " ".join(task.options) or "default"
     place = folder / f"{task.env}_{task.frames}_{options}".replace("/", "_").replace(" ", "_")
-    place = place / f"seed{seed}"
-    found = sorted(place.glob("*/summary.json"))
-    if not found:
-        place.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "layeredrl_trl", *task.command(seed, place)]
-        with (place / "log.txt").open("w") as log:
+    place, version = place / f"seed{seed}", code_version()
+    found = find(place, version, any_version)
+    if found is None:
+        own = place / version
+        own.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "layeredrl_trl", *task.command(seed, own)]
+        with (own / "log.txt").open("w") as log:
             subprocess.run(
                 command,
                 stdout=log,
@@ -88,12 +123,28 @@ def run(task: Task, seed: int, folder: Path) -> dict:
                 check=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        found = sorted(place.glob("*/summary.json"))
-    summary = json.loads(found[-1].read_text())
-    episodes = np.loadtxt(found[-1].with_name("episodes.csv"), delimiter=",", skiprows=1, ndmin=2)
+        found = find(own.parent, version, any_version=False)
+        assert found is not None
+    summary = json.loads(found.read_text())
+    episodes = np.loadtxt(found.with_name("episodes.csv"), delimiter=",", skiprows=1, ndmin=2)
     summary["episodes"] = episodes.tolist()
-    print(f"{task.env} seed {seed}: {statistics.mean(summary['eval_returns']):.1f}", flush=True)
+    summary["seed"] = seed
+    summary["version"] = UNKNOWN if found.parents[1] == place else found.parents[1].name
+    summary["is_current"] = summary["version"] == version
+    mean = statistics.mean(summary["eval_returns"])
+    reused = "" if summary["is_current"] else f" ({summary['version']})"
+    print(f"{task.env} seed {seed}: {mean:.1f}{reused}", flush=True)
     return summary
+
+
+def versions(runs: list[dict]) -> str:
+    """Which seeds were run by which version."""
+    seeds = defaultdict(list)
+    for one in runs:
+        seeds["this version" if one["is_current"] else one["version"]].append(str(one["seed"]))
+    if len(seeds) == 1:
+        return next(iter(seeds))
+    return "; ".join(f"{version}: seeds {', '.join(own)}" for version, own in seeds.items())
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -101,6 +152,9 @@ def table(results: dict[str, list[dict]]) -> str:
         "| environment | env steps | must reach | median | all seeds | training, median |",
         "|---|---|---|---|---|---|",
     ]
+    reused = not all(one["is_current"] for runs in results.values() for one in runs)
+    if reused:
+        lines = [f"{lines[0]} version |", f"{lines[1]}---|"]
     for name, runs in results.items():
         task = TASKS[name]
         means = [statistics.mean(r["eval_returns"]) for r in runs]
@@ -109,6 +163,7 @@ def table(results: dict[str, list[dict]]) -> str:
             f"| `{task.env}` | {task.frames:,} | {task.target:g} "
             f"| **{statistics.median(means):.1f}** "
             f"| {', '.join(f'{mean:.1f}' for mean in means)} | {seconds / 60:.1f} min |"
+            + (f" {versions(runs)} |" if reused else "")
         )
     return "\n".join(lines)
 
@@ -140,12 +195,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     parser.add_argument("--folder", type=Path, default=Path("runs/learning_curves"))
+    parser.add_argument(
+        "--any-version",
+        action="store_true",
+        help="take runs of older code rather than do them again; the table names their versions",
+    )
     args = parser.parse_args()
     with ThreadPoolExecutor(args.workers) as pool:
         jobs: dict[str, list[Future]] = {name: [] for name in args.tasks}
         for seed in args.seeds:
             for name in args.tasks:
-                jobs[name].append(pool.submit(run, TASKS[name], seed, args.folder))
+                job = pool.submit(run, TASKS[name], seed, args.folder, args.any_version)
+                jobs[name].append(job)
         results = {name: [job.result() for job in of_task] for name, of_task in jobs.items()}
     print()
     print(table(results))

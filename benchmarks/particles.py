@@ -1,6 +1,6 @@
 """Does a plan need all particles? Trained agents plan with one particle a candidate, and with more.
 
-    python -m benchmarks.particles runs/learning_curves/Reacher*/seed*/*/checkpoint.pt
+    python -m benchmarks.particles runs/learning_curves/Reacher*/seed*/*/*/checkpoint.pt
 
 Each checkpoint acts in the same episodes with each number of particles, so differences are paired.
 With one, candidates are dealt out to the members of the ensemble.
