@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,6 +129,38 @@ class SymmetryBreakingStart(DynamicsModel):
             log_weights=weights.log(),
             term_logit=torch.logit(term_prob, eps=1e-6),
         )
+
+    def propagate(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        member: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+        terminations: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
+        propagate = self.model.propagate if self._is_over else super().propagate
+        return propagate(
+            latent,
+            context,
+            actions,
+            member,
+            deterministic=deterministic,
+            terminations=terminations,
+        )
+
+    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Give the learned model's once the start is over; until then nothing is shared."""
+        propagates_as_here = type(self).propagate is SymmetryBreakingStart.propagate
+        return self.model.propagator() if propagates_as_here and self._is_over else self.propagate
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether predictions are the learned model's, unless a subclass changes them."""
+        predicts = type(self).predict_particles
+        return self.learned_share == 1.0 and predicts is SymmetryBreakingStart.predict_particles
 
     def negative_log_likelihood(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Score real transitions by the learned model; see :class:`DynamicsModel`."""
