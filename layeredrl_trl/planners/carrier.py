@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from tensordict import TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, expand_as_right
 from torch import Tensor
 from torchrl.data import Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
+
+
+class PlanPrimer(TensorDictPrimer):
+    """Let an environment carry entries from step to step; at a reset they are NaN.
+
+    TorchRL's own gives an env that is not locked to a batch size no batch dims, and ``None`` where
+    a rollout starts without the entry; this one fills what the TensorDict asks for.
+
+    Args:
+        shapes: of the entries, without batch dims.
+        dtype: of the entries.
+        device: of the entries; ``None`` for that of the environment.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[NestedKey, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__(
+            {key: Unbounded(shape, dtype=dtype, device=device) for key, shape in shapes.items()},
+            default_value=float("nan"),
+            expand_specs=True,
+        )
+        self._shapes = dict(shapes)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Set all entries to NaN, as outside of an environment (in a replay buffer, say)."""
+        for key in self._shapes:
+            tensordict.set(key, self._nothing(key, tensordict))
+        return tensordict
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        reset = tensordict.get(self.reset_key, None)
+        for key in self._shapes:
+            entry = self._nothing(key, tensordict_reset)
+            before = None if reset is None else tensordict.get(key, None)
+            if before is not None:
+                entry = torch.where(expand_as_right(reset, entry), entry, before)
+            tensordict_reset.set(key, entry)
+        return tensordict_reset
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        for key in self._shapes:
+            if next_tensordict.get(key, None) is None:
+                before = tensordict.get(key, None)
+                entry = self._nothing(key, next_tensordict) if before is None else before
+                next_tensordict.set(key, entry)
+        return next_tensordict
+
+    def _nothing(self, key: NestedKey, tensordict: TensorDictBase) -> Tensor:
+        spec, shape = self.primers[key], (*tensordict.batch_size, *self._shapes[key])
+        device = tensordict.device if spec.device is None else spec.device
+        return torch.full(shape, torch.nan, dtype=spec.dtype, device=device)
 
 
 class PlanCarrier(TensorDictModuleBase):
@@ -55,17 +114,12 @@ class PlanCarrier(TensorDictModuleBase):
         stands for "no plan yet", so ``InitTracker`` is not needed besides.
 
         Returns:
-            the primer, for environments of any batch size.
+            the primer, for environments of any batch size, also of such as take any.
         """
         device = self._cold_step.device
         # a collector asks a policy that is on no device while its workers get their weights
         device = None if device.type == "meta" else device
-        like = {"dtype": self._cold_step.dtype, "device": device}
-        return TensorDictPrimer(
-            {key: Unbounded(shape=shape, **like) for key, shape in self._carried_shapes.items()},
-            default_value=float("nan"),
-            expand_specs=True,
-        )
+        return PlanPrimer(self._carried_shapes, self._cold_step.dtype, device)
 
     def _carry(self, key: NestedKey, shape: tuple[int, ...]) -> None:
         """Make ``key`` an entry that is carried from step to step."""
