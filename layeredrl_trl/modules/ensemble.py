@@ -251,7 +251,9 @@ class ProbabilisticEnsemble(DynamicsModel):
 
         if not terminations:
             return by_env(after), None
-        term_logit = termination_net(inputs).unflatten(1, (horizon, -1)).transpose(1, 2)
+        term_logit = (
+            termination_net(inputs, rows.group_member).unflatten(1, (horizon, -1)).transpose(1, 2)
+        )
         return by_env(after), by_env(term_logit)
 
     def _score_members(
@@ -415,12 +417,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs = torch.cat([*seen, action], -1).to(latent.dtype)
         return self.input_moments.standardize(inputs)
 
-    def _run(self, inputs: Tensor) -> Tensor:
-        """All outputs ``[E, N, out]`` for ``[E, N, in]``; the last is the termination logit."""
-        out = self.net(inputs)
+    def _run(self, inputs: Tensor, *member: Tensor) -> Tensor:
+        """All outputs ``[E, N, out]`` for ``[E, N, in]``; the last is the termination logit.
+
+        With ``member`` ``[G]`` ``[G, N, in]``, row ``g`` through that member.
+        """
+        out = self.net(inputs, *member)
         if self.termination_net is None:
             return out
-        return torch.cat([out, self.termination_net(inputs)], -1)
+        return torch.cat([out, self.termination_net(inputs, *member)], -1)
 
     def _by_member(self, inputs: Tensor, member: Tensor | None) -> Tensor:
         """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``.
@@ -429,8 +434,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         flat = inputs.reshape(-1, *inputs.shape[-3:])
         member = None if member is None else member.reshape(-1, 1)
-        rows = MemberRows(len(flat), flat.shape[2], self.n_models, member)
-        out = rows.scatter(self._run(rows.gather(flat)))
+        runs_here = type(self)._run is ProbabilisticEnsemble._run
+        rows = MemberRows(len(flat), flat.shape[2], self.n_models, member, in_blocks=runs_here)
+        group = () if rows.group_member is None else (rows.group_member,)
+        out = rows.scatter(self._run(rows.gather(flat), *group))
         return out.reshape(*inputs.shape[:-1], out.shape[-1])
 
     def _parse(self, raw: Tensor, latent: Tensor) -> ParticlePrediction:

@@ -103,12 +103,24 @@ class EnsembleMLP(nn.Module):
             self.biases.append(torch.empty(n_members, 1, size_out).uniform_(-bound, bound))
         self.activation = activation()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``."""
+    def forward(self, x: Tensor, member: Tensor | None = None) -> Tensor:
+        """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``.
+
+        With ``member`` ``[G]`` ``[G, N, in_dim]``, row ``g`` through that member.
+        """
         # a ParameterList asks each of its entries for by name
         weights, biases = self.weights._parameters.values(), self.biases._parameters.values()
-        layers = list(zip(weights, biases, strict=True))
+        layers = layers_of(list(zip(weights, biases, strict=True)), member)
         return run_layers(x, layers, in_place(self.activation))
+
+
+def layers_of(
+    layers: Sequence[tuple[Tensor, Tensor]], member: Tensor | None
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Give the layers ``[E, ...]`` of each of the members ``[G]``; ``None``: as they are."""
+    if member is None:
+        return layers
+    return [(w.index_select(0, member), b.index_select(0, member)) for w, b in layers]
 
 
 def run_layers(

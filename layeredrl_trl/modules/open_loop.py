@@ -18,15 +18,23 @@ from layeredrl_trl.functional import (
     gaussian_mixture_mean,
     mixture_noise_of_steps,
 )
-from layeredrl_trl.modules.mlp import in_place, run_layers
+from layeredrl_trl.modules.mlp import in_place, layers_of, run_layers
+
+_LEAST_ROWS = 64
+"""Of a block."""
+
+_LEAST_SAVED_ROWS = 2**14
+"""That blocks must save over all members for all envs; by arithmetic, not measured on a GPU."""
 
 
 class MemberRows:
-    """Particles of ``N`` envs in the order of the members that move them.
+    """Particles of ``N`` envs in groups, each moved by one member.
 
-    Envs of one member each are padded to the most that any member has, so that evenly spread ones
-    cost what one network would. That number is data: on a GPU reading it would stall, and all
-    members get all envs instead.
+    With a row of particles for each member in every env there is a group for each member. Envs of
+    one member each are padded to the most that any member has, so that evenly spread ones cost what
+    one network would. That number is data, which a GPU would stall for: there they go into blocks
+    of a fixed size, of one member each, whatever the shares of the members are; or, where that
+    saves little, through all members.
 
     Args:
         n_envs: ``N``.
@@ -34,37 +42,73 @@ class MemberRows:
         n_models: ``E``.
         member: long ``[N, 1]``, the member of all particles of an env; ``None`` if each env has a
             row of particles for each member.
+        in_blocks: whether the networks can be asked for blocks, see :attr:`group_member`.
+
+    Attributes:
+        group_member: long ``[G]``, the member that moves each group; ``None`` if these are the
+            members one after the other.
     """
 
     def __init__(
-        self, n_envs: int, n_particles: int, n_models: int, member: Tensor | None = None
+        self,
+        n_envs: int,
+        n_particles: int,
+        n_models: int,
+        member: Tensor | None = None,
+        *,
+        in_blocks: bool = True,
     ) -> None:
         self.n_envs, self.n_particles, self.n_models = n_envs, n_particles, n_models
         self.member = member
+        self.group_member: Tensor | None = None
+        self._n_groups = n_models
         self._slot = None
-        if member is not None and can_read(member):
+        if member is None:
+            return
+        if can_read(member):
             ordered, order = member[:, 0].sort(stable=True)
             counts = ordered.bincount(minlength=n_models)
             most = int(counts.max())
             padding = most - counts
             before = padding.cumsum(0) - padding
             slot = torch.arange(n_envs) + before.index_select(0, ordered)
-            self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
-            self._env = torch.zeros(n_models * most, dtype=torch.long)
-            self._env.index_copy_(0, slot, order)  # padding repeats env 0
+            self._place(order, slot, n_models * most)
+        elif in_blocks and (size := block_size(n_envs, n_particles, n_models)):
+            self._form_blocks(member[:, 0], size)
+
+    def _form_blocks(self, member: Tensor, size: int) -> None:
+        """Fill blocks of ``size`` envs with those of one member; the last of each may have room."""
+        self._n_groups = _most_blocks(self.n_envs, self.n_models, size)
+        ordered, order = member.sort(stable=True)
+        each = torch.arange(self.n_models, device=member.device)
+        begin = torch.searchsorted(ordered, each)
+        end = torch.searchsorted(ordered, each, right=True)
+        blocks = (end - begin + size - 1) // size
+        last = blocks.cumsum(0)
+        before = (last - blocks) * size - begin
+        slot = torch.arange(self.n_envs, device=member.device) + before.index_select(0, ordered)
+        group = torch.arange(self._n_groups, device=member.device)
+        group = torch.searchsorted(last, group, right=True)
+        self.group_member = group.clamp(max=self.n_models - 1)  # blocks that nobody needs
+        self._place(order, slot, self._n_groups * size)
+
+    def _place(self, order: Tensor, slot: Tensor, n_slots: int) -> None:
+        self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
+        self._env = torch.zeros(n_slots, dtype=torch.long, device=slot.device)
+        self._env.index_copy_(0, slot, order)  # padding repeats env 0
 
     def gather(self, x: Tensor) -> Tensor:
-        """Order ``[..., N, E, P, K]`` (with ``member`` ``[..., N, 1, P, K]``) by member.
+        """Order ``[..., N, E, P, K]`` (with ``member`` ``[..., N, 1, P, K]``) by group.
 
         Returns:
-            ``[..., E, R, K]``.
+            ``[..., G, R, K]``.
         """
         lead = x.shape[:-4]
         if self._slot is not None:
             x = x.squeeze(-3).index_select(-3, self._env)
         else:
             x = x.expand(*lead, -1, self.n_models, -1, -1).transpose(-4, -3)
-        return x.reshape(*lead, self.n_models, -1, x.shape[-1])
+        return x.reshape(*lead, self._n_groups, -1, x.shape[-1])
 
     def scatter(self, x: Tensor) -> Tensor:
         """Undo :meth:`gather`."""
@@ -76,6 +120,29 @@ class MemberRows:
             return x
         env = torch.arange(self.n_envs, device=x.device)
         return x[env, self.member[:, 0]].unsqueeze(1)
+
+
+def block_size(n_envs: int, n_particles: int, n_models: int) -> int | None:
+    """Say how many envs make a block, where members may have any share of them.
+
+    So few that room in blocks adds no more than a quarter, but enough rows for a matrix product;
+    ``None`` where all members can have all envs for no more than ``2**14`` rows on top of that,
+    which a GPU is through with sooner than with sorting.
+
+    Args:
+        n_envs: ``N``.
+        n_particles: ``P``, of an env.
+        n_models: ``E``.
+    """
+    size = max(-(-n_envs // (4 * n_models)), -(-_LEAST_ROWS // n_particles))
+    in_blocks = _most_blocks(n_envs, n_models, size) * size
+    saved = (n_envs * n_models - in_blocks) * n_particles
+    return size if saved > _LEAST_SAVED_ROWS else None
+
+
+def _most_blocks(n_envs: int, n_models: int, size: int) -> int:
+    """Blocks that are enough, whatever the shares of the members are."""
+    return (n_envs + min(n_envs, n_models) * (size - 1)) // size
 
 
 @dataclass(frozen=True)
@@ -106,27 +173,27 @@ class OpenLoop:
     def run(
         self, latent: Tensor, others: Tensor, rows: MemberRows, *, deterministic: bool
     ) -> tuple[Tensor, Tensor]:
-        """Move particles ``[E, R, D]`` through ``H`` steps.
+        """Move particles ``[G, R, D]`` through ``H`` steps.
 
         Args:
-            latent: in units of the inputs, ``[E, R, D]``.
-            others: context and actions as inputs, ``[E, R, H, K]``.
+            latent: in units of the inputs, ``[G, R, D]``, in groups of one member each.
+            others: context and actions as inputs, ``[G, R, H, K]``.
             rows: their order; noise is drawn in that of the envs, as single steps draw it.
             deterministic: move them to the mean of their mixture instead of drawing.
 
         Returns:
-            inputs of all steps ``[E, H * R, D + K]``, and the latent states after them
-            ``[E, R, H, D]``.
+            inputs of all steps ``[G, H * R, D + K]``, and the latent states after them
+            ``[G, R, H, D]``.
         """
         horizon, dim = others.shape[2], latent.shape[-1]
-        activation = in_place(self.activation)
+        activation, layers = in_place(self.activation), layers_of(self.layers, rows.group_member)
         noise = [None] * horizon if deterministic else self._noise(latent, rows, horizon)
         parts = [dim, dim, 1] if self.n_modes > 1 else [dim, dim]
         first = torch.arange(latent.shape[:2].numel(), device=latent.device) * self.n_modes
         inputs, after = [], []
         for other, own in zip(others.unbind(2), noise, strict=True):
             inputs.append(torch.cat([latent, other], -1))
-            raw = run_layers(inputs[-1], self.layers, activation)
+            raw = run_layers(inputs[-1], layers, activation)
             if self.n_modes > 1:
                 raw = raw.unflatten(-1, (self.n_modes, 2 * dim + 1))
                 raw = _mean_mode(raw) if own is None else _draw_mode(raw, own.gumbel, first)

@@ -45,9 +45,15 @@ class StackedNetworks(nn.Module):
         self.network = networks[0]
         _put(self.network, *stack_module_state(networks))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[E, N, in]`` to ``[E, N, out]``, row ``e`` through member ``e``."""
+    def forward(self, x: Tensor, member: Tensor | None = None) -> Tensor:
+        """Map ``[E, N, in]`` to ``[E, N, out]``, row ``e`` through member ``e``.
+
+        With ``member`` ``[G]`` ``[G, N, in]``, row ``g`` through that member.
+        """
         params, buffers = dict(self.network.named_parameters()), dict(self.network.named_buffers())
+        if member is not None:
+            params = {name: p.index_select(0, member) for name, p in params.items()}
+            buffers = {name: b.index_select(0, member) for name, b in buffers.items()}
         return vmap(self._call_member, randomness="different")(params, buffers, x)
 
     def _call_member(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from layeredrl_trl.modules import IdentityEncoder, SymmetryBreakingStart
+from layeredrl_trl.modules import IdentityEncoder, SymmetryBreakingStart, open_loop
 from tests.envs.test_predictor_env import (
     ACTION_SPECS,
     BATCH_SHAPES,
@@ -77,6 +77,25 @@ def test_it_is_imagining(num_particles, propagation, termination):
         calls = count_rollouts(own)
         assert_same_imagination(own, plain)
         assert len(calls) == 4  # three to warm up, one to record
+
+
+@on_a_stand_in
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
+def test_members_in_blocks(propagation, monkeypatch):
+    """What a replay sorts into blocks is what is given to it, not what was when it was recorded."""
+    monkeypatch.setattr(open_loop, "_LEAST_SAVED_ROWS", -(2**30))
+    monkeypatch.setattr(open_loop, "_LEAST_ROWS", 1)
+    own, plain = both(num_particles=1, propagation=propagation)
+    calls = count_rollouts(own)
+    state, actions = own.reset(observations(own, 11)), random_actions(own, 11, 3)
+    for seed in range(8):
+        state["member"] = torch.randint(own.world_model.dynamics.n_models, (11, 1))
+        outs = []
+        for env in (own, plain):
+            torch.manual_seed(seed)
+            outs.append(env.imagine(state, actions, set_truncated=True))
+        torch.testing.assert_close(outs[0].to_dict(), outs[1].to_dict(), rtol=1e-5, atol=1e-6)
+    assert len(calls) == 4
 
 
 @on_a_stand_in

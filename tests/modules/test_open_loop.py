@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from layeredrl_trl.modules import DynamicsModel
-from layeredrl_trl.modules.open_loop import MemberRows
+from layeredrl_trl.functional import without_reading
+from layeredrl_trl.modules import DynamicsModel, open_loop
+from layeredrl_trl.modules.open_loop import MemberRows, block_size
 from tests.oracles import random_ensemble
 
 VARIANTS = {
@@ -112,6 +113,96 @@ def test_envs_that_are_spread_evenly_are_not_padded():
     assert MemberRows(12, P, 3, member).gather(torch.zeros(12, 1, P, 5)).shape == (3, 4 * P, 5)
 
 
+# --- blocks, where the host must not wait for what members there are
+
+
+@pytest.fixture
+def without_waiting(monkeypatch):
+    """As on a GPU, for any number of envs."""
+    monkeypatch.setattr(open_loop, "_LEAST_SAVED_ROWS", -(2**30))
+    monkeypatch.setattr(open_loop, "_LEAST_ROWS", 1)
+    with without_reading():
+        yield
+
+
+def outcomes(model, given, member):
+    """What a rollout, a single step and the gradient of both give."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(3)
+    after, term_logit = model.propagate(*given, member)
+    step = model.predict_particles(given[0], given[1], given[2][:, 0], member)
+    total = after.square().mean() + term_logit.square().mean() + step.mean.square().mean()
+    return [after, term_logit, *step, *torch.autograd.grad(total, params, allow_unused=True)]
+
+
+@pytest.mark.parametrize("kind", ["mixed", "one-only"])
+def test_blocks_change_no_number(model, kind, request):
+    member = members(kind, model)
+    given = start(model, member)
+    expected = outcomes(model, given, member)
+    request.getfixturevalue("without_waiting")
+    rows = MemberRows(N, P, model.n_models, member)
+    assert rows.group_member is not None
+    for one, other in zip(outcomes(model, given, member), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize(("n_envs", "n_models"), [(1, 1), (1, 5), (5, 5), (24, 3), (41, 4), (3, 9)])
+@pytest.mark.parametrize("kind", ["even", "random", "one-only"])
+def test_blocks_hold_envs_of_one_member(n_envs, n_models, size, kind, without_waiting, monkeypatch):
+    monkeypatch.setattr(open_loop, "block_size", lambda *_: size)
+    member = {
+        "even": torch.arange(n_envs) % n_models,
+        "random": torch.randint(n_models, (n_envs,)),
+        "one-only": torch.full((n_envs,), n_models - 1),
+    }[kind][:, None]
+    x = torch.arange(n_envs * P).reshape(n_envs, 1, P, 1) + 1.0
+    rows = MemberRows(n_envs, P, n_models, member)
+    gathered = rows.gather(x)
+    assert gathered.shape == (len(rows.group_member), size * P, 1)
+    assert torch.equal(rows.scatter(gathered), x)
+    moved = gathered + 1000 * rows.group_member[:, None, None]
+    assert torch.equal(rows.scatter(moved), x + 1000 * member[:, None, None])
+    assert gathered.shape[0] <= -(-n_envs // size) + min(n_envs, n_models)
+
+
+@pytest.mark.parametrize("n_models", [5, 20, 100])
+def test_on_a_gpu_a_larger_ensemble_cost_more(n_models):
+    """On "meta" no number can be read, as none may be on a GPU."""
+    n_envs = 2**16
+    member = torch.zeros(n_envs, 1, dtype=torch.long, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        MemberRows(n_envs, 1, n_models, member)
+    with without_reading():
+        rows = MemberRows(n_envs, 1, n_models, member)
+    x = torch.zeros(n_envs, 1, 1, 3, device="meta")
+    gathered = rows.gather(x)
+    assert rows.scatter(gathered).shape == x.shape
+    assert gathered.shape[:2].numel() <= 1.26 * n_envs
+
+
+def test_where_blocks_save_little_all_members_get_all_envs():
+    assert block_size(128, 1, 5) is None and block_size(1, 1, 1) is None
+    assert block_size(2**16, 1, 1) is None
+    for n_envs, n_particles, n_models in [(2**14, 1, 5), (1024, 4, 20), (1024, 1, 100)]:
+        size = block_size(n_envs, n_particles, n_models)
+        assert size * n_particles >= 64
+
+
+def test_a_subclass_that_runs_its_networks_itself_is_not_asked_for_blocks(without_waiting):
+    class Halved(type(random_ensemble())):
+        def _run(self, inputs):
+            assert inputs.shape[0] == self.n_models
+            return 0.5 * super()._run(inputs)
+
+    model = random_ensemble()
+    model.__class__ = Halved
+    member = members("mixed", model)
+    given = start(model, member)
+    assert model.propagate(*given, member)[0].shape == (N, H, 1, P, model.latent_state_dim)
+
+
 def test_latent_of_a_wrong_size():
     model = random_ensemble()
     latent, context, actions = start(model, None)
@@ -131,6 +222,27 @@ def test_on_a_gpu(kind):
     found = model.propagate(
         *(x.cuda() for x in given), None if member is None else member.cuda(), deterministic=True
     )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_on_a_gpu_wait_for_nothing(monkeypatch):
+    model = random_ensemble(n_modes=2)
+    member = torch.randint(model.n_models, (N, 1))
+    given = start(model, member)
+    expected = model.propagate(*given, member, deterministic=True)
+    monkeypatch.setattr(open_loop, "_LEAST_SAVED_ROWS", -(2**30))
+    model.cuda()
+    given, member = [x.cuda() for x in given], member.cuda()
+    model.propagate(*given, member)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = model.propagate(*given, member, deterministic=True)
+        assert MemberRows(N, P, model.n_models, member).group_member is not None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-4)
 
