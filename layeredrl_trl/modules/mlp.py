@@ -57,10 +57,14 @@ class ConcatMLP(nn.Module):
             shapes = [list(x.shape) for x in inputs]
             raise ValueError(f"expected inputs of one leading shape, got {shapes}.")
         x = torch.cat([x.to(torch.float32) for x in inputs], -1)
-        if not _pays_in_pieces(x, x.shape[:-1].numel()):
-            return self.layers(x)
-        pieces = [self.layers(rows) for rows in x.flatten(0, -2).split(_PIECE)]
-        return torch.cat(pieces).reshape(*x.shape[:-1], -1)
+        # rows [N, in], else every layer would make them so, and undo it, backward too
+        batch = x.shape[:-1]
+        rows = x.reshape(batch.numel(), x.shape[-1])
+        if not _pays_in_pieces(rows, len(rows)):
+            out = self.layers(rows)
+        else:
+            out = torch.cat([self.layers(piece) for piece in rows.split(_PIECE)])
+        return out.reshape(*batch, out.shape[-1])
 
 
 class EnsembleMLP(nn.Module):
