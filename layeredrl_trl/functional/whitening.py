@@ -36,6 +36,7 @@ def whitening_residual(matrix: Tensor, samples: Tensor, mask: Tensor | None = No
     Returns:
         Scalar, 0 where ``W`` is ``cov(x)^{-1/2}`` up to a rotation.
     """
-    whitened = matrix @ covariance(samples, mask) @ matrix.mT
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.matrix_norm(whitened - eye)
+    # the product less the identity, in one operation
+    excess = torch.addmm(eye, matrix @ covariance(samples, mask), matrix.mT, beta=-1)
+    return torch.linalg.vector_norm(excess)

@@ -219,6 +219,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         nll, bce = self._score_members(latent, context, action, next_latent, terminated)
         if weight is not None:
             nll, bce = weight * nll, weight * bce
+        if nll.shape[-1] == 1:  # of one member there is no mean
+            return nll, bce
         return nll.mean(-1, keepdim=True), bce.mean(-1, keepdim=True)
 
     def transition_weights(self, index: Tensor) -> Tensor | None:

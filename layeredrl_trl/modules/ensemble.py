@@ -277,7 +277,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         term_logit = self.termination_net(inputs).squeeze(-1)
         happened = terminated.to(dtype).reshape(-1).expand_as(term_logit)
         bce = binary_cross_entropy_with_logits(term_logit, happened, reduction="none")
-        return nll.mT.reshape(*batch, -1), bce.mT.reshape(*batch, -1)
+        nll, bce = nll.mT, bce.mT
+        if len(batch) != 1:
+            nll, bce = nll.reshape(*batch, -1), bce.reshape(*batch, -1)
+        return nll, bce
 
     @property
     def _predicts_as_here(self) -> bool:
@@ -342,10 +345,10 @@ class ProbabilisticEnsemble(DynamicsModel):
             )
         inputs = self._concatenate(latent, context, action)
         target = self._target(latent, next_latent)
-        is_first = self.target_moments.count == 0
+        is_first = self.target_moments.count == 0 if self.n_modes > 1 else None
         self.input_moments.update(inputs, mask)
         self.target_moments.update(target, mask)
-        if self.n_modes == 1 or (self._modes_have_started and not can_read(is_first)):
+        if is_first is None or (self._modes_have_started and not can_read(is_first)):
             return
         # The host waits for a GPU until it knows that there has been a batch; a graph cannot.
         if torch.compiler.is_compiling() or is_first:

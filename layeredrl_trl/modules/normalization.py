@@ -107,7 +107,7 @@ def _moments(samples: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Ten
     (``torch.var_mean`` does that too, in three times the time.)
     """
     if counts is None:
-        origin = samples[:1].mean(0)
+        origin = samples[0] if len(samples) else samples.mean(0)
         offset = samples - origin
         mean = offset.mean(0)
         return origin + mean, (offset - mean).square().mean(0)

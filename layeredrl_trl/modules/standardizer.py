@@ -32,8 +32,8 @@ class DeltaStandardizer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """``W``, ``[D, D]``, symmetric."""
-        std = self.moments.std(floor=1e-4)
-        return 0.5 * (self.raw + self.raw.mT) / torch.maximum(std[:, None], std)
+        twice = 2 * self.moments.std(floor=1e-4)
+        return (self.raw + self.raw.mT) / torch.maximum(twice[:, None], twice)
 
     def residual(self, delta: Tensor, mask: Tensor | None = None) -> Tensor:
         """Measure ``||cov(W delta) - I||_F``, a scalar to minimise.

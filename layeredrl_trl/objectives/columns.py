@@ -29,9 +29,10 @@ class SliceParts(NamedTuple):
         terminated: bool ``[B, k, 1]``.
         valid: whether the step counts, bool ``[B, k, 1]``.
         planned: bool ``[B, k, 1]``; ``None``: all are.
-        partial_return: discounted sum of the rewards up to the bootstrap, float64 ``[B, k, 1]``.
+        partial_return: discounted sum of the rewards up to the bootstrap, float64 ``[B, k, 1]``; 0
+            where the step does not count.
         discount: of the value behind them, float64 ``[B, k, 1]``.
-        bootstraps: whether that value counts, bool ``[B, k, 1]``.
+        bootstraps: whether that value counts, bool ``[B, k, 1]``; not where the step does not.
         observation_behind: what is valued, ``[B, k, *obs_shape]``; ``None`` without a value.
         action_behind: for a Q-function, as ``action``.
         index: storage positions, ``[B, k]`` or ``[B, k, ndim]``; ``None`` if nobody asks.

@@ -465,7 +465,8 @@ class RewardPredictorLoss(LossModule):
             latent, context, action, next_latent = (
                 zero_where_not(counts, x) for x in (latent, context, action, next_latent)
             )
-        self._update_statistics(transitions, latent, context, action, next_latent, counts)
+        delta = None if self.standardizer is None else next_latent - latent
+        self._update_statistics(transitions, latent, context, action, next_latent, delta, counts)
         nll, bce = self.dynamics.negative_log_likelihood(
             latent, context, action, next_latent, transitions.terminated, weight
         )
@@ -478,8 +479,7 @@ class RewardPredictorLoss(LossModule):
             "nll": nll.detach().mean(),
             "term_bce": bce.detach().mean(),
         }
-        if self.standardizer is not None:
-            delta = next_latent - latent
+        if self.standardizer is not None and delta is not None:
             terms["loss_standardizer"] = self.standardizer.residual(delta, counts)
         return terms
 
@@ -490,6 +490,7 @@ class RewardPredictorLoss(LossModule):
         context: Tensor,
         action: Tensor,
         next_latent: Tensor,
+        delta: Tensor | None,
         counts: Tensor | None,
     ) -> None:
         def learns(part: nn.Module) -> bool:
@@ -498,8 +499,8 @@ class RewardPredictorLoss(LossModule):
 
         if learns(self.dynamics):
             self.dynamics.update_statistics(latent, context, action, next_latent, counts)
-        if self.standardizer is not None and learns(self.standardizer):
-            self.standardizer.update_statistics(next_latent - latent, counts)
+        if delta is not None and self.standardizer is not None and learns(self.standardizer):
+            self.standardizer.update_statistics(delta, counts)
         observation, next_observation = transitions.observation, transitions.next_observation
         if self.encoder.has_statistics and learns(self.encoder) and observation is not None:
             self.encoder.update_statistics(observation, next_observation, counts)

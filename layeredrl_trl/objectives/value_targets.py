@@ -47,6 +47,7 @@ def read_target_parts(
         terminated.squeeze(-1), mask, k_steps, n_steps, next_action=bootstrap == "action"
     )
     total, discount = n_step_sums(reward.squeeze(-1), window, gamma=gamma, n_steps=n_steps)
+    valid = mask[:, :k_steps] & window.valid
     first = every[:, :k_steps]
     last = (mask.sum(-1, keepdim=True) - 1).clamp_min(0)
     steps = read([names.observation, names.action, names.planned], first.minimum(last))
@@ -59,11 +60,11 @@ def read_target_parts(
         action=steps.get(names.action),
         reward=reward[:, :k_steps],
         terminated=terminated[:, :k_steps],
-        valid=(mask[:, :k_steps] & window.valid).unsqueeze(-1),
+        valid=valid.unsqueeze(-1),
         planned=planned,
-        partial_return=total.unsqueeze(-1),
+        partial_return=torch.where(valid, total, 0.0).unsqueeze(-1),
         discount=discount.unsqueeze(-1),
-        bootstraps=window.bootstrap.unsqueeze(-1),
+        bootstraps=(window.bootstrap & valid).unsqueeze(-1),
         observation_behind=observation,
         action_behind=action,
     )
@@ -81,8 +82,9 @@ def bootstrapped_return(parts: SliceParts, value: Tensor | None) -> Tensor:
     """
     target = parts.partial_return
     if value is not None:
-        target = target + torch.where(parts.bootstraps, value.double() * parts.discount, 0.0)
-    return torch.where(parts.valid, target, 0.0).to(parts.reward.dtype)
+        counted = torch.where(parts.bootstraps, value, 0.0)
+        target = torch.addcmul(target, counted, parts.discount)
+    return target.to(parts.reward.dtype)
 
 
 def _read_behind(
