@@ -136,7 +136,8 @@ def read_transitions(
             source, plain = storage._storage, True
         else:
             source, plain = _through_buffer(buffer, index), False
-        missing = [key for key in keys if source.get(key, None) is None]
+        columns = {key: source.get(key, None) for key in (*keys, *optional_keys)}
+        missing = [key for key in keys if columns[key] is None]
         if missing:
             raise KeyError(
                 f"The replay buffer has no entry {', '.join(map(repr, missing))}; "
@@ -144,8 +145,7 @@ def read_transitions(
             )
         rows = None if not plain or storage._is_full else storage._len_along_dim0
         entries = {}
-        for key in (*keys, *optional_keys):
-            value = source.get(key, None)
+        for key, value in columns.items():
             if value is None:
                 continue
             if not plain:

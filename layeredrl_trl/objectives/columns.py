@@ -252,6 +252,8 @@ def split(columns: Columns, n: int) -> Iterator[Columns]:
         columns: tensors ``[n * B, ...]``, or ``None``.
         n: number of pieces.
     """
+    if n == 1:
+        return iter((columns,))
     pieces = (repeat(None, n) if x is None else x.unflatten(0, (n, -1)).unbind(0) for x in columns)
     return map(type(columns)._make, zip(*pieces, strict=True))
 
