@@ -53,12 +53,14 @@ class ConcatMLP(nn.Module):
         dims = tuple(x.shape[-1] for x in inputs)
         if dims != self.in_dims:
             raise ValueError(f"expected inputs with last dims {self.in_dims}, got {dims}.")
-        if any(x.shape[:-1] != inputs[0].shape[:-1] for x in inputs):
+        batch = inputs[0].shape[:-1]
+        if any(x.shape[:-1] != batch for x in inputs[1:]):
             shapes = [list(x.shape) for x in inputs]
             raise ValueError(f"expected inputs of one leading shape, got {shapes}.")
-        x = torch.cat([x.to(torch.float32) for x in inputs], -1)
+        parts = [x.to(torch.float32) for x in inputs]
+        parts = [x for x in parts if x.shape[-1] > 0] or parts[:1]  # a context is often empty
+        x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         # rows [N, in], else every layer would make them so, and undo it, backward too
-        batch = x.shape[:-1]
         rows = x.reshape(batch.numel(), x.shape[-1])
         if not _pays_in_pieces(rows, len(rows)):
             out = self.layers(rows)
