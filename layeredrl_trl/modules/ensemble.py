@@ -265,13 +265,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         next_latent, terminated = outcome
         batch = latent.shape[:-1]
         self._check_dims(latent, context, batch)
-        dtype = self.target_moments.mean.dtype
+        target_moments = self.target_moments
+        dtype = target_moments.mean.dtype
         inputs = self._concatenate(latent, context, action).to(dtype)
         inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
         inputs = inputs.expand(self.n_models, -1, -1)
         scale = self.target_scale
         target = self._target(latent, next_latent).to(dtype)
-        target = ((target - self.target_moments.mean) / scale).reshape(-1, self.latent_state_dim)
+        target = ((target - target_moments.mean) / scale).reshape(-1, self.latent_state_dim)
         parts = self._gaussians(self.net(inputs))
         nll = scale.log().sum() - gaussian_mixture_log_prob(target, *parts)
         term_logit = self.termination_net(inputs).squeeze(-1)

@@ -51,9 +51,11 @@ class RunningMoments(nn.Module):
         Raises:
             ValueError: if a shape does not fit.
         """
+        # once: a module finds its buffers only after an ordinary look-up has failed
+        mean, var, count = self.mean, self.var, self.count
         batch = samples.shape[:-1]
-        if samples.shape[-1:] != self.mean.shape:
-            expected = [*batch, *self.mean.shape]
+        if samples.shape[-1:] != mean.shape:
+            expected = [*batch, *mean.shape]
             raise ValueError(f"samples: expected shape {expected}, got {list(samples.shape)}.")
         if mask is not None and mask.shape != batch:
             raise ValueError(f"mask: expected shape {list(batch)}, got {list(mask.shape)}.")
@@ -63,24 +65,24 @@ class RunningMoments(nn.Module):
         else:
             counts = mask.reshape(-1)
             batch_mean, batch_var = _moments(samples, counts)
-        if samples.dtype is not self.mean.dtype:
-            batch_var, batch_mean = batch_var.to(self.var.dtype), batch_mean.to(self.mean.dtype)
-        shift = batch_mean - self.mean
+        if samples.dtype is not mean.dtype:
+            batch_var, batch_mean = batch_var.to(var.dtype), batch_mean.to(mean.dtype)
+        shift = batch_mean - mean
         # if the variances are finite, so are the means: they are part of them
         if can_read(batch_var):
             if not math.isfinite(batch_var.max().item()):
                 return
-            rate = max(1 / (self.count.item() + 1), self.rate)
-            self.var.lerp_(batch_var.addcmul_(shift, shift, value=1 - rate), rate)
-            self.mean.lerp_(batch_mean, rate)
-            self.count.add_(1)
+            rate = max(1 / (count.item() + 1), self.rate)
+            var.lerp_(batch_var.addcmul_(shift, shift, value=1 - rate), rate)
+            mean.lerp_(batch_mean, rate)
+            count.add_(1)
             return
         usable = torch.isfinite(batch_var).all()
-        rate = (1 / (self.count + 1)).clamp_min(self.rate)
+        rate = (1 / (count + 1)).clamp_min(self.rate)
         batch_var = torch.addcmul(batch_var, shift, shift * (1 - rate))
-        self.var.copy_(torch.where(usable, self.var.lerp(batch_var, rate), self.var))
-        self.mean.copy_(torch.where(usable, self.mean.lerp(batch_mean, rate), self.mean))
-        self.count.add_(usable)
+        var.copy_(torch.where(usable, var.lerp(batch_var, rate), var))
+        mean.copy_(torch.where(usable, mean.lerp(batch_mean, rate), mean))
+        count.add_(usable)
 
     def std(self, *, floor: float) -> Tensor:
         """Return the standard deviation ``[D]``, at least ``floor``."""

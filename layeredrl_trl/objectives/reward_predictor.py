@@ -382,10 +382,11 @@ class RewardPredictorLoss(LossModule):
     @torch.no_grad()
     def encode_parts(self, parts: TransitionParts) -> Transitions:
         """Do the same with plain tensors."""
-        latent, context = self.encoder.encode(parts.observation)
-        next_latent, _ = self.encoder.encode(parts.next_observation)
+        encoder = self.encoder
+        latent, context = encoder.encode(parts.observation)
+        next_latent, _ = encoder.encode(parts.next_observation)
         observations = {}
-        if self.encoder.has_statistics:
+        if encoder.has_statistics:
             observations = {
                 "observation": parts.observation,
                 "next_observation": parts.next_observation,
@@ -440,8 +441,9 @@ class RewardPredictorLoss(LossModule):
                 zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
             )
         terms = {}
-        if self.reward is not None:
-            error = evaluate(self.reward, self._entries(latent, context, action)) - targets.reward
+        reward = self.reward
+        if reward is not None:
+            error = evaluate(reward, self._entries(latent, context, action)) - targets.reward
             error = self._mean_square(error, None if all_valid else valid)
             terms["loss_reward"] = _times(self.rew_loss_weight, error)
         if self.has_value:
@@ -458,29 +460,30 @@ class RewardPredictorLoss(LossModule):
         return terms
 
     def _dynamics_terms(self, transitions: Transitions) -> dict[str, Tensor]:
-        weight = self.dynamics.batch_weight(transitions.weights())
+        dynamics, standardizer = self.dynamics, self.standardizer
+        weight = dynamics.batch_weight(transitions.weights())
         latent, context, action, next_latent = (x.detach() for x in transitions[:4])
         counts = None if weight is None else (weight > 0).any(-1)
         if counts is not None:
             latent, context, action, next_latent = (
                 zero_where_not(counts, x) for x in (latent, context, action, next_latent)
             )
-        delta = None if self.standardizer is None else next_latent - latent
+        delta = None if standardizer is None else next_latent - latent
         self._update_statistics(transitions, latent, context, action, next_latent, delta, counts)
-        nll, bce = self.dynamics.negative_log_likelihood(
+        nll, bce = dynamics.negative_log_likelihood(
             latent, context, action, next_latent, transitions.terminated, weight
         )
         if weight is not None and self.reduction == "mean":
             total = weight.mean()
             nll, bce = (x / torch.where(total > 0, total, 1.0) for x in (nll, bce))
-        consistency = self._reduce_loss(nll + bce) + self.dynamics.regularization()
+        consistency = self._reduce_loss(nll + bce) + dynamics.regularization()
         terms = {
             "loss_consistency": _times(self.consistency_loss_weight, consistency),
             "nll": nll.detach().mean(),
             "term_bce": bce.detach().mean(),
         }
-        if self.standardizer is not None and delta is not None:
-            terms["loss_standardizer"] = self.standardizer.residual(delta, counts)
+        if standardizer is not None and delta is not None:
+            terms["loss_standardizer"] = standardizer.residual(delta, counts)
         return terms
 
     def _update_statistics(
@@ -497,23 +500,25 @@ class RewardPredictorLoss(LossModule):
             # Parts are shared, and the loss may be hidden from whoever puts them into a mode.
             return self.training or part.training
 
-        if learns(self.dynamics):
-            self.dynamics.update_statistics(latent, context, action, next_latent, counts)
-        if delta is not None and self.standardizer is not None and learns(self.standardizer):
-            self.standardizer.update_statistics(delta, counts)
+        # a module finds its parts only after an ordinary look-up has failed
+        dynamics, standardizer, encoder = self.dynamics, self.standardizer, self.encoder
+        if learns(dynamics):
+            dynamics.update_statistics(latent, context, action, next_latent, counts)
+        if delta is not None and standardizer is not None and learns(standardizer):
+            standardizer.update_statistics(delta, counts)
         observation, next_observation = transitions.observation, transitions.next_observation
-        if self.encoder.has_statistics and learns(self.encoder) and observation is not None:
-            self.encoder.update_statistics(observation, next_observation, counts)
+        if encoder.has_statistics and learns(encoder) and observation is not None:
+            encoder.update_statistics(observation, next_observation, counts)
 
     def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
-        names = (*self.encoder.out_keys, self.tensor_keys.action)
+        dynamics, names = self.dynamics, (*self.encoder.out_keys, self.tensor_keys.action)
         return head_entries(
             names,
             latent,
             context,
             action,
-            self.dynamics.action_dim,
-            indices=self.dynamics.accepts_indices,
+            dynamics.action_dim,
+            indices=dynamics.accepts_indices,
         )
 
     def _mean_square(self, error: Tensor, counts: Tensor | None) -> Tensor:
