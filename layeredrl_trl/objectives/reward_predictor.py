@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
@@ -443,8 +444,8 @@ class RewardPredictorLoss(LossModule):
         terms = {}
         reward = self.reward
         if reward is not None:
-            error = evaluate(reward, self._entries(latent, context, action)) - targets.reward
-            error = self._mean_square(error, None if all_valid else valid)
+            predicted = evaluate(reward, self._entries(latent, context, action))
+            error = self._mean_square(predicted, targets.reward, None if all_valid else valid)
             terms["loss_reward"] = _times(self.rew_loss_weight, error)
         if self.has_value:
             counts = None if all_valid else valid
@@ -452,8 +453,8 @@ class RewardPredictorLoss(LossModule):
                 counts = valid & targets.planned
                 counts = None if known_to_hold(counts) else counts
             entries = self._entries(latent.detach(), context.detach(), action)
-            error = evaluate(self.value_network, entries) - targets.value_target
-            error = self._mean_square(error, counts)
+            predicted = evaluate(self.value_network, entries)
+            error = self._mean_square(predicted, targets.value_target, counts)
             terms["loss_value"] = _times(self.value_loss_weight, error)
             mean = self._reduce_where(targets.value_target.detach(), counts, "mean")
             terms["value_target_mean"] = mean
@@ -521,8 +522,11 @@ class RewardPredictorLoss(LossModule):
             indices=dynamics.accepts_indices,
         )
 
-    def _mean_square(self, error: Tensor, counts: Tensor | None) -> Tensor:
-        """Reduce the squares of errors ``[B, k, 1]`` where they count; ``None``: everywhere."""
+    def _mean_square(self, x: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
+        """Reduce squares of errors ``[B, k, 1]`` where they count; ``None``: everywhere."""
+        if counts is None and x.dtype is target.dtype:  # one operation, backward too
+            return self._reduce_loss(mse_loss(x, target, reduction="none"))
+        error = x - target
         if counts is not None:
             error = zero_where_not(counts, error)
         return self._reduce_where(error.square(), counts)
