@@ -182,7 +182,11 @@ def check_device(workload: Workload, device: str) -> None:
 
 
 def check_learning(workload: Workload, device: str, way: str) -> None:
-    """Learning in one way gives what eager learning gives, over three calls of eight steps."""
+    """Learning in one way gives what eager learning gives, over three calls of eight steps.
+
+    Other rounding turns steps of Adam around where a gradient is next to nothing: up to the
+    learning rate in each.
+    """
     buffer, states = make_buffer(make_transitions(2000), device), []
     for options in (WAYS["eager"], WAYS[way]):
         predictor = make_predictor(workload, device, **options)
@@ -191,7 +195,9 @@ def check_learning(workload: Workload, device: str, way: str) -> None:
             predictor.learn(buffer, 8, BATCH_SIZE, BATCH_SIZE, 0)
         states.append(dict(predictor.named_parameters()))
     for name, expected in states[0].items():
-        torch.testing.assert_close(states[1][name], expected, rtol=1e-3, atol=1e-4)
+        difference = (states[1][name] - expected).abs()
+        assert difference.max() < 24 * 1e-3, f"{name}: {difference.max()}"
+        assert difference.mean() < 1e-4, f"{name}: {difference.mean()} in the mean"
 
 
 @torch.no_grad()

@@ -35,7 +35,19 @@ _FORBIDDEN = {
     "aten::bincount",
     "aten::lift_fresh",
     "aten::repeat_interleave.Tensor",
+    "aten::allclose",
+    "aten::multinomial",
+    "aten::aminmax",
+    "aten::histc",
+    "aten::linalg_pinv",
+    "aten::linalg_inv_ex",
+    "aten::linalg_cholesky_ex",
+    "aten::_linalg_check_errors",
 }
+
+# What the host asks a tensor for without an operation.
+_ASKED_OF_TENSORS = ("tolist", "numpy", "__array__", "cpu")
+_ASKED_OF_TORCH = ("manual_seed", "seed", "get_rng_state", "tensor", "as_tensor")
 
 
 class Recorder(TorchDispatchMode):
@@ -103,8 +115,16 @@ class Recorder(TorchDispatchMode):
 def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
     """In place of ``layeredrl_trl.modules.recorded.record``."""
     recorder, random_state = Recorder(), torch.get_rng_state()
+
+    def refuse(*_, **__):
+        raise RuntimeError("this cannot be recorded: the host would have to wait, or to copy")
+
     try:
-        with recorder:
+        with pytest.MonkeyPatch.context() as patch, recorder:
+            for name in _ASKED_OF_TENSORS:
+                patch.setattr(Tensor, name, refuse)
+            for name in _ASKED_OF_TORCH:
+                patch.setattr(torch, name, refuse)
             outputs = work()
     finally:
         recorder.undo()

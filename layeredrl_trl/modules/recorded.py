@@ -7,14 +7,16 @@ the memory that was there. :func:`fingerprint` says when that would be something
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
 
 from layeredrl_trl.functional import without_reading
@@ -22,11 +24,17 @@ from layeredrl_trl.functional import without_reading
 T = TypeVar("T")
 
 _MOST_RECORDINGS = 16
-"""The oldest goes where there are more: each holds memory of its own."""
+"""Those that were not asked for the longest go first: each holds memory of its own."""
+
+_MOST_FAILURES = 3
+"""What cannot be recorded is tried again, as often: the cause may lie outside."""
 
 _PLAIN = {bool, int, float, str, type(None)}
 
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
+
+_LONGEST = 16
+"""Of longer containers only the length is looked at."""
 
 _LIBRARIES = {"torch", "tensordict", "torchrl", "layeredrl_trl"}
 
@@ -55,14 +63,18 @@ class Recorded(Generic[T]):
     :func:`fingerprint` of its modules, or ``also``, is another one. Random numbers are drawn anew
     in every replay, from the generator of the device.
 
+    Where somebody else records or compiles, under autocast, and on a CPU it is carried out as it
+    is. All calls must come from one thread.
+
     Args:
         function: of tensors, tuples and dictionaries of them, ``None`` and what else can be
             hashed; returns likewise. It may write to tensors that outlive it; it must not read
             numbers from tensors, nor change anything else.
         modules: that it asks.
         cudagraphs: ``None``: record it on CUDA if all parts of the modules are known
-            (:func:`is_known`); where that fails it is warned of once, and the function carried out
-            as it is from then on. True: whatever the parts, and raise where it fails. False: never.
+            (:func:`is_known`); where that fails for good it is warned of once, and the function
+            carried out as it is from then on. True: whatever the parts, and raise where it fails.
+            False: never.
         also: gives whatever else it depends on.
         n_warm_up: calls before it is recorded, at least 1.
 
@@ -84,10 +96,9 @@ class Recorded(Generic[T]):
         self.cudagraphs = cudagraphs
         self.also = also
         self.n_warm_up = n_warm_up
-        self._recordings: dict[Hashable, Recording | None] = {}  # None: of unknown parts
-        self._n_calls: dict[Hashable, int] = {}
-        self._given_up = False
-        self._print: Hashable = None
+        self._n_failures = 0
+        self._n_circumstances = 0
+        self.forget()
 
     def __call__(self, *arguments: Any, is_unchanged: bool = False) -> T:
         """Do what ``function`` does.
@@ -103,39 +114,54 @@ class Recorded(Generic[T]):
         Raises:
             RuntimeError: if it cannot be recorded but must be.
         """
-        if self.cudagraphs is False or self._given_up or _IS_RECORDING.get():
+        if self.cudagraphs is False or _IS_RECORDING.get() or self._n_failures >= _MOST_FAILURES:
             return self.function(*arguments)
         tensors: list[Tensor] = []
         layout = _layout(arguments, tensors)
-        if not tensors or not can_record(tensors[0].device):
+        if not tensors or not can_record(tensors[0].device) or _is_in_other_hands(tensors[0]):
             return self.function(*arguments)
-        if not is_unchanged or self._print is None:
-            self._print = (fingerprint(self.modules), _torch_state(), self.also())
-        key = (layout, self._print)
-        if key not in self._recordings:
-            self._print = None  # the function may change what it will be asked for next
-            n_calls = self._n_calls.get(key, 0)
+        if not is_unchanged or self._now is None:
+            self._now = self._number_of_circumstances()
+        key = (layout, self._now)
+        if key in self._recordings:
+            recording = self._recordings[key] = self._recordings.pop(key)  # the last one asked for
+        else:
+            self._now = None  # the function may change what it will be asked for next
+            n_calls = self._n_calls.pop(key, 0)
+            _keep(self._n_calls, key, n_calls + 1)
             if n_calls < self.n_warm_up:
-                _keep(self._n_calls, key, n_calls + 1)
+                # of the strides of what is recorded, for which it may be compiled now
+                own = _rebuilt(arguments, (x.detach().contiguous() for x in tensors))
                 with without_reading():
-                    return beside(lambda: self.function(*arguments), tensors[0].device)
-            _keep(self._recordings, key, self._record(arguments, tensors))
-        recording = self._recordings.get(key)
+                    return beside(lambda: self.function(*own), tensors[0].device)
+            may = self.cudagraphs or all(map(is_known, self.modules))
+            recording = self._record(arguments, tensors) if may else None
+            if recording is not None or not may:
+                _keep(self._recordings, key, recording)
         if recording is None:
             return self.function(*arguments)
-        torch._foreach_copy_(recording.inputs, tensors)
+        _copy(recording.inputs, tensors)
         recording.replay()
         return _copied(recording.outputs)
 
     def forget(self) -> None:
         """Throw all recordings away."""
-        self._recordings.clear()
-        self._n_calls.clear()
-        self._print = None
+        self._recordings: dict[Hashable, Recording | None] = {}  # None: of unknown parts
+        self._n_calls: dict[Hashable, int] = {}
+        # by what is so: a number, and the objects of which it holds only where they lie
+        self._circumstances: dict[Hashable, tuple[int, list[object]]] = {}
+        self._now: int | None = None
+
+    def _number_of_circumstances(self) -> int:
+        """Number all that a recording depends on, but its arguments."""
+        modules, objects = fingerprint(self.modules)
+        found = (modules, _torch_state(), self.also())
+        if found not in self._circumstances:
+            self._n_circumstances += 1
+            _keep(self._circumstances, found, (self._n_circumstances, objects))
+        return self._circumstances[found][0]
 
     def _record(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Recording | None:
-        if self.cudagraphs is None and not all(map(is_known, self.modules)):
-            return None
         inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in tensors]
         own = _rebuilt(arguments, iter(inputs))
         token = _IS_RECORDING.set(True)
@@ -145,57 +171,99 @@ class Recorded(Generic[T]):
         except RuntimeError as error:
             if self.cudagraphs:
                 raise
-            self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            self._note_failure(error)
             return None
         finally:
             _IS_RECORDING.reset(token)
         return Recording(inputs, replay, outputs)
 
-    def _give_up(self, why: str) -> None:
+    def _note_failure(self, error: BaseException) -> None:
         self.forget()
-        self._given_up = True
+        self._n_failures += 1
+        if self._n_failures < _MOST_FAILURES:
+            return
+        while error.__context__ is not None:  # torch says first that something went wrong before
+            error = error.__context__
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        what = (str(error) or "no text").splitlines()[0]
         warnings.warn(
             f"{name} cannot be replayed as a CUDA graph and is carried out without, more slowly "
-            f"(cudagraphs=False asks for that): {why}.",
+            f"(cudagraphs=False asks for that): {type(error).__name__}: {what}.",
             stacklevel=5,
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Recordings are bound to memory: copies and pickles start without."""
-        unbound = {"_recordings": {}, "_n_calls": {}, "_given_up": False, "_print": None}
-        return self.__dict__ | unbound
+        unbound = {"_recordings": {}, "_n_calls": {}, "_circumstances": {}, "_now": None}
+        return self.__dict__ | unbound | {"_n_failures": 0}
 
 
-def fingerprint(modules: Iterable[nn.Module]) -> Hashable:
+def fingerprint(modules: Iterable[nn.Module]) -> tuple[Hashable, list[object]]:
     """Describe all that a replay cannot see changing, of modules and their parts.
 
-    These are their plain attributes (numbers, strings, flags), the lengths of dictionaries and
-    lists, which object any other attribute is, their parts, and where in memory parameters and
-    buffers lie. What changes inside of an object, say an entry of a list, is missed.
+    These are their plain attributes (numbers, strings, flags), which object any other attribute is,
+    what is in short lists and dictionaries, hooks among them, their parts, and of parameters and
+    buffers where in memory they lie, in which shape, and whether they learn. What changes inside
+    of another object is missed. A module may name attributes in ``unprinted`` that replays do not
+    depend on.
 
     Args:
         modules: asked with all their parts.
+
+    Returns:
+        the description, equal if nothing was changed but numbers in tensors; and the objects that
+        it knows by their place in memory, which is theirs only as long as somebody holds them.
     """
     seen: list[Hashable] = []
+    objects: list[object] = []
     parts, done = list(modules), set[int]()
     while parts:
         part = parts.pop()
         if id(part) in done:
             continue
         done.add(id(part))
-        for x in part.__dict__.values():
+        seen.append(id(part))
+        objects.append(part)
+        unprinted = getattr(type(part), "unprinted", ())
+        # what else these hold is notes of what was last done with them
+        attributes = {} if isinstance(part, TensorDictParams) else part.__dict__
+        for name, x in attributes.items():
             kind = type(x)  # asked for often: isinstance takes longer
             if kind in _PLAIN:
-                seen.append(x)
+                if name not in unprinted:
+                    seen.append(x)
             elif kind in _CONTAINERS:
-                seen.append(len(x))
+                if x and name not in ("_parameters", "_buffers", "_modules"):
+                    _print_container(x, seen, objects)
+                else:
+                    seen.append(len(x))
+            elif isinstance(x, Tensor):
+                _print_tensor(x, seen)
             else:
-                seen.append(x.data_ptr() if isinstance(x, Tensor) else id(x))
+                seen.append(id(x))
+                objects.append(x)
         for tensors in (part._parameters, part._buffers):
-            seen += [id(part), *(0 if x is None else x.data_ptr() for x in tensors.values())]
+            for x in tensors.values():
+                if x is not None:
+                    _print_tensor(x, seen)
         parts += [x for x in part._modules.values() if x is not None]
-    return tuple(seen)
+    return tuple(seen), objects
+
+
+def _print_tensor(x: Tensor, seen: list[Hashable]) -> None:
+    seen += (x.data_ptr(), x.shape, x.stride(), x.requires_grad)
+
+
+def _print_container(x: Collection[Any], seen: list[Hashable], objects: list[object]) -> None:
+    seen.append(len(x))
+    if len(x) > _LONGEST:
+        return
+    for one in x.values() if isinstance(x, dict) else x:
+        if type(one) in _PLAIN:
+            seen.append(one)
+        else:
+            seen.append(id(one))
+            objects.append(one)
 
 
 def is_known(module: nn.Module) -> bool:
@@ -205,13 +273,17 @@ def is_known(module: nn.Module) -> bool:
     be replayed: it may read a clock, a list or a tensor.
 
     Args:
-        module: is asked with its parts and their hooks.
+        module: is asked with its parts, their hooks and those of parameters.
     """
     for part in module.modules():
         called: list[Any] = [type(part), *part._forward_hooks.values()]
         called += part._forward_pre_hooks.values()
         if isinstance(part, TensorDictModule) and not isinstance(part.module, nn.Module):
             called.append(part.module)
+        for p in part._parameters.values():
+            if p is not None:
+                called += [*(p._backward_hooks or {}).values()]
+                called += [*(getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()]
         for x in called:
             if str(getattr(x, "__module__", None)).partition(".")[0] not in _LIBRARIES:
                 return False
@@ -254,14 +326,35 @@ def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], No
         RuntimeError: if it cannot be recorded, say because the host waits for a number.
     """
     graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
-    # torch leaves its stream current where it fails; the outer context puts back what was
+    collects = gc.isenabled()
+    gc.disable()  # what it frees may have been recorded, too
+    try:
+        # torch leaves its stream current where it fails; the outer context puts back what was
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(side),
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
+            outputs = work()
+    except BaseException:
+        _recover(device)
+        raise
+    finally:
+        if collects:
+            gc.enable()
+    return graph.replay, outputs
+
+
+def _recover(device: torch.device) -> None:
+    """Record nothing: some versions of torch draw no random numbers after a failure until then."""
+    side = _side_stream(device)
     with (
+        suppress(RuntimeError),
         torch.cuda.device(device),
         torch.cuda.stream(side),
-        torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side),
     ):
-        outputs = work()
-    return graph.replay, outputs
+        torch.zeros(1, device=device)
 
 
 _SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
@@ -284,10 +377,29 @@ def _torch_state() -> Hashable:
     """What torch itself lets operations depend on."""
     return (
         torch.is_grad_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled("cuda"),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _is_in_other_hands(x: Tensor) -> bool:
+    """Whether somebody else compiles or records, or autocast keeps copies of parameters."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _copy(inputs: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy arguments to where a recording reads them, by one call for each dtype."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for own, x in zip(inputs, tensors, strict=True):
+        there, given = by_dtype.setdefault(own.dtype, ([], []))
+        there.append(own)
+        given.append(x)
+    for there, given in by_dtype.values():
+        torch._foreach_copy_(there, given)
 
 
 def _layout(arguments: Any, tensors: list[Tensor]) -> Hashable:

@@ -22,7 +22,9 @@ class SymmetryBreakingStart(DynamicsModel):
     dims), ``W^{-1}`` the inverse of the predictor's delta standardizer, no termination, and even
     modes. From half of the duration on they are blended linearly into those of ``model``.
 
-    The loss is always that of ``model``, so it learns from the first step.
+    The loss is always that of ``model``, so it learns from the first step. How far the start is is
+    held in memory, so that what was recorded as a CUDA graph goes along
+    (:func:`~layeredrl_trl.modules.fingerprint`).
 
     Args:
         model: learns meanwhile, and predicts afterwards.
@@ -48,6 +50,8 @@ class SymmetryBreakingStart(DynamicsModel):
         >>> model.learned_share
         1.0
     """
+
+    unprinted = frozenset({"_n_total_env_steps"})
 
     def __init__(
         self,
@@ -77,7 +81,19 @@ class SymmetryBreakingStart(DynamicsModel):
         torch.nn.init.orthogonal_(direction, gain=factor)
         self.register_buffer("direction", direction)
         self.register_buffer("unwhiten", torch.eye(model.latent_state_dim))
+        self.register_buffer("_share", torch.zeros(()), persistent=False)
         self.n_total_env_steps = 0
+
+    @property
+    def n_total_env_steps(self) -> int:
+        """Steps taken in the real env so far, as far as is known."""
+        return self._n_total_env_steps
+
+    @n_total_env_steps.setter
+    def n_total_env_steps(self, number: int) -> None:
+        self._n_total_env_steps = number
+        self._is_over = self.learned_share == 1.0
+        self._share.fill_(self.learned_share)
 
     @property
     def learned_share(self) -> float:
@@ -112,9 +128,9 @@ class SymmetryBreakingStart(DynamicsModel):
     ) -> ParticlePrediction:
         """Predict one step of every particle; see :class:`DynamicsModel` for the shapes."""
         learned = self.model.predict_particles(latent, context, action, member)
-        share = self.learned_share
-        if share == 1.0:
+        if self._is_over:
             return learned
+        share = self._share.to(learned.mean.dtype)
         features = action_features(
             action, latent.shape[:-3], self.action_dim, indices=self.accepts_indices
         )
@@ -141,7 +157,7 @@ class SymmetryBreakingStart(DynamicsModel):
         terminations: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
-        propagate = self.model.propagate if self._is_over else super().propagate
+        propagate = self.model.propagate if self._only_passes_on else super().propagate
         return propagate(
             latent,
             context,
@@ -154,13 +170,14 @@ class SymmetryBreakingStart(DynamicsModel):
     def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Give the learned model's once the start is over; until then nothing is shared."""
         propagates_as_here = type(self).propagate is SymmetryBreakingStart.propagate
-        return self.model.propagator() if propagates_as_here and self._is_over else self.propagate
+        passes_on = propagates_as_here and self._only_passes_on
+        return self.model.propagator() if passes_on else self.propagate
 
     @property
-    def _is_over(self) -> bool:
+    def _only_passes_on(self) -> bool:
         """Whether predictions are the learned model's, unless a subclass changes them."""
         predicts = type(self).predict_particles
-        return self.learned_share == 1.0 and predicts is SymmetryBreakingStart.predict_particles
+        return self._is_over and predicts is SymmetryBreakingStart.predict_particles
 
     def negative_log_likelihood(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Score real transitions by the learned model; see :class:`DynamicsModel`."""

@@ -252,9 +252,11 @@ def split(columns: Columns, n: int) -> Iterator[Columns]:
         columns: tensors ``[n * B, ...]``, or ``None``.
         n: number of pieces.
     """
+    # contiguous: steps are compiled and recorded for the strides that they get
+    whole = [None if x is None else x.contiguous() for x in columns]
     if n == 1:
-        return iter((columns,))
-    pieces = (repeat(None, n) if x is None else x.unflatten(0, (n, -1)).unbind(0) for x in columns)
+        return iter((type(columns)._make(whole),))
+    pieces = (repeat(None, n) if x is None else x.unflatten(0, (n, -1)).unbind(0) for x in whole)
     return map(type(columns)._make, zip(*pieces, strict=True))
 
 

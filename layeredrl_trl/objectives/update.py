@@ -43,7 +43,7 @@ class Statistics:
         there = [(buffers, name, buffers.get(name)) for buffers, name in slots]
         self._own = [(buffers, name, x) for buffers, name, x in there if x is not None]
         tensors = [x for _, _, x in self._own]
-        self._copies = torch._foreach_clone(tensors) if tensors else []
+        self._copies = _cloned(tensors)
 
     def put_back(self, where: Tensor | None = None) -> None:
         """Make them what they were.
@@ -187,7 +187,8 @@ class Update:
         self._recorded = None
         if cudagraphs is not False and can_go_on and device and can_record(device):
             self.wait = False
-            self._rates = torch.full((len(optimizer.param_groups),), torch.nan, device=device)
+            n_groups = len(optimizer.param_groups)
+            self._rates = torch.full((n_groups,), torch.nan, dtype=torch.float32, device=device)
             self._rates_there: list[float] = []
             self._recorded = Recorded(
                 self._step, [loss_module], cudagraphs=cudagraphs, also=self._circumstances
@@ -248,13 +249,13 @@ class Update:
             before.put_back()
             raise
         grads = [p.grad for p in params if p.grad is not None]
-        whole_norm = norm = _norm(grads)
+        whole_norm = norm = _norm(grads, total)
         if self.steps < self.warm_up:
             for p in params:
                 if id(p) not in self._warm_up_params:
                     p.grad = None
             grads = [p.grad for p in params if p.grad is not None]
-            norm = _norm(grads)
+            norm = _norm(grads, total)
         if can_read(norm) if self.wait is None else self.wait:
             self._finish(grads, norm, whole_norm, before)
         else:
@@ -286,7 +287,7 @@ class Update:
         is_finite = whole_norm.isfinite()
         scale = None
         if self.clip_grad_max_norm is not None:
-            scale = ((norm + 1e-6) / self.clip_grad_max_norm).clamp_min(1.0)
+            scale = ((norm + 1e-6) / self.clip_grad_max_norm).clamp_min(1.0).float()
         self._scaled_step(scale, 1.0 - is_finite.float())
         if self.target_updater is not None:
             self.target_updater.step(is_finite)
@@ -303,6 +304,11 @@ class Update:
             self.optimizer.step()
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
+
+    def forget_recordings(self) -> None:
+        """Give the memory back that recorded steps hold."""
+        if self._recorded is not None:
+            self._recorded.forget()
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
@@ -348,6 +354,13 @@ class Update:
         )
 
 
+def _cloned(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of all of them, by one call where torch has such a one (2.11 has none)."""
+    if tensors and hasattr(torch, "_foreach_clone"):
+        return list(torch._foreach_clone(tensors))
+    return [x.clone() for x in tensors]
+
+
 def _as_path(key: NestedKey) -> tuple[Any, ...]:
     return key if isinstance(key, tuple) else (key,)
 
@@ -362,8 +375,8 @@ def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _norm(grads: list[Tensor]) -> Tensor:
-    """Global norm of gradients."""
+def _norm(grads: list[Tensor], total: Tensor) -> Tensor:
+    """Global norm of the gradients of ``total``."""
     if not grads:
-        return torch.zeros(())
+        return torch.zeros_like(total)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

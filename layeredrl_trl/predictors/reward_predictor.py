@@ -575,6 +575,8 @@ class RewardPredictor(Predictor):
 
     def _remake_update(self, extra_state: dict[str, Any]) -> None:
         """Bind optimiser and target updater to parameters that were moved, copied or unpickled."""
+        if "update" in self.__dict__:
+            self.update.forget_recordings()
         buffers = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
         self.update = self._make_update(**self._update_options)
         for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters

@@ -211,16 +211,18 @@ def test_rollouts_of_predictors(encoder):
 
 @on_a_stand_in
 def test_a_symmetry_breaking_start_goes_on():
-    """How far it is is a number of Python, which changes between replays."""
+    """How far it is changes between replays; what was recorded goes along until it is over."""
     own, plain = both()
+    calls = count_rollouts(own)
     inner = own.world_model.dynamics
     for env in (own, plain):
         env.world_model.dynamics = SymmetryBreakingStart(inner, 100)
-    for env_steps in (0, 75, 100):
+    for env_steps, n_calls in ((0, 4), (75, 4), (90, 4), (100, 8), (120, 8), (140, 8)):
         for env in (own, plain):
             env.world_model.dynamics.advance(env_steps)
         plain.world_model.dynamics.load_state_dict(own.world_model.dynamics.state_dict())
         assert_same_imagination(own, plain)
+        assert len(calls) == n_calls
 
 
 @pytest.mark.gpu

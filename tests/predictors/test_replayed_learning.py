@@ -7,6 +7,7 @@ not record such a thing (``tests/replaying.py``).
 import copy
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from layeredrl_trl.modules import (
     MLPEncoder,
     ProbabilisticEnsemble,
     RewardNet,
+    SymmetryBreakingStart,
     ValueNet,
+    recorded,
 )
 from layeredrl_trl.objectives import Update
 from layeredrl_trl.predictors import RewardPredictor
@@ -113,6 +116,51 @@ def test_after_the_start_nothing_is_recorded_again(monkeypatch):
     calls.clear()
     learn(own, data, n_steps=50)
     assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("case", ["state value", "q-function"])
+def test_nothing_is_compiled_anew_while_it_is_recorded(case, monkeypatch):
+    """That would fail on a GPU. What is compiled is not recorded by the stand-in, but run here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    with_graph = []
+
+    def run(work, device):
+        with_graph.append(1)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return (lambda: None), work()
+
+    monkeypatch.setattr(recorded, "record", run)
+    torch.compiler.reset()
+    predictor = CASES[case](compile=True, cudagraphs=True)
+    assert learn(predictor, filled_buffer(), n_steps=12)[1]["skipped"] == 0
+    assert with_graph == [1]
+
+
+def test_a_start_that_goes_on_is_recorded_once():
+    predictor = known_predictor(IdentityEncoder(3))
+    model = SymmetryBreakingStart(predictor.model, 100)
+    predictor = RewardPredictor(model, None, predictor.rew_func, predictor.encoder, 3, 0)
+    for env_steps in range(0, 90, 10):
+        learn(predictor, n_steps=4, env_steps=env_steps)
+    assert 1 <= recordings(predictor) <= 3
+    n = recordings(predictor)
+    for env_steps in range(90, 150, 10):
+        learn(predictor, n_steps=4, env_steps=env_steps)
+    assert recordings(predictor) == n + 1  # once more for what comes after the start
+
+
+def test_what_does_not_learn_any_more_stays():
+    own, plain = replayed(CASES["state value"])
+    data = filled_buffer()
+    learn_both(own, plain, data)
+    for p in (own, plain):
+        p.model.requires_grad_(False)
+    before = snapshot(own)
+    learn_both(own, plain, data)
+    after = snapshot(own)
+    frozen = {key for key in before if key.startswith("model.net.")}
+    assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
 
 
 def test_parts_of_the_library_are_recorded_unasked():
