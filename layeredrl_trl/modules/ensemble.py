@@ -365,7 +365,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             log variances.
         """
         if not self.learn_std_bounds:
-            return super().regularization()
+            return self.target_moments.count.new_zeros(())  # where the model is
         low, high = self.log_std_bounds
         return _BOUNDS_PENALTY * (high - low).sum()
 
