@@ -8,6 +8,7 @@ the memory that was there. :func:`fingerprint` says when that would be something
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
+from torchrl import logger as torchrl_logger
 
 from layeredrl_trl.functional import without_reading
 
@@ -59,9 +61,9 @@ class Recorded(Generic[T]):
     """A function of tensors that is carried out by replaying it.
 
     Its first calls with arguments of some shape are carried out as they are, to warm up; the next
-    is recorded. It is recorded anew where arguments of another shape come, or where
-    :func:`fingerprint` of its modules, or ``also``, is another one. Random numbers are drawn anew
-    in every replay, from the generator of the device.
+    is recorded. How long that took is said once, by TorchRL's logger. It is recorded anew where
+    arguments of another shape come, or where :func:`fingerprint` of its modules, or ``also``, is
+    another one. Random numbers are drawn anew in every replay, from the generator of the device.
 
     Where somebody else records or compiles, under autocast, and on a CPU it is carried out as it
     is. All calls must come from one thread.
@@ -98,6 +100,7 @@ class Recorded(Generic[T]):
         self.n_warm_up = n_warm_up
         self._n_failures = 0
         self._n_circumstances = 0
+        self._has_reported = False
         self.forget()
 
     def __call__(self, *arguments: Any, is_unchanged: bool = False) -> T:
@@ -164,7 +167,7 @@ class Recorded(Generic[T]):
     def _record(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Recording | None:
         inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in tensors]
         own = _rebuilt(arguments, iter(inputs))
-        token = _IS_RECORDING.set(True)
+        start, token = time.perf_counter(), _IS_RECORDING.set(True)
         try:
             with without_reading():
                 replay, outputs = record(lambda: self.function(*own), inputs[0].device)
@@ -175,7 +178,15 @@ class Recorded(Generic[T]):
             return None
         finally:
             _IS_RECORDING.reset(token)
+        if not self._has_reported:
+            self._has_reported = True
+            seconds = time.perf_counter() - start
+            torchrl_logger.info(f"{self._name} was recorded as a CUDA graph in {seconds:.2f} s")
         return Recording(inputs, replay, outputs)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
 
     def _note_failure(self, error: BaseException) -> None:
         self.forget()
@@ -184,11 +195,10 @@ class Recorded(Generic[T]):
             return
         while error.__context__ is not None:  # torch says first that something went wrong before
             error = error.__context__
-        name = getattr(self.function, "__qualname__", type(self.function).__name__)
         what = (str(error) or "no text").splitlines()[0]
         warnings.warn(
-            f"{name} cannot be replayed as a CUDA graph and is carried out without, more slowly "
-            f"(cudagraphs=False asks for that): {type(error).__name__}: {what}.",
+            f"{self._name} cannot be replayed as a CUDA graph and is carried out without, more "
+            f"slowly (cudagraphs=False asks for that): {type(error).__name__}: {what}.",
             stacklevel=5,
         )
 

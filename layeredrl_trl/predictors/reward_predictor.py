@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,6 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torchrl import logger as torchrl_logger
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl.checks import check_count, check_counts
@@ -86,7 +88,8 @@ class RewardPredictor(Predictor):
         compile: let :meth:`learn` compute its losses and their gradients in code that
             ``torch.compile`` makes of all parts. The numbers are the same but for rounding. The
             first call, and the first with other batch sizes, takes half a minute; after that a
-            step on a CPU takes some 60 to 90% of the time. Needs a C++ compiler (on CUDA Triton).
+            step on a CPU takes some 60 to 90% of the time. How long it took is said once, by
+            TorchRL's logger. Needs a C++ compiler (on CUDA Triton).
             ``None``: on CUDA, if it can be done there, else not.
         cudagraphs: let :meth:`learn` record a step on CUDA as a graph, and replay it: everything
             from what was read from the buffer to the targets, without Python in between. See
@@ -505,7 +508,8 @@ class RewardPredictor(Predictor):
         params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
         groups = [{"params": ps, "name": name} for name, ps in params.items() if ps]
         compute = self._losses
-        if compile or (compile is None and self.device.type == "cuda"):
+        self._will_compile = compile or (compile is None and self.device.type == "cuda")
+        if self._will_compile:
             compute = self._compiled_losses()
         return Update(
             loss,
@@ -539,8 +543,9 @@ class RewardPredictor(Predictor):
     def _take_step(
         self, slices: SliceParts, transitions: TransitionParts, *, is_first: bool
     ) -> TensorDict:
+        start = time.perf_counter()
         try:
-            return self.update(slices, transitions, is_unchanged=not is_first)
+            terms = self.update(slices, transitions, is_unchanged=not is_first)
         except TorchDynamoException as error:
             if self._update_options["compile"] is not None:  # it was asked for
                 raise
@@ -551,7 +556,13 @@ class RewardPredictor(Predictor):
                 stacklevel=5,
             )
             self.update.compute = self._losses
+            self._will_compile = False
             return self.update(slices, transitions)
+        if self._will_compile and self.update.steps > _STARTING_STEPS:
+            self._will_compile = False
+            seconds = time.perf_counter() - start
+            torchrl_logger.info(f"RewardPredictor: a learning step was compiled in {seconds:.1f} s")
+        return terms
 
     @property
     def _reader(self) -> BatchReader:

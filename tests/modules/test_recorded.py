@@ -78,6 +78,16 @@ def test_a_replay_does_the_same_without_python(module):
 
 
 @pytest.mark.usefixtures("replays")
+def test_recording_is_reported_once(module, caplog):
+    again, _ = recorded(module)
+    with caplog.at_level("INFO", logger="torchrl"):
+        for n in (3, 5):
+            for _ in range(5):
+                again(torch.randn(n, 2))
+    assert caplog.text.count("was recorded as a CUDA graph in") == 1
+
+
+@pytest.mark.usefixtures("replays")
 def test_what_is_returned_is_not_overwritten():
     for function in (lambda x: x + 1, lambda x: {"a": x + 1, "b": (x[0], None)}):
         again = Recorded(function, [], cudagraphs=True)

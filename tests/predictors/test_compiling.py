@@ -71,6 +71,17 @@ def test_what_must_be_compiled_raises_and_changes_nothing(no_compiler):
     assert predictor.update.steps == 2
 
 
+def test_compiling_is_reported_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    predictor, eager, data = small_predictor(compile=True), small_predictor(), filled_buffer()
+    with caplog.at_level("INFO", logger="torchrl"):
+        learn(predictor, data, n_steps=2)
+        assert "compiled" not in caplog.text
+        for p in (predictor, eager):
+            learn(p, data, n_steps=5)
+    assert caplog.text.count("a learning step was compiled in") == 1
+
+
 def test_predictors_on_the_cpu_compile_nothing_unless_asked(no_compiler):
     learn(small_predictor(), filled_buffer(), n_steps=4)
     assert no_compiler.functions == []
