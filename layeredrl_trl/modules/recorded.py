@@ -261,15 +261,17 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[Hashable, list[object]]:
 
 
 def _print_tensor(x: Tensor, seen: list[Hashable]) -> None:
-    seen += (x.data_ptr(), x.shape, x.stride(), x.requires_grad)
+    seen += (x.data_ptr(), x.shape, x.stride(), x.dtype, x.requires_grad)
 
 
 def _print_container(x: Collection[Any], seen: list[Hashable], objects: list[object]) -> None:
     seen.append(len(x))
     if len(x) > _LONGEST:
         return
-    for one in x.values() if isinstance(x, dict) else x:
-        if type(one) in _PLAIN:
+    for one in (*x, *x.values()) if isinstance(x, dict) else x:
+        if isinstance(one, Tensor):
+            _print_tensor(one, seen)
+        elif type(one) in _PLAIN:
             seen.append(one)
         else:
             seen.append(id(one))
@@ -279,8 +281,8 @@ def _print_container(x: Collection[Any], seen: list[Hashable], objects: list[obj
 def is_known(module: nn.Module) -> bool:
     """Say whether a module and its parts are made of nothing but what its libraries define.
 
-    Then :func:`fingerprint` misses nothing. Of anybody's own code it cannot be told whether it can
-    be replayed: it may read a clock, a list or a tensor.
+    Of anybody's own code it cannot be told whether it can be replayed: it may read a clock or a
+    list, and it is not called again in a replay.
 
     Args:
         module: is asked with its parts, their hooks and those of parameters.
@@ -288,6 +290,8 @@ def is_known(module: nn.Module) -> bool:
     for part in module.modules():
         called: list[Any] = [type(part), *part._forward_hooks.values()]
         called += part._forward_pre_hooks.values()
+        called += [*part._backward_hooks.values(), *part._backward_pre_hooks.values()]
+        called += [part.__dict__[name] for name in ("forward", "__call__") if name in part.__dict__]
         if isinstance(part, TensorDictModule) and not isinstance(part.module, nn.Module):
             called.append(part.module)
         for p in part._parameters.values():

@@ -28,7 +28,8 @@ class SymmetryBreakingStart(DynamicsModel):
 
     Args:
         model: learns meanwhile, and predicts afterwards.
-        sb_start_duration: env steps; 0 for no start.
+        sb_start_duration: env steps; 0 for no start. If it is changed later, that counts from the
+            next :meth:`advance` on.
         factor: length of ``W`` times the change that an action of length 1 makes.
         std: standard deviation of ``W`` times the change.
 

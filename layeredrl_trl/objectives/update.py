@@ -126,8 +126,8 @@ class Update:
         steps: steps taken, skipped ones included.
 
     Raises:
-        ValueError: if a number is out of its range, or ``wait=False`` with an optimiser or a
-            target updater that cannot do without.
+        ValueError: if a number is out of its range, or ``wait=False`` or ``cudagraphs=True`` with
+            an optimiser or a target updater that cannot do without, or the latter without CUDA.
 
     Example:
         See :class:`~layeredrl_trl.predictors.RewardPredictor`, whose ``learn`` is a loop over it.
@@ -161,6 +161,10 @@ class Update:
                 f"ForeachSoftUpdate, got {type(optimizer).__name__} and "
                 f"{type(target_updater).__name__}."
             )
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        device = torch.device("cpu") if first is None else first.device
+        if cudagraphs and not can_record(device):
+            raise ValueError(f"cudagraphs: they need CUDA, got parameters on {device}.")
         self.loss_module = loss_module
         self.optimizer = optimizer
         self.target_updater = target_updater
@@ -180,12 +184,10 @@ class Update:
         self.starting_steps = starting_steps
         self.steps = 0
         self._skipped = 0
-        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
-        device = None if first is None else first.device
         self._skipped_on_device = torch.zeros((), dtype=torch.long, device=device)
         self._has_warned = False
         self._recorded = None
-        if cudagraphs is not False and can_go_on and device and can_record(device):
+        if cudagraphs is not False and can_go_on and can_record(device):
             self.wait = False
             n_groups = len(optimizer.param_groups)
             self._rates = torch.full((n_groups,), torch.nan, dtype=torch.float32, device=device)

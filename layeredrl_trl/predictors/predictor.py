@@ -279,8 +279,14 @@ class Predictor(nn.Module, abc.ABC):
         if env is None or not self._is_of_my_parts(env):
             n = self.model.action_dim
             spec = Categorical(n) if discrete else Unbounded((n,))
-            env = envs[deterministic, discrete] = self.env(spec, deterministic=deterministic)
+            options = {"deterministic": deterministic, "cudagraphs": self._rollout_cudagraphs}
+            env = envs[deterministic, discrete] = self.env(spec, **options)
         return env
+
+    @property
+    def _rollout_cudagraphs(self) -> bool | None:
+        """See :class:`~layeredrl_trl.envs.PredictorEnv`."""
+        return None
 
     def _is_of_my_parts(self, env: PredictorEnv) -> bool:
         return (

@@ -95,7 +95,8 @@ class RewardPredictor(Predictor):
             from what was read from the buffer to the targets, without Python in between. See
             :class:`~layeredrl_trl.modules.Recorded`. ``None``: on CUDA, if it can be done there
             and all parts are of this library or torch's, so that nothing is missed that changes
-            what they do; True: whatever the parts.
+            what they do; True: whatever the parts. With False :meth:`rollout` is not recorded
+            either.
 
     Attributes:
         loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
@@ -563,6 +564,10 @@ class RewardPredictor(Predictor):
             seconds = time.perf_counter() - start
             torchrl_logger.info(f"RewardPredictor: a learning step was compiled in {seconds:.1f} s")
         return terms
+
+    @property
+    def _rollout_cudagraphs(self) -> bool | None:
+        return False if self._update_options["cudagraphs"] is False else None
 
     @property
     def _reader(self) -> BatchReader:

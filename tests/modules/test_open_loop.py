@@ -167,6 +167,12 @@ def test_blocks_hold_envs_of_one_member(n_envs, n_models, size, kind, without_wa
     assert gathered.shape[0] <= -(-n_envs // size) + min(n_envs, n_models)
 
 
+def test_blocks_that_nobody_needs_are_of_a_member_that_there_is(without_waiting, monkeypatch):
+    monkeypatch.setattr(open_loop, "block_size", lambda *_: 8)
+    rows = MemberRows(64, 1, 3, torch.full((64, 1), 2))
+    assert len(rows.group_member) > 8 and rows.group_member.max() == 2
+
+
 @pytest.mark.parametrize("n_models", [5, 20, 100])
 def test_on_a_gpu_a_larger_ensemble_cost_more(n_models):
     """On "meta" no number can be read, as none may be on a GPU."""

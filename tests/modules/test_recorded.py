@@ -31,6 +31,7 @@ class Scale(nn.Module):
         self.register_buffer("total", torch.zeros(2))
         self.factor = 1.0
         self.options = ["a", object()]
+        self.table = {"a": torch.zeros(2)}
 
 
 def uncounted(module):
@@ -201,10 +202,20 @@ def change_an_entry(module):
     module.options[1] = object()
 
 
+def change_a_name(module):
+    module.table["b"] = module.table.pop("a")
+
+
+def change_a_tensor_in_a_table(module):
+    module.table["a"].data = torch.ones(2)
+
+
 CHANGES = [
     change_what_learns,
     change_strides,
     change_an_entry,
+    change_a_name,
+    change_a_tensor_in_a_table,
     change_attribute,
     change_training,
     change_part,
@@ -394,6 +405,14 @@ def test_modules_of_libraries_are_known():
     handle = known[0].register_forward_hook(lambda *_: None)
     assert not is_known(known)
     handle.remove()
+    assert is_known(known)
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        handle = getattr(known[0], register)(lambda *_: None)
+        assert not is_known(known)
+        handle.remove()
+    known[0].forward = lambda x: x
+    assert not is_known(known)
+    del known[0].forward
     assert is_known(known)
     with torch.enable_grad():
         known[0].weight.register_hook(lambda grad: grad)

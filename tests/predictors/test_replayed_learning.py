@@ -293,8 +293,22 @@ def test_an_error_in_a_step_leaves_everything_as_it_was(monkeypatch):
     assert own.update.steps == 12
 
 
+@pytest.mark.parametrize("cudagraphs", [None, False])
+def test_rollouts_are_replayed_unless_that_is_not_wanted(cudagraphs):
+    predictor = known_predictor(IdentityEncoder(3), cudagraphs=cudagraphs)
+    with torch.no_grad():
+        for _ in range(6):
+            predictor.rollout(torch.randn(4, 3), torch.randn(4, 5, 1))
+    recorded = predictor._rollout_env(False, False)._recorded
+    assert bool(recorded._recordings) is (cudagraphs is None)
+
+
 def test_graphs_need_cuda(monkeypatch):
     monkeypatch.undo()
+    loss = small_predictor().loss_module
+    optimizer = torch.optim.Adam(loss.parameters(), fused=True)
+    with pytest.raises(ValueError, match=r"cudagraphs.*parameters on cpu"):
+        Update(loss, optimizer, cudagraphs=True)
     with pytest.raises(ValueError, match=r"cudagraphs.*device cpu"):
         small_predictor(cudagraphs=True)
 

@@ -124,6 +124,27 @@ def test_loss_and_its_terms(value):
     assert not any(x.requires_grad for key, x in terms.items() if key not in expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("all_count", [True, False])
+def test_errors_are_squared_once_with_and_without_padding(reduction, all_count):
+    predictor = small_predictor("state", rew_loss_weight=2.0)
+    loss, buffer = predictor.loss_module, filled_buffer().buffer
+    loss.reduction = reduction
+    batch = predictor.compute_targets(buffer, 6, 2, 3)
+    mask = torch.ones(6, 2, 1, dtype=torch.bool)
+    if not all_count:
+        mask[2:, 1] = False
+    terms = loss(batch.set(MASK, mask), predictor.sample_model_batch(buffer, 7))
+    latent, context, action = batch["latent"], batch["context"], batch["action"]
+    for key, weight, predicted, target in (
+        ("reward", 2.0, predictor.rew_func(latent, context, action), batch["next", "reward"]),
+        ("value", 1.0, predictor.val_func(latent, context), batch["value_target"]),
+    ):
+        squares = torch.where(mask, (predicted - target) ** 2, 0.0)
+        reduced = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / mask.sum()}
+        torch.testing.assert_close(terms[f"loss_{key}"], weight * reduced[reduction])
+
+
 def test_loss_of_slices_alone():
     predictor, data = small_predictor(k_steps=2, n_steps=2), episodes(15, [])
     slices = data.reshape(5, 3).set(MASK, torch.ones(5, 3, 1, dtype=torch.bool))
