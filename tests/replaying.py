@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """In place of ``layeredrl_trl.modules.recorded.record``."""
+    """In place of ``layeredrl_trl.modules.cuda_graph.record``."""
     recorder, random_state = Recorder(), torch.get_rng_state()
 
     def refuse(*_, **__):

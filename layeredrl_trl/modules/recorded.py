@@ -7,21 +7,19 @@ the memory that was there. :func:`fingerprint` says when that would be something
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
 from torchrl import logger as torchrl_logger
 
 from layeredrl_trl.functional import without_reading
+from layeredrl_trl.modules.cuda_graph import beside, can_record, record
+from layeredrl_trl.modules.fingerprint import fingerprint, is_known
 
 T = TypeVar("T")
 
@@ -30,15 +28,6 @@ _MOST_RECORDINGS = 16
 
 _MOST_FAILURES = 3
 """What cannot be recorded is tried again, as often: the cause may lie outside."""
-
-_PLAIN = {bool, int, float, str, type(None)}
-
-_CONTAINERS = {dict, OrderedDict, list, tuple, set}
-
-_LONGEST = 16
-"""Of longer containers only the length is looked at."""
-
-_LIBRARIES = {"torch", "tensordict", "torchrl", "layeredrl_trl"}
 
 _IS_RECORDING: ContextVar[bool] = ContextVar("_IS_RECORDING", default=False)
 
@@ -117,7 +106,7 @@ class Recorded(Generic[T]):
         Raises:
             RuntimeError: if it cannot be recorded but must be.
         """
-        if self.cudagraphs is False or _IS_RECORDING.get() or self._n_failures >= _MOST_FAILURES:
+        if self.cudagraphs is False or is_recording() or self._n_failures >= _MOST_FAILURES:
             return self.function(*arguments)
         tensors: list[Tensor] = []
         layout = _layout(arguments, tensors)
@@ -159,10 +148,12 @@ class Recorded(Generic[T]):
         """Number all that a recording depends on, but its arguments."""
         modules, objects = fingerprint(self.modules)
         found = (modules, _torch_state(), self.also())
-        if found not in self._circumstances:
+        known = self._circumstances.pop(found, None)
+        if known is None:
             self._n_circumstances += 1
-            _keep(self._circumstances, found, (self._n_circumstances, objects))
-        return self._circumstances[found][0]
+            known = self._n_circumstances, objects
+        _keep(self._circumstances, found, known)  # the last one asked for
+        return known[0]
 
     def _record(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Recording | None:
         inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in tensors]
@@ -208,176 +199,9 @@ class Recorded(Generic[T]):
         return self.__dict__ | unbound | {"_n_failures": 0}
 
 
-def fingerprint(modules: Iterable[nn.Module]) -> tuple[Hashable, list[object]]:
-    """Describe all that a replay cannot see changing, of modules and their parts.
-
-    These are their plain attributes (numbers, strings, flags), which object any other attribute is,
-    what is in short lists and dictionaries, hooks among them, their parts, and of parameters and
-    buffers where in memory they lie, in which shape, and whether they learn. What changes inside
-    of another object is missed. A module may name attributes in ``unprinted`` that replays do not
-    depend on.
-
-    Args:
-        modules: asked with all their parts.
-
-    Returns:
-        the description, equal if nothing was changed but numbers in tensors; and the objects that
-        it knows by their place in memory, which is theirs only as long as somebody holds them.
-    """
-    seen: list[Hashable] = []
-    objects: list[object] = []
-    parts, done = list(modules), set[int]()
-    while parts:
-        part = parts.pop()
-        if id(part) in done:
-            continue
-        done.add(id(part))
-        seen.append(id(part))
-        objects.append(part)
-        unprinted = getattr(type(part), "unprinted", ())
-        # what else these hold is notes of what was last done with them
-        attributes = {} if isinstance(part, TensorDictParams) else part.__dict__
-        for name, x in attributes.items():
-            kind = type(x)  # asked for often: isinstance takes longer
-            if kind in _PLAIN:
-                if name not in unprinted:
-                    seen.append(x)
-            elif kind in _CONTAINERS:
-                if x and name not in ("_parameters", "_buffers", "_modules"):
-                    _print_container(x, seen, objects)
-                else:
-                    seen.append(len(x))
-            elif isinstance(x, Tensor):
-                _print_tensor(x, seen)
-            else:
-                seen.append(id(x))
-                objects.append(x)
-        for tensors in (part._parameters, part._buffers):
-            for x in tensors.values():
-                if x is not None:
-                    _print_tensor(x, seen)
-        parts += [x for x in part._modules.values() if x is not None]
-    return tuple(seen), objects
-
-
-def _print_tensor(x: Tensor, seen: list[Hashable]) -> None:
-    seen += (x.data_ptr(), x.shape, x.stride(), x.dtype, x.requires_grad)
-
-
-def _print_container(x: Collection[Any], seen: list[Hashable], objects: list[object]) -> None:
-    seen.append(len(x))
-    if len(x) > _LONGEST:
-        return
-    for one in (*x, *x.values()) if isinstance(x, dict) else x:
-        if isinstance(one, Tensor):
-            _print_tensor(one, seen)
-        elif type(one) in _PLAIN:
-            seen.append(one)
-        else:
-            seen.append(id(one))
-            objects.append(one)
-
-
-def is_known(module: nn.Module) -> bool:
-    """Say whether a module and its parts are made of nothing but what its libraries define.
-
-    Of anybody's own code it cannot be told whether it can be replayed: it may read a clock or a
-    list, and it is not called again in a replay.
-
-    Args:
-        module: is asked with its parts, their hooks and those of parameters.
-    """
-    for part in module.modules():
-        called: list[Any] = [type(part), *part._forward_hooks.values()]
-        called += part._forward_pre_hooks.values()
-        called += [*part._backward_hooks.values(), *part._backward_pre_hooks.values()]
-        called += [part.__dict__[name] for name in ("forward", "__call__") if name in part.__dict__]
-        if isinstance(part, TensorDictModule) and not isinstance(part.module, nn.Module):
-            called.append(part.module)
-        for p in part._parameters.values():
-            if p is not None:
-                called += [*(p._backward_hooks or {}).values()]
-                called += [*(getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()]
-        for x in called:
-            if str(getattr(x, "__module__", None)).partition(".")[0] not in _LIBRARIES:
-                return False
-    return True
-
-
-def can_record(device: torch.device) -> bool:
-    """Say whether work can be recorded on a device."""
-    return device.type == "cuda"
-
-
 def is_recording() -> bool:
     """Say whether what is done now is being recorded."""
     return _IS_RECORDING.get()
-
-
-def beside(work: Callable[[], T], device: torch.device) -> T:
-    """Do ``work`` on a stream of its own, as what is recorded later must have been done once."""
-    if device.type != "cuda":
-        return work()
-    current, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        out = work()
-    current.wait_stream(side)
-    return out
-
-
-def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """Record ``work`` as a CUDA graph; nothing of it is done yet.
-
-    Args:
-        work: what to record.
-        device: where it happens.
-
-    Returns:
-        what does it, and what ``work`` returned: memory that is written by it.
-
-    Raises:
-        RuntimeError: if it cannot be recorded, say because the host waits for a number.
-    """
-    graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
-    collects = gc.isenabled()
-    gc.disable()  # what it frees may have been recorded, too
-    try:
-        # torch leaves its stream current where it fails; the outer context puts back what was
-        with (
-            torch.cuda.device(device),
-            torch.cuda.stream(side),
-            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
-        ):
-            outputs = work()
-    except BaseException:
-        _recover(device)
-        raise
-    finally:
-        if collects:
-            gc.enable()
-    return graph.replay, outputs
-
-
-def _recover(device: torch.device) -> None:
-    """Record nothing: some versions of torch draw no random numbers after a failure until then."""
-    side = _side_stream(device)
-    with (
-        suppress(RuntimeError),
-        torch.cuda.device(device),
-        torch.cuda.stream(side),
-        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side),
-    ):
-        torch.zeros(1, device=device)
-
-
-_SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _SIDE_STREAMS:
-        _SIDE_STREAMS[device] = torch.cuda.Stream(device)
-    return _SIDE_STREAMS[device]
 
 
 def _keep(things: dict[Hashable, T], key: Hashable, thing: T) -> None:

@@ -17,7 +17,7 @@ from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from layeredrl_trl.functional import can_read
-from layeredrl_trl.modules.recorded import Recorded, can_record
+from layeredrl_trl.modules import Recorded, can_record
 from layeredrl_trl.objectives.target_network import tensors_of
 
 Losses = Mapping[str, Tensor] | TensorDictBase

@@ -289,6 +289,27 @@ def test_that_nothing_changed_can_be_said(module):
 
 
 @pytest.mark.usefixtures("replays")
+def test_what_the_function_itself_changes_is_looked_for(module):
+    """Say that it has started something; a recording must not be taken for one from before."""
+    count = []
+
+    def function(x):
+        count.append(x)
+        if len(count) == 2:
+            module.factor = 2.0
+        return module.factor * module.net(x)
+
+    again, x = Recorded(function, [module], cudagraphs=True), torch.randn(3, 2)
+    for _ in range(8):
+        again(x, is_unchanged=True)
+    assert again._recordings
+    for factor in (1.0, 2.0, 1.0):
+        module.factor = factor
+        for _ in range(5):
+            torch.testing.assert_close(again(x), factor * module.net(x))
+
+
+@pytest.mark.usefixtures("replays")
 def test_old_recordings_make_room(module):
     again, count = recorded(module)
     for n in range(1, 40):

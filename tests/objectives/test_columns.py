@@ -112,3 +112,11 @@ def test_pieces_are_the_rows_in_order(n):
         assert isinstance(piece, TransitionParts) and piece.weight is None
         rows = slice(i * 6 // n, (i + 1) * 6 // n)
         assert_same(piece, TransitionParts(*(x if x is None else x[rows] for x in parts)))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_pieces_are_contiguous(n):
+    """They are compiled and recorded for their strides, and copied together if these agree."""
+    parts = make_transitions(6)._replace(latent=torch.randn(6, 9)[:, 2:5])
+    for piece in split(parts, n):
+        assert all(x is None or x.is_contiguous() for x in piece)

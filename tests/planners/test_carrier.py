@@ -97,3 +97,19 @@ def test_the_primer_is_copied_and_works_outside_of_an_env():
     env = TransformedEnv(FreeEnv(Bounded(-1, 1, (1,))), primer)
     out = env.rollout(2, planner, tensordict=TensorDict(batch_size=[4]))
     assert out["agent", "plan"].shape == (4, 2, 3, 1)
+
+
+def test_a_partial_reset_keeps_the_plans_of_the_others():
+    planner = CrossEntropyPlanner(
+        FreeEnv(Bounded(-1.0, 1.0, (2,))),
+        planning_horizon=3,
+        optim_steps=1,
+        num_candidates=4,
+        top_k=2,
+    )
+    primer = planner.make_tensordict_primer()
+    primer.reset_key = "_reset"
+    plan, reset = torch.randn(2, 3, 2), torch.tensor([[True], [False]])
+    given = TensorDict({"plan": plan, "_reset": reset}, batch_size=[2])
+    out = primer._reset(given, TensorDict(batch_size=[2]))["plan"]
+    assert out[0].isnan().all() and torch.equal(out[1], plan[1])
