@@ -3,12 +3,14 @@
     python -m benchmarks.replays
 
 Work is recorded on the CPU by the tests' stand-in for CUDA graphs. Views and allocations are not
-counted; in a graph each kernel takes some 2 us at least. The host's time is that of a replay that
-does nothing, on one thread: least of several.
+counted; in a graph each kernel takes some 2 us at least. "Compiled" counts what is left where steps
+of the model are generated code, whose kernels are counted in that code. The host's time is that of
+a replay that does nothing, on one thread: least of several.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from unittest.mock import patch
@@ -16,6 +18,7 @@ from unittest.mock import patch
 import torch
 import torchrl
 from tensordict import TensorDict
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import (
@@ -29,7 +32,7 @@ from benchmarks.workloads import (
     make_predictor,
     make_transitions,
 )
-from layeredrl_trl.modules import mlp, recorded
+from layeredrl_trl.modules import mlp, open_loop, recorded
 from layeredrl_trl.objectives import update
 from layeredrl_trl.planners import ICEMPlanner
 from tests.replaying import Recorder
@@ -51,18 +54,42 @@ def is_kernel(function, given: object, outputs: list[torch.Tensor]) -> bool:
 
 
 class Counter:
-    """In place of what records: counts kernels, and replays nothing."""
+    """In place of what records: counts kernels, and replays nothing.
 
-    def __init__(self) -> None:
+    Args:
+        kernels_of_step: of the generated code of a step of the model.
+    """
+
+    def __init__(self, kernels_of_step: int) -> None:
+        self.kernels_of_step = kernels_of_step
         self.kernels = 0
+        self.compiled = 0
 
     def __call__(self, work: Callable[[], object], device: torch.device):
-        recorder, state = Recorder(), torch.get_rng_state()
-        with recorder:
+        recorder, state, step, parts = Recorder(), torch.get_rng_state(), open_loop._step, []
+
+        def noted(*given):
+            start = len(recorder.steps)
+            outcome = step(*given)
+            parts.append((start, len(recorder.steps)))
+            return outcome
+
+        with recorder, patch.object(open_loop, "_step", noted):
             outputs = work()
         torch.set_rng_state(state)
-        self.kernels = sum(is_kernel(f, (a, k), o) for f, a, k, o in recorder.steps)
+        count = [is_kernel(f, (a, k), o) for f, a, k, o in recorder.steps]
+        self.kernels = sum(count)
+        self.compiled = self.kernels + sum(self.kernels_of_step - sum(count[a:b]) for a, b in parts)
         return (lambda: None), outputs
+
+
+def kernels_of_step() -> int:
+    """Kernels in the code of a step of the model: products, and what is generated."""
+    env = make_predictor(WORKLOADS["ens5"]).env(action_spec(), compile_imagine=True)
+    state = env.initial_state(TensorDict(observation=torch.randn(9, OBSERVATION_DIM), batch_size=9))
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(env.imagine, state, torch.rand(9, 2, ACTION_DIM))
+    return len(re.findall(r"extern_kernels\.\w+\(|cpp_fused\w*\(", code.partition("def call")[2]))
 
 
 def least(work: Callable[[], object]) -> float:
@@ -78,14 +105,14 @@ def least(work: Callable[[], object]) -> float:
 def main() -> None:
     torchrl.logger.setLevel("WARNING")
     torch.set_num_threads(1)
-    counter = Counter()
+    counter = Counter(kernels_of_step())
     buffer = make_buffer(make_transitions(3000))
-    print("| work | kernels | host, us |\n|---|---|---|")
+    print("| work | kernels | compiled | host, us |\n|---|---|---|---|")
     with (
         patch.object(recorded, "record", counter),
         patch.object(recorded, "can_record", lambda _: True),
         patch.object(update, "can_record", lambda _: True),
-        patch.object(mlp, "_pays_in_pieces", lambda *_: False),  # on a CPU only
+        patch.object(mlp, "pays_in_pieces", lambda *_: False),  # on a CPU only
     ):
         for name, workload in WORKLOADS.items():
             predictor = make_predictor(workload, compile=False)
@@ -94,19 +121,21 @@ def main() -> None:
             for n in (20, 400):
                 predictor.learn(buffer, 10, 2, 2, 0)
                 seconds = least(lambda p=predictor, n=n: p.learn(buffer, n, 2, 2, 0)) / n
-                print(f"| learn, {name}, {n} steps a call | {kernels} | {1e6 * seconds:.0f} |")
+                print(f"| learn, {name}, {n} steps a call | {kernels} | | {1e6 * seconds:.0f} |")
             observation = torch.randn(N_ENVS, OBSERVATION_DIM)
             actions = torch.rand(N_ENVS, 15, ACTION_DIM)
             with torch.no_grad():
                 seconds = least(lambda p=predictor, o=observation, a=actions: p.rollout(o, a))
-            print(f"| rollout of 15 steps, {name} | {counter.kernels} | {1e6 * seconds:.0f} |")
+            kernels = f"{counter.kernels} | {counter.compiled}"
+            print(f"| rollout of 15 steps, {name} | {kernels} | {1e6 * seconds:.0f} |")
             env = predictor.env(action_spec(), num_particles=1)
             planner = ICEMPlanner(
                 env, planning_horizon=15, optim_steps=6, num_candidates=128, top_k=12, gamma=GAMMA
             )
             state = env.initial_state(TensorDict(observation=observation, batch_size=[N_ENVS]))
             seconds = least(lambda p=planner, s=state: p(s.copy()))
-            print(f"| plan of 6 rounds, {name} | {counter.kernels} | {1e6 * seconds:.0f} |")
+            kernels = f"{counter.kernels} | {counter.compiled}"
+            print(f"| plan of 6 rounds, {name} | {kernels} | {1e6 * seconds:.0f} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from layeredrl_trl.functional import (
     epistemic_variance,
     gaussian_mixture_mean,
 )
-from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate
+from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate, generated
 
 Termination = Literal["soft", "sample"]
 Propagate = Callable[..., tuple[Tensor, Tensor | None]]
@@ -226,9 +226,10 @@ class Imagination(nn.Module):
         member: Tensor | None,
         deterministic: bool,
     ) -> ImaginedStep:
+        move = generated(Imagination._move)
         steps = []
         for action in actions.unbind(1):
-            after = self._move(latent, context, alive, action, member, deterministic)
+            after = move(self, latent, context, alive, action, member, deterministic)
             latent, alive, member = after.latent, after.alive, after.member
             steps.append(after)
         stacked = (

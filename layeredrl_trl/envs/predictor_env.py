@@ -12,12 +12,19 @@ from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
-from layeredrl_trl.envs.imagination import Imagination, ImaginedStep, Propagation, Termination
+from layeredrl_trl.envs.imagination import (
+    Imagination,
+    ImaginedStep,
+    Propagate,
+    Propagation,
+    Termination,
+)
 from layeredrl_trl.envs.imagined_specs import check_sizes, imagined_specs, particle_layout
 from layeredrl_trl.envs.initial_state import InitialState, blank_state, spread_members
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
+    Generating,
     Recorded,
     as_reward_module,
     as_termination_module,
@@ -72,6 +79,12 @@ class PredictorEnv(ModelBasedEnvBase):
         start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
             or a function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
+        compile_imagine: let :meth:`imagine` and planners, where no gradient is asked for, take
+            steps in code that ``torch.compile`` makes of them. The numbers are the same but for
+            rounding. Compiling takes some seconds at the first number of envs and at the second,
+            whatever the horizon is; it is said once, by TorchRL's logger. ``None``: on CUDA, if it
+            can be done there, else not (on a CPU it gives little). True: or raise where it cannot
+            be done. (``compile``, which TorchRL gives all its envs, is for :meth:`step`.)
         cudagraphs: let :meth:`imagine` on CUDA, where no gradient is asked for, replay what it did
             when it was last asked for as many envs and steps, without Python in between: see
             :class:`~layeredrl_trl.modules.Recorded`. ``None``: if it can be done and all parts are
@@ -123,6 +136,7 @@ class PredictorEnv(ModelBasedEnvBase):
         uncertainty: bool = False,
         termination_fn: nn.Module | Callable[..., Tensor] | None = None,
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
+        compile_imagine: bool | None = None,
         cudagraphs: bool | None = None,
     ) -> None:
         check_sizes(encoder, dynamics, action_spec, start)
@@ -154,6 +168,7 @@ class PredictorEnv(ModelBasedEnvBase):
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
+        self._generating = Generating("PredictorEnv: a step of imagination", compile_imagine)
         self._recorded = Recorded(
             self._roll, [imagination], cudagraphs=cudagraphs, also=self._is_deterministic
         )
@@ -288,15 +303,7 @@ class PredictorEnv(ModelBasedEnvBase):
             self._check_actions(actions, envs)
             latent, context, alive, member = some
             actions = actions.reshape(-1, *actions.shape[len(envs) :])
-            outcome = self.world_model.rollout(
-                latent,
-                context,
-                alive,
-                actions,
-                member,
-                deterministic=self._is_deterministic(),
-                propagate=propagate,
-            )
+            outcome = self._roll(latent, context, alive, actions, member, propagate)
             context = context.unsqueeze(1).expand(-1, actions.shape[1], -1)
             entries = self._entries(outcome, context)
             return {
@@ -331,9 +338,17 @@ class PredictorEnv(ModelBasedEnvBase):
         alive: Tensor,
         actions: Tensor,
         member: Tensor | None,
+        propagate: Propagate | None = None,
     ) -> ImaginedStep:
-        return self.world_model.rollout(
-            latent, context, alive, actions, member, deterministic=self._is_deterministic()
+        return self._generating(
+            self.world_model.rollout,
+            latent,
+            context,
+            alive,
+            actions,
+            member,
+            deterministic=self._is_deterministic(),
+            propagate=propagate,
         )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -10,6 +10,7 @@ from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.encoders import Encoder, IdentityEncoder
 from layeredrl_trl.modules.ensemble import ProbabilisticEnsemble
 from layeredrl_trl.modules.fingerprint import fingerprint, is_known
+from layeredrl_trl.modules.generating import Generating, generated
 from layeredrl_trl.modules.heads import (
     LatentFunction,
     RewardNet,
@@ -40,6 +41,7 @@ __all__ = [
     "DynamicsModel",
     "Encoder",
     "EnsembleMLP",
+    "Generating",
     "IdentityEncoder",
     "LatentFunction",
     "LearnedEncoder",
@@ -64,6 +66,7 @@ __all__ = [
     "check_parts",
     "evaluate",
     "fingerprint",
+    "generated",
     "head_entries",
     "is_known",
     "is_recording",

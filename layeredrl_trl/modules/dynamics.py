@@ -22,6 +22,7 @@ from layeredrl_trl.functional import (
     sample_gaussian_mixture,
     zero_where_not,
 )
+from layeredrl_trl.modules.generating import generated
 
 
 class ParticlePrediction(NamedTuple):
@@ -144,12 +145,12 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a last dim or a leading shape does not fit.
         """
+        move = generated(_move)
         latents, term_logits = [], []
         for action in actions.unbind(1):
-            prediction = self.predict_particles(latent, context, action, member)
-            latent = prediction.next_latent(deterministic)
+            latent, term_logit = move(self, latent, context, action, member, deterministic)
             latents.append(latent)
-            term_logits.append(prediction.term_logit)
+            term_logits.append(term_logit)
         return torch.stack(latents, 1), torch.stack(term_logits, 1) if terminations else None
 
     def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -434,3 +435,16 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
 def _check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
     if x.shape != tuple(shape):
         raise ValueError(f"{name}: expected shape {[*shape]}, got {list(x.shape)}.")
+
+
+def _move(
+    model: DynamicsModel,
+    latent: Tensor,
+    context: Tensor,
+    action: Tensor,
+    member: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """One step of :meth:`DynamicsModel.propagate`: latent state after it, and termination logit."""
+    prediction = model.predict_particles(latent, context, action, member)
+    return prediction.next_latent(deterministic), prediction.term_logit

@@ -240,9 +240,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         others = self._features(actions, actions.shape[:2])
         if self.condition_on_context:
             others = torch.cat([context.unsqueeze(1).expand(-1, horizon, -1), others], -1)
-        others = ((others - centre[dim:]) / width[dim:]).flatten(1)[:, None, None]
-        others = rows.gather(others.expand(-1, latent.shape[1], n_particles, -1))
-        others = others.unflatten(-1, (horizon, -1))
+        others = ((others - centre[dim:]) / width[dim:]).transpose(0, 1)[:, :, None, None]
+        others = rows.gather(others.expand(-1, -1, latent.shape[1], n_particles, -1))
         inputs, after = open_loop.run(start, others, rows, deterministic=deterministic)
         after = torch.addcmul(centre[:dim], width[:dim], after)
 

@@ -62,7 +62,7 @@ class ConcatMLP(nn.Module):
         x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         # rows [N, in], else every layer would make them so, and undo it, backward too
         rows = x.reshape(batch.numel(), x.shape[-1])
-        if not _pays_in_pieces(rows, len(rows)):
+        if not pays_in_pieces(rows):
             out = self.layers(rows)
         else:
             out = torch.cat([self.layers(piece) for piece in rows.split(_PIECE)])
@@ -148,7 +148,9 @@ def run_layers(
     Returns:
         ``[E, N, out]``.
     """
-    if not _pays_in_pieces(x, x.shape[1]):
+    if torch.compiler.is_compiling():
+        return _run(x, layers, activation, _product)
+    if not pays_in_pieces(x):
         return _run(x, layers, activation, torch.baddbmm)
     pieces = []
     for e, rows in enumerate(x.unbind(0)):
@@ -169,11 +171,16 @@ def _run(
     return product(bias, x, weight)
 
 
-def _pays_in_pieces(x: Tensor, n_rows: int) -> bool:
-    """Whether there are many rows on a CPU, and no gradient is asked for."""
-    if n_rows <= _PIECE // 2 or x.is_cuda:
+def _product(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``baddbmm``, which generated code would call; this it joins with the nonlinearity."""
+    return torch.bmm(x, weight) + bias
+
+
+def pays_in_pieces(x: Tensor) -> bool:
+    """Whether rows ``[..., N, in]`` are many, on a CPU, and no gradient is asked for."""
+    if x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return x.shape[-2] > _PIECE // 2
 
 
 def in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:

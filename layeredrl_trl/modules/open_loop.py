@@ -7,18 +7,19 @@ the last layer; terminations, which move no particle, are evaluated for all step
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from layeredrl_trl.functional import (
-    MixtureNoise,
     can_read,
     gaussian_mixture_mean,
     mixture_noise_of_steps,
 )
-from layeredrl_trl.modules.mlp import in_place, layers_of, run_layers
+from layeredrl_trl.modules.generating import generated, is_generating
+from layeredrl_trl.modules.mlp import in_place, layers_of, pays_in_pieces, run_layers
 
 _LEAST_ROWS = 64
 """Of a block."""
@@ -177,7 +178,7 @@ class OpenLoop:
 
         Args:
             latent: in units of the inputs, ``[G, R, D]``, in groups of one member each.
-            others: context and actions as inputs, ``[G, R, H, K]``.
+            others: context and actions as inputs, ``[H, G, R, K]``.
             rows: their order; noise is drawn in that of the envs, as single steps draw it.
             deterministic: move them to the mean of their mixture instead of drawing.
 
@@ -185,27 +186,25 @@ class OpenLoop:
             inputs of all steps ``[G, H * R, D + K]``, and the latent states after them
             ``[G, R, H, D]``.
         """
-        horizon, dim = others.shape[2], latent.shape[-1]
-        activation, layers = in_place(self.activation), layers_of(self.layers, rows.group_member)
-        noise = [None] * horizon if deterministic else self._noise(latent, rows, horizon)
-        parts = [dim, dim, 1] if self.n_modes > 1 else [dim, dim]
+        horizon, dim = len(others), latent.shape[-1]
+        layers = layers_of(self.layers, rows.group_member)
+        noise = [(None, None)] * horizon if deterministic else self._noise(latent, rows, horizon)
         first = torch.arange(latent.shape[:2].numel(), device=latent.device) * self.n_modes
-        inputs, after = [], []
-        for other, own in zip(others.unbind(2), noise, strict=True):
-            inputs.append(torch.cat([latent, other], -1))
-            raw = run_layers(inputs[-1], layers, activation)
-            if self.n_modes > 1:
-                raw = raw.unflatten(-1, (self.n_modes, 2 * dim + 1))
-                raw = _mean_mode(raw) if own is None else _draw_mode(raw, own.gumbel, first)
-            mean, width, *_ = raw.split_with_sizes(parts, -1)
-            latent = mean + latent if self.is_change else mean
-            if own is not None:
-                std = torch.addcmul(self.std_low, self.std_high, width.sigmoid())
-                latent = torch.addcmul(latent, std, own.normal)
-            after.append(latent)
-        return torch.cat(inputs, 1), torch.stack(after, 2)
+        step, activation = _step, in_place(self.activation)
+        if is_generating() and not pays_in_pieces(latent):
+            step, activation = generated(_step), self.activation
+        constant = first, layers, activation, self.std_low, self.std_high, self.n_modes
+        before, *ahead = others.unbind(0)
+        inputs = [torch.cat([latent, before], -1)]
+        for other, own in zip([*ahead, before], noise, strict=True):  # behind the last step: any
+            inputs.append(step(inputs[-1], other, *own, *constant, self.is_change))
+        after = torch.stack([x[..., :dim] for x in inputs[1:]], 2)
+        return torch.cat(inputs[:-1], 1), after
 
-    def _noise(self, latent: Tensor, rows: MemberRows, horizon: int) -> list[MixtureNoise]:
+    def _noise(
+        self, latent: Tensor, rows: MemberRows, horizon: int
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Gumbel and normal noise of each step, in the order of the rows."""
         n_rows = rows.n_models if rows.member is None else 1
         shape = (rows.n_envs, n_rows, rows.n_particles, self.n_modes)
         like = {"dtype": latent.dtype, "device": latent.device}
@@ -213,7 +212,48 @@ class OpenLoop:
             [None] * horizon if x is None else rows.gather(x).unbind(0)
             for x in mixture_noise_of_steps(horizon, shape, latent.shape[-1], **like)
         )
-        return [MixtureNoise(*own) for own in zip(gumbel, normal, strict=True)]
+        return list(zip(gumbel, normal, strict=True))
+
+
+def _step(
+    inputs: Tensor,
+    ahead: Tensor,
+    gumbel: Tensor | None,
+    normal: Tensor | None,
+    first: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    activation: Callable[[Tensor], Tensor],
+    std_low: Tensor,
+    std_high: Tensor,
+    n_modes: int,
+    is_change: bool,
+) -> Tensor:
+    """Inputs of the next step ``[G, R, D + K]`` from those of this one; see :class:`OpenLoop`.
+
+    Args:
+        inputs: ``[G, R, D + K]``.
+        ahead: context and action of the next step, ``[G, R, K]``.
+        gumbel: noise to draw a mode by, ``[G, R, M]``; ``None`` where there is but one.
+        normal: noise to draw from it by, ``[G, R, D]``; ``None`` for the mean of the mixture.
+        first: where the modes of each particle begin, ``[G * R]``.
+        layers: of each group.
+        activation: between them.
+        std_low: least standard deviation.
+        std_high: what is added to it at most.
+        n_modes: ``M``.
+        is_change: whether the networks predict the change of the latent state.
+    """
+    dim = inputs.shape[-1] - ahead.shape[-1]
+    raw = run_layers(inputs, layers, activation)
+    if n_modes > 1:
+        raw = raw.unflatten(-1, (n_modes, 2 * dim + 1))
+        raw = _draw_mode(raw, gumbel, first) if gumbel is not None else _mean_mode(raw)
+    mean, width = raw[..., :dim], raw[..., dim : 2 * dim]
+    latent = mean + inputs[..., :dim] if is_change else mean
+    if normal is not None:
+        std = torch.addcmul(std_low, std_high, width.sigmoid())
+        latent = torch.addcmul(latent, std, normal)
+    return torch.cat([latent, ahead], -1)
 
 
 def _mean_mode(modes: Tensor) -> Tensor:

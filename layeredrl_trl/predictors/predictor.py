@@ -279,14 +279,14 @@ class Predictor(nn.Module, abc.ABC):
         if env is None or not self._is_of_my_parts(env):
             n = self.model.action_dim
             spec = Categorical(n) if discrete else Unbounded((n,))
-            options = {"deterministic": deterministic, "cudagraphs": self._rollout_cudagraphs}
+            options = {"deterministic": deterministic, **self._rollout_options}
             env = envs[deterministic, discrete] = self.env(spec, **options)
         return env
 
     @property
-    def _rollout_cudagraphs(self) -> bool | None:
-        """See :class:`~layeredrl_trl.envs.PredictorEnv`."""
-        return None
+    def _rollout_options(self) -> dict[str, bool | None]:
+        """Of the :class:`~layeredrl_trl.envs.PredictorEnv` of :meth:`rollout`."""
+        return {}
 
     def _is_of_my_parts(self, env: PredictorEnv) -> bool:
         return (

@@ -90,7 +90,8 @@ class RewardPredictor(Predictor):
             first call, and the first with other batch sizes, takes half a minute; after that a
             step on a CPU takes some 60 to 90% of the time. How long it took is said once, by
             TorchRL's logger. Needs a C++ compiler (on CUDA Triton).
-            ``None``: on CUDA, if it can be done there, else not.
+            ``None``: on CUDA, if it can be done there, else not. With False :meth:`rollout` is not
+            compiled either.
         cudagraphs: let :meth:`learn` record a step on CUDA as a graph, and replay it: everything
             from what was read from the buffer to the targets, without Python in between. See
             :class:`~layeredrl_trl.modules.Recorded`. ``None``: on CUDA, if it can be done there
@@ -566,8 +567,9 @@ class RewardPredictor(Predictor):
         return terms
 
     @property
-    def _rollout_cudagraphs(self) -> bool | None:
-        return False if self._update_options["cudagraphs"] is False else None
+    def _rollout_options(self) -> dict[str, bool | None]:
+        names = {"compile": "compile_imagine", "cudagraphs": "cudagraphs"}
+        return {name: False for own, name in names.items() if self._update_options[own] is False}
 
     @property
     def _reader(self) -> BatchReader:
