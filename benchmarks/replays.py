@@ -35,6 +35,7 @@ from benchmarks.workloads import (
 from layeredrl_trl.modules import mlp, open_loop, recorded
 from layeredrl_trl.objectives import update
 from layeredrl_trl.planners import ICEMPlanner
+from layeredrl_trl.predictors import RewardPredictor
 from tests.replaying import Recorder
 
 N_ENVS = 8
@@ -54,14 +55,10 @@ def is_kernel(function, given: object, outputs: list[torch.Tensor]) -> bool:
 
 
 class Counter:
-    """In place of what records: counts kernels, and replays nothing.
+    """In place of what records: counts kernels, and replays nothing."""
 
-    Args:
-        kernels_of_step: of the generated code of a step of the model.
-    """
-
-    def __init__(self, kernels_of_step: int) -> None:
-        self.kernels_of_step = kernels_of_step
+    def __init__(self) -> None:
+        self.kernels_of_step = 0  # in its generated code
         self.kernels = 0
         self.compiled = 0
 
@@ -83,9 +80,9 @@ class Counter:
         return (lambda: None), outputs
 
 
-def kernels_of_step() -> int:
+def kernels_of_step(predictor: RewardPredictor) -> int:
     """Kernels in the code of a step of the model: products, and what is generated."""
-    env = make_predictor(WORKLOADS["ens5"]).env(action_spec(), compile_imagine=True)
+    env = predictor.env(action_spec(), compile_imagine=True, cudagraphs=False)
     state = env.initial_state(TensorDict(observation=torch.randn(9, OBSERVATION_DIM), batch_size=9))
     with torch.no_grad():
         _, (code,) = run_and_get_code(env.imagine, state, torch.rand(9, 2, ACTION_DIM))
@@ -105,7 +102,7 @@ def least(work: Callable[[], object]) -> float:
 def main() -> None:
     torchrl.logger.setLevel("WARNING")
     torch.set_num_threads(1)
-    counter = Counter(kernels_of_step())
+    counter = Counter()
     buffer = make_buffer(make_transitions(3000))
     print("| work | kernels | compiled | host, us |\n|---|---|---|---|")
     with (
@@ -116,6 +113,7 @@ def main() -> None:
     ):
         for name, workload in WORKLOADS.items():
             predictor = make_predictor(workload, compile=False)
+            counter.kernels_of_step = kernels_of_step(predictor)
             predictor.learn(buffer, 10, BATCH_SIZE, BATCH_SIZE, 0)
             kernels = counter.kernels
             for n in (20, 400):
