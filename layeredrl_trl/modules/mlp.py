@@ -63,10 +63,19 @@ class ConcatMLP(nn.Module):
         # rows [N, in], else every layer would make them so, and undo it, backward too
         rows = x.reshape(batch.numel(), x.shape[-1])
         if not pays_in_pieces(rows):
-            out = self.layers(rows)
+            out = self._run(rows)
         else:
-            out = torch.cat([self.layers(piece) for piece in rows.split(_PIECE)])
+            out = torch.cat([self._run(piece) for piece in rows.split(_PIECE)])
         return out.reshape(*batch, out.shape[-1])
+
+    def _run(self, rows: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_hooked(self.layers):
+            return self.layers(rows)
+        before = None
+        for layer in self.layers:  # what a linear layer gave, nobody else has
+            rows = (in_place(layer) if type(before) is nn.Linear else layer)(rows)
+            before = layer
+        return rows
 
 
 class EnsembleMLP(nn.Module):
@@ -181,6 +190,11 @@ def pays_in_pieces(x: Tensor) -> bool:
     if x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return x.shape[-2] > _PIECE // 2
+
+
+def _is_hooked(layers: nn.Sequential) -> bool:
+    """Whether somebody looks at what goes in or comes out, of them all or of one."""
+    return any(x._forward_hooks or x._forward_pre_hooks for x in (layers, *layers))
 
 
 def in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:

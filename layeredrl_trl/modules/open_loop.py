@@ -186,7 +186,7 @@ class OpenLoop:
             inputs of all steps ``[G, H * R, D + K]``, and the latent states after them
             ``[G, R, H, D]``.
         """
-        horizon, dim = len(others), latent.shape[-1]
+        horizon = len(others)
         layers = layers_of(self.layers, rows.group_member)
         noise = [(None, None)] * horizon if deterministic else self._noise(latent, rows, horizon)
         first = torch.arange(latent.shape[:2].numel(), device=latent.device) * self.n_modes
@@ -195,11 +195,13 @@ class OpenLoop:
             step, activation = generated(_step), self.activation
         constant = first, layers, activation, self.std_low, self.std_high, self.n_modes
         before, *ahead = others.unbind(0)
-        inputs = [torch.cat([latent, before], -1)]
+        inputs, after = [torch.cat([latent, before], -1)], []
         for other, own in zip([*ahead, before], noise, strict=True):  # behind the last step: any
-            inputs.append(step(inputs[-1], other, *own, *constant, self.is_change))
-        after = torch.stack([x[..., :dim] for x in inputs[1:]], 2)
-        return torch.cat(inputs[:-1], 1), after
+            given = latent, inputs[-1], other, *own, *constant, self.is_change
+            latent, following = step(*given)
+            after.append(latent)
+            inputs.append(following)
+        return torch.cat(inputs[:-1], 1), torch.stack(after, 2)
 
     def _noise(
         self, latent: Tensor, rows: MemberRows, horizon: int
@@ -216,6 +218,7 @@ class OpenLoop:
 
 
 def _step(
+    latent: Tensor,
     inputs: Tensor,
     ahead: Tensor,
     gumbel: Tensor | None,
@@ -227,11 +230,12 @@ def _step(
     std_high: Tensor,
     n_modes: int,
     is_change: bool,
-) -> Tensor:
-    """Inputs of the next step ``[G, R, D + K]`` from those of this one; see :class:`OpenLoop`.
+) -> tuple[Tensor, Tensor]:
+    """Latent states after a step ``[G, R, D]``, and inputs of the next ``[G, R, D + K]``.
 
     Args:
-        inputs: ``[G, R, D + K]``.
+        latent: before the step, ``[G, R, D]``.
+        inputs: of this step, ``[G, R, D + K]``.
         ahead: context and action of the next step, ``[G, R, K]``.
         gumbel: noise to draw a mode by, ``[G, R, M]``; ``None`` where there is but one.
         normal: noise to draw from it by, ``[G, R, D]``; ``None`` for the mean of the mixture.
@@ -243,17 +247,17 @@ def _step(
         n_modes: ``M``.
         is_change: whether the networks predict the change of the latent state.
     """
-    dim = inputs.shape[-1] - ahead.shape[-1]
+    dim = latent.shape[-1]
     raw = run_layers(inputs, layers, activation)
     if n_modes > 1:
         raw = raw.unflatten(-1, (n_modes, 2 * dim + 1))
         raw = _draw_mode(raw, gumbel, first) if gumbel is not None else _mean_mode(raw)
-    mean, width = raw[..., :dim], raw[..., dim : 2 * dim]
-    latent = mean + inputs[..., :dim] if is_change else mean
+    mean, width, *_ = raw.split_with_sizes([dim, dim, 1] if n_modes > 1 else [dim, dim], -1)
+    latent = mean + latent if is_change else mean
     if normal is not None:
         std = torch.addcmul(std_low, std_high, width.sigmoid())
         latent = torch.addcmul(latent, std, normal)
-    return torch.cat([latent, ahead], -1)
+    return latent, torch.cat([latent, ahead], -1)
 
 
 def _mean_mode(modes: Tensor) -> Tensor:

@@ -20,6 +20,31 @@ def test_concat_casts_to_float32():
     assert out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("first", [nn.Linear(3, 3), nn.Identity(), nn.SiLU()], ids=repr)
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Tanh])
+def test_concat_without_gradient_is_the_same_and_the_input_stays(activation, first):
+    net = ConcatMLP((3,), 2, (8, 4), activation)
+    net.layers.insert(0, activation())
+    net.layers.insert(0, first)
+    x = torch.randn(7, 3)
+    given, expected = x.clone(), net(x)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("at", [0, 1, None], ids=["linear", "activation", "all"])
+def test_a_hook_of_a_concat_keeps_what_it_saw(at):
+    net, seen = ConcatMLP((3,), 2, (8,)), []
+    looked_at = net.layers if at is None else net.layers[at]
+    looked_at.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    x = torch.randn(7, 3)
+    net(x)
+    with torch.no_grad():
+        net(x)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("hidden_sizes", [(), (8,), (8, 4)])
 @pytest.mark.parametrize("members", [1, 3])
 def test_ensemble_like_a_loop_over_linear_layers(members, hidden_sizes):
