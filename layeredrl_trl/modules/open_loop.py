@@ -193,10 +193,12 @@ class OpenLoop:
         step, activation = _step, in_place(self.activation)
         if is_generating() and not pays_in_pieces(latent):
             step, activation = generated(_step), self.activation
+            latent = latent.clone(memory_format=torch.contiguous_format)  # laid out as later ones
         constant = first, layers, activation, self.std_low, self.std_high, self.n_modes
-        before, *ahead = others.unbind(0)
-        inputs, after = [torch.cat([latent, before], -1)], []
-        for other, own in zip([*ahead, before], noise, strict=True):  # behind the last step: any
+        before = others.unbind(0)
+        inputs, after = [torch.cat([latent, before[0]], -1)], []
+        ahead = *before[1:], before[-1]  # behind the last step: any
+        for other, own in zip(ahead, noise, strict=True):
             given = latent, inputs[-1], other, *own, *constant, self.is_change
             latent, following = step(*given)
             after.append(latent)
