@@ -525,7 +525,7 @@ class RewardPredictorLoss(LossModule):
     def _mean_square(self, x: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
         """Reduce squares of errors ``[B, k, 1]`` where they count; ``None``: everywhere."""
         if counts is None and x.dtype is target.dtype:  # one operation, backward too
-            return self._reduce_loss(mse_loss(x, target, reduction="none"))
+            return mse_loss(x, target, reduction=self.reduction)
         error = x - target
         if counts is not None:
             error = zero_where_not(counts, error)

@@ -41,6 +41,7 @@ from layeredrl_trl.predictors.learning_rates import (
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.predictor import Predictor
+from layeredrl_trl.predictors.term_sums import TermSums
 
 _STARTING_STEPS = 2
 """So many steps are not compiled."""
@@ -336,22 +337,19 @@ class RewardPredictor(Predictor):
         check_count("n_total_env_steps", n_total_env_steps, least=0)
         groups = self.update.optimizer.param_groups
         rates = rates_at(n_total_env_steps, self._rates, [group["name"] for group in groups])
-        names: list[str] = []
-        sums = torch.zeros((), device=self.device)
+        sums = TermSums()
         skipped_before = self.update.skipped
         for group in groups:
             group["lr"] = rates[group["name"]]
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
         for i, (slices, transitions) in enumerate(batches):
-            terms = self._take_step(slices, transitions, is_first=i == 0)
-            names, values = [*map(str, terms.keys())], torch.stack([*terms.values()])
-            sums = sums + torch.where(terms["grad_norm"].isfinite(), values, 0.0)
+            sums.add(self._take_step(slices, transitions, is_first=i == 0))
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
         taken = n_steps - (self.update.skipped - skipped_before)
-        means = sums / taken if taken else torch.full_like(sums, torch.nan)
-        mean_loss = means[names.index("loss")]
-        info = dict(zip(names, means.tolist(), strict=True)) if taken else {}
+        means = sums.total() / (taken or torch.nan)
+        mean_loss = means[sums.names.index("loss")]
+        info = dict(zip(sums.names, means.tolist(), strict=True)) if taken else {}
         info |= {f"lr_{name}": rate for name, rate in rates.items()}
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())

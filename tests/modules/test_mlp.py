@@ -45,6 +45,46 @@ def test_a_hook_of_a_concat_keeps_what_it_saw(at):
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
 
 
+REGISTER = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+)
+
+
+@pytest.mark.parametrize("at", [0, 1, None], ids=["linear", "activation", "all"])
+@pytest.mark.parametrize("register", REGISTER)
+def test_hooks_of_a_concat_are_called_with_gradient(register, at):
+    net, seen = ConcatMLP((3,), 2, (8,)), []
+    looked_at = net.layers if at is None else net.layers[at]
+    handle = getattr(looked_at, register)(lambda *_: seen.append(1))
+    net(torch.randn(7, 3, requires_grad=True)).sum().backward()
+    handle.remove()
+    net(torch.randn(7, 3)).sum().backward()
+    assert len(seen) == 1
+
+
+def test_hooks_of_all_modules_are_called():
+    net, seen = ConcatMLP((3,), 2, (8,)), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        net(torch.randn(7, 3))
+    finally:
+        handle.remove()
+    assert len(seen) == 5  # three layers, all of them, and the net
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_what_stands_in_for_a_layer_of_a_concat_is_asked(with_gradient):
+    net, x = ConcatMLP((3,), 2, (8,)), torch.randn(7, 3)
+    nn.utils.parametrizations.weight_norm(net.layers[0])
+    with torch.set_grad_enabled(with_gradient):
+        torch.testing.assert_close(net(x), net.layers(x), rtol=0, atol=0)
+        net.layers[2].forward = lambda x: x.sum(-1, keepdim=True)
+        torch.testing.assert_close(net(x), net.layers(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("hidden_sizes", [(), (8,), (8, 4)])
 @pytest.mark.parametrize("members", [1, 3])
 def test_ensemble_like_a_loop_over_linear_layers(members, hidden_sizes):
