@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -12,6 +13,23 @@ from torchrl.data import Composite
 
 from layeredrl_trl import keys
 from layeredrl_trl.modules import Encoder
+
+
+class Entry(NamedTuple):
+    """What a spec says of an entry.
+
+    Attributes:
+        shape: without batch dims.
+        dtype: of it.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def entries_of(spec: Composite) -> dict[NestedKey, Entry]:
+    """Read all entries of a spec; to look one up in the spec takes as long as a small operation."""
+    return {key: Entry(x.shape, x.dtype) for key, x in spec.items(True, True)}
 
 
 class InitialState(TensorDictModuleBase):
@@ -39,7 +57,9 @@ class InitialState(TensorDictModuleBase):
         self.state_spec = state_spec
         self.n_models = n_models
         self.in_keys = list(encoder.in_keys)
-        self.out_keys = [key for key in state_spec.keys(True, True) if key not in encoder.in_keys]
+        entries = entries_of(state_spec)
+        self._written = {key: x for key, x in entries.items() if key not in encoder.in_keys}
+        self.out_keys = list(self._written)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the imagined state."""
@@ -56,7 +76,7 @@ class InitialState(TensorDictModuleBase):
                 f"observation: expected the batch size {list(batch)} of the TensorDict, got a "
                 f"latent state of shape {list(latent.shape)}."
             )
-        state = blank_state(self.state_spec, self.out_keys, batch, self.n_models, latent.device)
+        state = blank_state(self._written, batch, self.n_models, latent.device)
         latent_key, context_key = self.encoder.out_keys
         # a copy: a state may be written to, particle by particle
         state[latent_key] = latent[..., None, None, :].expand(state[latent_key].shape).clone()
@@ -65,8 +85,7 @@ class InitialState(TensorDictModuleBase):
 
 
 def blank_state(
-    spec: Composite,
-    names: Iterable[NestedKey],
+    entries: Mapping[NestedKey, Entry],
     batch: torch.Size,
     n_models: int,
     device: torch.device,
@@ -74,15 +93,14 @@ def blank_state(
     """Make an imagined state of zeros in which every particle is alive.
 
     Args:
-        spec: of one env.
-        names: entries of ``spec`` to make.
+        entries: to make, of one env.
         batch: of the state.
         n_models: members to spread envs over, if there is an entry ``member``.
         device: of the state.
     """
     state = {
-        key: torch.zeros((*batch, *spec[key].shape), dtype=spec[key].dtype, device=device)
-        for key in names
+        key: torch.zeros((*batch, *shape), dtype=dtype, device=device)
+        for key, (shape, dtype) in entries.items()
     }
     state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
     if keys.MEMBER in state:

@@ -20,7 +20,13 @@ from layeredrl_trl.envs.imagination import (
     Termination,
 )
 from layeredrl_trl.envs.imagined_specs import check_sizes, imagined_specs, particle_layout
-from layeredrl_trl.envs.initial_state import InitialState, blank_state, spread_members
+from layeredrl_trl.envs.initial_state import (
+    Entry,
+    InitialState,
+    blank_state,
+    entries_of,
+    spread_members,
+)
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
@@ -167,6 +173,7 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = specs.reward
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
+        self._specs_read = (None, None), ({}, {})
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
         self._generating = Generating("PredictorEnv: a step of imagination", compile_imagine)
         self._recorded = Recorded(
@@ -176,7 +183,7 @@ class PredictorEnv(ModelBasedEnvBase):
     @property
     def one_particle_keys(self) -> list[NestedKey]:
         """Entries that tell of the first particle only, where an env carries several."""
-        rows, particles, _ = self.observation_spec[self.latent_key].shape
+        rows, particles, _ = self._observed[self.latent_key].shape
         several = rows * particles > 1
         return [unravel_key(self.initial_state.in_keys[0])] if self._decodes and several else []
 
@@ -374,19 +381,18 @@ class PredictorEnv(ModelBasedEnvBase):
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
-        if given and self._state_keys <= set(tensordict.keys(True, True)):
+        if given and set(self._state_keys) <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
             out = self._before_first_step(flat, self._read_state(flat))
-            names = self.observation_spec.keys(True, True)
-            out = TensorDict({key: out[key] for key in names}, flat.shape, device=self.device)
+            out = {key: out[key] for key in self._observed}
+            out = TensorDict(out, flat.shape, device=self.device)
             return out.reshape(batch)
         if self.start is not None:
             return self._start_at(self._draw_start(batch), batch)
-        shape = (*batch, *self.observation_spec[self.latent_key].shape)
+        shape = (*batch, *self._observed[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
-        names = self.observation_spec.keys(True, True)
         n_models = self.world_model.dynamics.n_models
-        state = blank_state(self.observation_spec, names, batch, n_models, self.device)
+        state = blank_state(self._observed, batch, n_models, self.device)
         state[self.latent_key] = latent.clone()
         if self._decodes:
             state[observation_key] = self._decode(latent, state[self.context_key])
@@ -399,7 +405,33 @@ class PredictorEnv(ModelBasedEnvBase):
     def _start_at(self, observation: Tensor, batch: torch.Size) -> TensorDictBase:
         out = TensorDict(batch_size=batch, device=self.device)
         out.set(self.initial_state.in_keys[0], observation.to(torch.float32))
-        return self.initial_state(out).select(*self.observation_spec.keys(True, True))
+        return self.initial_state(out).select(*self._observed)
+
+    @property
+    def _observed(self) -> dict[NestedKey, Entry]:
+        """Entries of the ``observation_spec``, which are read again where that is another one."""
+        return self._read_specs()[0]
+
+    @property
+    def _rooted(self) -> dict[NestedKey, Entry]:
+        """Those and the done flags: what a rollout holds outside of ``"next"``."""
+        return self._read_specs()[1]
+
+    @property
+    def _state_keys(self) -> list[NestedKey]:
+        """Entries that make an imagined state."""
+        names = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
+        observed = self._observed
+        return [name for name in names if name in observed]
+
+    def _read_specs(self) -> tuple[dict[NestedKey, Entry], dict[NestedKey, Entry]]:
+        specs = self.observation_spec, self.full_done_spec
+        known, read = self._specs_read
+        if not all(a is b and b.is_locked for a, b in zip(known, specs, strict=True)):
+            observed, done = map(entries_of, specs)
+            read = observed, observed | done
+            self._specs_read = specs, read
+        return read
 
     def _draw_start(self, batch: torch.Size) -> Tensor:
         if callable(self.start):
@@ -414,12 +446,6 @@ class PredictorEnv(ModelBasedEnvBase):
             return start.to(self.device)
         index = torch.randint(self.start.shape[0], batch, device=self.start.device)
         return self.start[index].to(self.device)
-
-    @property
-    def _state_keys(self) -> set[NestedKey]:
-        """Entries that make an imagined state."""
-        names = {self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER}
-        return names & set(self.observation_spec.keys(True, True))
 
     @property
     def _decodes(self) -> bool:
@@ -448,7 +474,7 @@ class PredictorEnv(ModelBasedEnvBase):
                 "Make one with env.initial_state or env.reset."
             )
         for name, x in state.items():
-            expected = self.observation_spec[name].shape
+            expected = self._observed[name].shape
             if x.shape[1:] != expected:
                 raise ValueError(
                     f"{name}: expected trailing shape {list(expected)}, got {list(x.shape[1:])}."
@@ -484,12 +510,11 @@ class PredictorEnv(ModelBasedEnvBase):
         self, flat: TensorDictBase, state: dict[NestedKey, Tensor]
     ) -> dict[NestedKey, Tensor]:
         """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
-        specs = dict(self.observation_spec.items(True, True)) | dict(self.full_done_spec.items())
         out = dict(state)
-        for key in specs.keys() - state.keys():
-            spec, given = specs[key], flat.get(key, None)
-            if given is None:
-                shape = (*flat.shape, *spec.shape)
-                given = torch.zeros(shape, dtype=spec.dtype, device=self.device)
-            out[key] = given.to(spec.dtype)
+        for key, (shape, dtype) in self._rooted.items():
+            if key not in state:
+                given = flat.get(key, None)
+                if given is None:
+                    given = torch.zeros((*flat.shape, *shape), dtype=dtype, device=self.device)
+                out[key] = given.to(dtype)
         return out

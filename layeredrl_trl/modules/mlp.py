@@ -199,7 +199,7 @@ def pays_in_pieces(x: Tensor) -> bool:
 
 def _is_hooked(layers: nn.Sequential) -> bool:
     """Whether somebody looks at what goes in or comes out of layers, or has changed one."""
-    return _has_any_global_hook() or any(
+    return bool(_has_any_global_hook()) or any(
         x._forward_hooks
         or x._forward_pre_hooks
         or x._backward_hooks
