@@ -313,7 +313,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         if not self.predict_delta:
             shift = shift - centre[:dim]
         shift, scale = shift / width[:dim], self.target_scale / width[:dim]
-        *hidden, last = zip(self.net.weights, self.net.biases, strict=True)
+        *hidden, last = self.net.layers
         (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._by_mode, last)
         bias = scale * (bias + self.mode_start[0]) + shift
         log_std_bias = log_std_bias + self.mode_start[1] - self.log_std_bounds[1]

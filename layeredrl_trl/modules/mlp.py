@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,10 +129,15 @@ class EnsembleMLP(nn.Module):
 
         With ``member`` ``[G]`` ``[G, N, in_dim]``, row ``g`` through that member.
         """
+        return run_layers(x, layers_of(self.layers, member), in_place(self.activation))
+
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight ``[E, in, out]`` and bias ``[E, 1, out]`` of each layer."""
         # a ParameterList asks each of its entries for by name
         weights, biases = self.weights._parameters.values(), self.biases._parameters.values()
-        layers = layers_of(list(zip(weights, biases, strict=True)), member)
-        return run_layers(x, layers, in_place(self.activation))
+        layers: list[Any] = list(zip(weights, biases, strict=True))
+        return layers
 
 
 def layers_of(
