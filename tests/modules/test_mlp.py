@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
 
 from layeredrl_trl.modules import ConcatMLP, EnsembleMLP
 
@@ -83,6 +85,17 @@ def test_what_stands_in_for_a_layer_of_a_concat_is_asked(with_gradient):
         torch.testing.assert_close(net(x), net.layers(x), rtol=0, atol=0)
         net.layers[2].forward = lambda x: x.sum(-1, keepdim=True)
         torch.testing.assert_close(net(x), net.layers(x), rtol=0, atol=0)
+
+
+def test_a_concat_takes_parameters_of_another():
+    first, second = ConcatMLP((3,), 2, (8,)), ConcatMLP((3,), 2, (8,))
+    x, params = torch.randn(7, 3), dict(second.named_parameters())
+    torch.testing.assert_close(functional_call(first, params, (x,)), second(x), rtol=0, atol=0)
+    with TensorDict.from_module(second).to_module(first):
+        torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
+    stacked, _ = stack_module_state([first, second])
+    outs = vmap(lambda params: functional_call(first, params, (x,)))(stacked)
+    torch.testing.assert_close(outs, torch.stack([first(x), second(x)]))
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (8,), (8, 4)])
