@@ -32,6 +32,27 @@ def entries_of(spec: Composite) -> dict[NestedKey, Entry]:
     return {key: Entry(x.shape, x.dtype) for key, x in spec.items(True, True)}
 
 
+class SpecReader:
+    """Give the entries of specs, which are read again where these are others or may have changed.
+
+    As an object of its own: what it remembers is no change of the env that asks it, for which a
+    plan would have to be recorded anew (:func:`~layeredrl_trl.modules.fingerprint.fingerprint`).
+    """
+
+    def __init__(self) -> None:
+        self._specs: tuple[Composite, ...] = ()
+        self._entries: list[dict[NestedKey, Entry]] = []
+
+    def __call__(self, *specs: Composite) -> list[dict[NestedKey, Entry]]:
+        """Return the entries of each; not to be written to."""
+        is_known = len(specs) == len(self._specs) and all(
+            spec is own and spec.is_locked for spec, own in zip(specs, self._specs, strict=True)
+        )
+        if not is_known:
+            self._specs, self._entries = specs, [entries_of(spec) for spec in specs]
+        return self._entries
+
+
 class InitialState(TensorDictModuleBase):
     """Turn a real observation into the state of an imagined env.
 
@@ -54,7 +75,6 @@ class InitialState(TensorDictModuleBase):
     def __init__(self, encoder: Encoder, state_spec: Composite, n_models: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.state_spec = state_spec
         self.n_models = n_models
         self.in_keys = list(encoder.in_keys)
         entries = entries_of(state_spec)

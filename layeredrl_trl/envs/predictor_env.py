@@ -23,8 +23,8 @@ from layeredrl_trl.envs.imagined_specs import check_sizes, imagined_specs, parti
 from layeredrl_trl.envs.initial_state import (
     Entry,
     InitialState,
+    SpecReader,
     blank_state,
-    entries_of,
     spread_members,
 )
 from layeredrl_trl.modules import (
@@ -173,7 +173,7 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = specs.reward
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
-        self._specs_read = (None, None), ({}, {})
+        self._read_specs = SpecReader()
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
         self._generating = Generating("PredictorEnv: a step of imagination", compile_imagine)
         self._recorded = Recorded(
@@ -409,13 +409,14 @@ class PredictorEnv(ModelBasedEnvBase):
 
     @property
     def _observed(self) -> dict[NestedKey, Entry]:
-        """Entries of the ``observation_spec``, which are read again where that is another one."""
-        return self._read_specs()[0]
+        """Entries of the ``observation_spec``."""
+        return self._read_specs(self.observation_spec, self.full_done_spec)[0]
 
     @property
     def _rooted(self) -> dict[NestedKey, Entry]:
         """Those and the done flags: what a rollout holds outside of ``"next"``."""
-        return self._read_specs()[1]
+        observed, done = self._read_specs(self.observation_spec, self.full_done_spec)
+        return observed | done
 
     @property
     def _state_keys(self) -> list[NestedKey]:
@@ -423,15 +424,6 @@ class PredictorEnv(ModelBasedEnvBase):
         names = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
         observed = self._observed
         return [name for name in names if name in observed]
-
-    def _read_specs(self) -> tuple[dict[NestedKey, Entry], dict[NestedKey, Entry]]:
-        specs = self.observation_spec, self.full_done_spec
-        known, read = self._specs_read
-        if not all(a is b and b.is_locked for a, b in zip(known, specs, strict=True)):
-            observed, done = map(entries_of, specs)
-            read = observed, observed | done
-            self._specs_read = specs, read
-        return read
 
     def _draw_start(self, batch: torch.Size) -> Tensor:
         if callable(self.start):
