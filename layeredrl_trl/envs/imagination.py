@@ -236,7 +236,11 @@ class Imagination(nn.Module):
             None if entry[0] is None else torch.stack(entry, 1)
             for entry in zip(*steps, strict=True)
         )
-        return ImaginedStep(*stacked)
+        after = ImaginedStep(*stacked)
+        may_be_wrong = self.termination_fn is not None and can_read(after.term_prob)
+        if may_be_wrong and after.term_prob.isnan().any():  # generated code cannot raise
+            raise ValueError("termination_fn: expected probabilities or bools, got others.")
+        return after
 
     def _move(
         self,

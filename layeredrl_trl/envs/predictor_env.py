@@ -85,13 +85,15 @@ class PredictorEnv(ModelBasedEnvBase):
         start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
             or a function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
-        compile_imagine: let :meth:`imagine` and planners, where no gradient is asked for, take
-            steps in code that ``torch.compile`` makes of them. The numbers are the same but for
-            rounding. Compiling takes some seconds at the first number of envs and at the second,
-            whatever the horizon is; it is said once, by TorchRL's logger. ``None``: on CUDA, if it
-            can be done there, else not (on a CPU it gives little). True: or raise where it cannot
-            be done. (``compile``, which TorchRL gives all its envs, is for :meth:`step`.)
-        cudagraphs: let :meth:`imagine` on CUDA, where no gradient is asked for, replay what it did
+        compile_imagine: let :meth:`imagine` under ``torch.no_grad`` and planners take steps in code
+            that ``torch.compile`` makes of them. The numbers are the same but for rounding.
+            Compiling takes some seconds at the first number of envs and at the second (once more
+            for a single env, and for all particles of ``"expectation"``), whatever the horizon is;
+            it is said once, by TorchRL's logger. ``None``: on CUDA, if it can be done there, else
+            not (on a CPU it gives little). True: or raise where it cannot be done. Behind 64 kinds
+            of models in one process torch goes on without, and logs that. (``compile``, which
+            TorchRL gives all its envs, is for :meth:`step`.)
+        cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay what it did
             when it was last asked for as many envs and steps, without Python in between: see
             :class:`~layeredrl_trl.modules.Recorded`. ``None``: if it can be done and all parts are
             of this library or torch's; True: whatever the parts.
@@ -406,6 +408,12 @@ class PredictorEnv(ModelBasedEnvBase):
         out = TensorDict(batch_size=batch, device=self.device)
         out.set(self.initial_state.in_keys[0], observation.to(torch.float32))
         return self.initial_state(out).select(*self._observed)
+
+    def set_spec_lock_(self, mode: bool = True) -> PredictorEnv:
+        """Lock the specs, or allow changes to them, after which they are read again."""
+        self._read_specs = SpecReader()
+        super().set_spec_lock_(mode)
+        return self
 
     @property
     def _observed(self) -> dict[NestedKey, Entry]:

@@ -33,7 +33,9 @@ def generating() -> Iterator[None]:
     """Let :func:`generated` give generated code for a while."""
     token = _IS_WANTED.set(True)
     try:
-        with dynamo_config.patch(recompile_limit=_MOST_VARIANTS):
+        # hooks may come after the code: torch would not look whether there are any
+        options = {"recompile_limit": _MOST_VARIANTS, "skip_nnmodule_hook_guards": False}
+        with dynamo_config.patch(options):
             yield
     finally:
         _IS_WANTED.reset(token)
@@ -125,3 +127,7 @@ class Generating:
             self._has_reported = True
             torchrl_logger.info(f"{self.what} was compiled in {seconds:.1f} s")
         return done
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Where a copy goes, code may be made."""
+        return self.__dict__ | {"_has_failed": False}

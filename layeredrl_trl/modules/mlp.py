@@ -72,10 +72,11 @@ class ConcatMLP(nn.Module):
         return out.reshape(*batch, out.shape[-1])
 
     def _run(self, rows: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or _is_hooked(self.layers):
-            return self.layers(rows)
+        layers = self.layers
+        if torch.compiler.is_compiling() or type(layers) is not nn.Sequential or _is_hooked(layers):
+            return layers(rows)
         before = None
-        for layer in self.layers:  # to call a module takes a third of the time of a small layer
+        for layer in layers:  # to call a module takes a third of the time of a small layer
             if type(layer) is nn.Linear:
                 rows = linear(rows, layer.weight, layer.bias)
             else:  # what a linear layer gave, nobody else has

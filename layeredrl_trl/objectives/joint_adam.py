@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
-"""Of a group that the kernel is told."""
-
 
 class _Columns(NamedTuple):
     """What the kernel moves, and what it moves it by; a tensor of each for every parameter."""
@@ -34,7 +31,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
     if joint is None:
         optimizer.step()
         return
-    for (lr, (beta1, beta2), eps, weight_decay, maximize), columns in joint.items():
+    for (lr, beta1, beta2, eps, weight_decay, maximize), columns in joint.items():
         torch._foreach_add_(columns.steps, 1)
         torch._fused_adam_(
             *columns[:4],
@@ -59,7 +56,8 @@ def _joined(optimizer: torch.optim.Optimizer) -> dict[Any, _Columns] | None:
     for group in optimizer.param_groups:
         if not _is_plain(group):
             return None
-        key = tuple(group[name] for name in _OPTIONS)
+        own = (group["eps"], group["weight_decay"], group["maximize"])
+        key = (group["lr"], *group["betas"], *own)
         params, grads, exp_avgs, exp_avg_sqs, steps = joint.setdefault(
             key, _Columns([], [], [], [], [])
         )
@@ -67,21 +65,21 @@ def _joined(optimizer: torch.optim.Optimizer) -> dict[Any, _Columns] | None:
             grad = p.grad
             if grad is None:
                 continue
-            own = state.get(p)
-            if not own or p.dtype is not torch.float32 or p.is_cuda or grad.is_sparse:
+            there = state.get(p)
+            if not there or p.dtype is not torch.float32 or p.is_cuda or grad.is_sparse:
                 return None
             params.append(p)
             grads.append(grad)
-            exp_avgs.append(own["exp_avg"])
-            exp_avg_sqs.append(own["exp_avg_sq"])
-            steps.append(own["step"])
+            exp_avgs.append(there["exp_avg"])
+            exp_avg_sqs.append(there["exp_avg_sq"])
+            steps.append(there["step"])
     return {key: columns for key, columns in joint.items() if columns.params}
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody looks at its steps, or has put another one in their place."""
+    """Whether somebody looks at its steps, scales them, or has put another one in their place."""
     return bool(
-        "step" in vars(optimizer)
+        not {"step", "grad_scale", "found_inf"}.isdisjoint(vars(optimizer))
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks

@@ -162,6 +162,28 @@ def test_many_rows_go_in_pieces_on_a_cpu(graphs):
     assert graphs() == 1
 
 
+def test_hooks_that_come_later_are_called(graphs):
+    own, plain = both(propagation="random_model")
+    assert_same_imagination(own, plain)
+    handles = [
+        env.world_model.dynamics.net.register_forward_hook(lambda _, x, out: 0.5 * out)
+        for env in (own, plain)
+    ]
+    assert_same_imagination(own, plain)
+    for handle in handles:
+        handle.remove()
+    assert_same_imagination(own, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"termination": "sample"}], ids=str)
+def test_impossible_terminations_raise(options, graphs):
+    own, plain = both(termination_fn=lambda s, c, a, s_next: s_next[..., :1] * 0 + 1.7, **options)
+    for env in (own, plain):
+        state, actions = env.reset(observations(env, 4)), random_actions(env, 4, 3)
+        with pytest.raises(ValueError, match="termination_fn: expected probabilities or bools"):
+            env.imagine(state, actions)
+
+
 @every_planner
 def test_it_is_planning(name, graphs):
     plain = predictor_env(name, deterministic=True, compile_imagine=False)
@@ -251,6 +273,9 @@ def test_on_cuda_it_is_tried(no_compiler):
         warnings.simplefilter("error")
         assert generating(lambda x: code.generated(function)(x), tensor) is tensor
     assert no_compiler.n_asked == 1
+    start_anew()
+    with pytest.warns(UserWarning, match="cannot be compiled"):  # a copy may be on another machine
+        copy.deepcopy(generating)(lambda x: code.generated(function)(x), tensor)
 
 
 def test_on_a_cpu_it_must_be_asked_for(no_compiler):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torchrl.data import Bounded, Composite, Unbounded
 
@@ -57,3 +58,14 @@ def test_copies_of_an_env_read_them_too():
     assert env._observed is env._observed
     for other in (copy.deepcopy(env), pickle.loads(pickle.dumps(env))):
         assert other.imagine(state, actions).keys() == expected
+
+
+def test_specs_of_an_env_that_were_changed_are_read_again():
+    env = make_env()
+    state, actions = env.initial_state(observations(env, 3)), random_actions(env, 3, 2)
+    env.imagine(state, actions)
+    env.set_spec_lock_(False)
+    env.observation_spec["alive"] = Unbounded((7, 2, 2))
+    env.set_spec_lock_(True)
+    with pytest.raises(ValueError, match=r"alive: expected trailing shape \[7, 2, 2\]"):
+        env.imagine(state, actions)

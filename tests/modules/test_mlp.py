@@ -77,6 +77,41 @@ def test_hooks_of_all_modules_are_called():
     assert len(seen) == 5  # three layers, all of them, and the net
 
 
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 100
+
+
+class AllShifted(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + 100
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 100
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_what_is_derived_from_layers_of_a_concat_is_asked(with_gradient):
+    x = torch.randn(7, 3)
+    for change in (
+        lambda net: net.layers.__setitem__(0, Shifted(3, 8)),
+        lambda net: setattr(net, "layers", AllShifted(*net.layers)),
+        lambda net: setattr(net, "layers", Wrapped(net.layers)),
+    ):
+        net = ConcatMLP((3,), 2, (8,), nn.Identity)
+        before = net(x)
+        change(net)
+        with torch.set_grad_enabled(with_gradient):
+            torch.testing.assert_close(net(x), net.layers(x), rtol=0, atol=0)
+        assert (net(x) - before).abs().max() > 5
+
+
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_what_stands_in_for_a_layer_of_a_concat_is_asked(with_gradient):
     net, x = ConcatMLP((3,), 2, (8,)), torch.randn(7, 3)

@@ -1,12 +1,16 @@
 """Groups of like options moved together are moved as ``torch.optim.Adam`` moves them."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from layeredrl_trl.objectives.joint_adam import take_step
 
@@ -71,6 +75,8 @@ def assert_same_steps(common, own=(), *, withouts=((), (), ()), rates=None):
         {"fused": None, "foreach": True},
         {"fused": False, "capturable": False, "differentiable": False, "lr": torch.tensor(0.1)},
         {"lr": 1},
+        {"lr": torch.tensor(0.1)},
+        {"betas": [0.5, 0.9]},
     ],
     ids=str,
 )
@@ -83,6 +89,47 @@ def test_it_is_adam(common):
 )
 def test_groups_with_options_of_their_own(own):
     assert_same_steps({"lr": 0.01}, own)
+
+
+def test_options_read_from_json():
+    """They are lists then."""
+    sides = []
+    for take in (lambda o: o.step(), take_step):
+        params = make_params()
+        optimizer = make_optimizer(params, {})
+        for step in range(3):
+            state = optimizer.state_dict()
+            state["param_groups"] = json.loads(json.dumps(state["param_groups"]))
+            optimizer.load_state_dict(state)
+            set_grads(params, step)
+            take(optimizer)
+        sides.append((params, optimizer.state_dict()["state"]))
+    torch.testing.assert_close(*sides, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_gradients_that_are_scaled(found_inf):
+    sides = []
+    for take in (lambda o: o.step(), take_step):
+        params = make_params()
+        optimizer = make_optimizer(params, {})
+        for step in range(2):
+            set_grads(params, step)
+            if step:
+                optimizer.grad_scale = torch.tensor(2.0)
+                optimizer.found_inf = torch.tensor(found_inf)
+            take(optimizer)
+        sides.append((params, optimizer.state_dict()["state"]))
+    torch.testing.assert_close(*sides, rtol=0, atol=0)
+
+
+def test_a_state_that_was_only_asked_for():
+    params = make_params()
+    optimizer = make_optimizer(params, {})
+    assert not optimizer.state[params["a"][0]]
+    set_grads(params, 0)
+    take_step(optimizer)
+    assert all(optimizer.state[p]["step"] == 1 for ps in params.values() for p in ps)
 
 
 def test_rates_that_change():
@@ -111,6 +158,7 @@ def test_who_looks_at_steps_sees_them():
     for register in (
         lambda o: o.register_step_pre_hook(lambda *_: seen.append("pre")),
         lambda o: o.register_step_post_hook(lambda *_: seen.append("post")),
+        lambda o: register_optimizer_step_pre_hook(lambda *_: seen.append("before all")),
         lambda o: register_optimizer_step_post_hook(lambda *_: seen.append("all")),
     ):
         optimizer = make_optimizer(params, {})
@@ -121,19 +169,20 @@ def test_who_looks_at_steps_sees_them():
                 take_step(optimizer)
         finally:
             handle.remove()
-    assert seen == ["pre", "pre", "post", "post", "all", "all"]
+    assert seen == [x for x in ("pre", "post", "before all", "all") for _ in range(2)]
 
 
-def test_a_scheduler_counts_steps(recwarn):
-    """It puts a step of its own in the place of the optimiser's."""
+def test_a_step_in_the_place_of_the_optimisers_is_taken():
+    """As a scheduler puts one there, to count."""
     params = make_params()
     optimizer = make_optimizer(params, {})
-    scheduler = StepLR(optimizer, 1)
-    for step in range(2):
+    StepLR(optimizer, 1)
+    own, seen = optimizer.step, []
+    optimizer.step = lambda: (seen.append(1), own())
+    for step in range(3):
         set_grads(params, step)
         take_step(optimizer)
-        scheduler.step()
-    assert not recwarn.list  # it warns where no step was taken
+    assert len(seen) == 3
 
 
 class Noted(torch.optim.Adam):

@@ -473,8 +473,9 @@ def test_order_of_slices_changes_nothing():
     torch.testing.assert_close(a.to_dict(), b.to_dict())
 
 
+@pytest.mark.parametrize("all_count", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_reduction(reduction):
+def test_reduction(reduction, all_count):
     dynamics, value, reward, encoder = small_parts()
     losses = [
         RewardPredictorLoss(encoder, dynamics, reward, value, k_steps=2, reduction=r).eval()
@@ -482,7 +483,8 @@ def test_reduction(reduction):
     ]
     for loss in losses:
         SoftUpdate(loss, tau=0.1)
-    slices = make_slices(4, 2, [1, 2, 2, 1], planned=True)
+    slices = make_slices(4, 2, [2] * 4 if all_count else [1, 2, 2, 1], planned=True)
+    slices["planned"][:] |= all_count
     slices["planned"][0, 0] = True
     mean, out = (loss(slices) for loss in losses)
     counts = {
