@@ -214,8 +214,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         return (propagates_as_here and self._folded()) or super().propagator()
 
     def _folded(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-        """The fast path with its layers, where it predicts what this model does."""
-        if self.termination_net is None or not self._predicts_as_here:
+        """The fast path with its layers, where it predicts what this model does, unwatched."""
+        is_watched = bool(self.net._forward_hooks or self.net._forward_pre_hooks)
+        if self.termination_net is None or not self._predicts_as_here or is_watched:
             return None
         return partial(self._propagate, self._open_loop(), self.termination_net)
 

@@ -294,3 +294,26 @@ def test_propagator_asks_a_subclass_that_propagates_otherwise():
     latent, *rest = start(model, None)
     after, _ = model.propagator()(latent, *rest)
     assert torch.equal(after, latent.unsqueeze(1).expand_as(after))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_networks_are_called(register):
+    model = random_ensemble(n_modes=2)
+    member = members("mixed", model)
+    given, seen = start(model, member), []
+    handle = getattr(model.net, register)(lambda *_: seen.append(1))
+    model.propagate(*given, member)
+    model.propagator()(*given, member)
+    assert len(seen) == 2 * H
+    handle.remove()
+    model.propagate(*given, member)
+    assert len(seen) == 2 * H
+
+
+def test_a_hook_of_the_networks_decides_what_comes_out():
+    model = random_ensemble()
+    given = start(model, None)
+    model.net.register_forward_hook(lambda _, x, out: 0.5 * out)
+    expected = DynamicsModel.propagate(model, *given, deterministic=True)
+    found = model.propagate(*given, deterministic=True)
+    torch.testing.assert_close(found, expected)
