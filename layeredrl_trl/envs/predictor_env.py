@@ -20,13 +20,8 @@ from layeredrl_trl.envs.imagination import (
     Termination,
 )
 from layeredrl_trl.envs.imagined_specs import check_sizes, imagined_specs, particle_layout
-from layeredrl_trl.envs.initial_state import (
-    Entry,
-    InitialState,
-    SpecReader,
-    blank_state,
-    spread_members,
-)
+from layeredrl_trl.envs.initial_state import InitialState, blank_state, spread_members
+from layeredrl_trl.envs.spec_reader import Entry, SpecReader
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,

@@ -19,7 +19,7 @@ class _Columns(NamedTuple):
     steps: list[Tensor]
 
 
-def take_step(optimizer: torch.optim.Optimizer) -> None:
+def step_jointly(optimizer: torch.optim.Optimizer) -> None:
     """Do what ``optimizer.step()`` does.
 
     ``torch.optim.Adam`` calls its kernel for each group of parameters, and looks through the

@@ -18,7 +18,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from layeredrl_trl.functional import can_read
 from layeredrl_trl.modules import Recorded, can_record
-from layeredrl_trl.objectives.joint_adam import take_step
+from layeredrl_trl.objectives.joint_adam import step_jointly
 from layeredrl_trl.objectives.target_network import tensors_of
 
 Losses = Mapping[str, Tensor] | TensorDictBase
@@ -281,7 +281,7 @@ class Update:
         max_norm = self.clip_grad_max_norm
         if max_norm is not None and norm.item() > max_norm:
             torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
-        take_step(self.optimizer)
+        step_jointly(self.optimizer)
         if self.target_updater is not None:
             self.target_updater.step()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchrl.data import Bounded, Composite, Unbounded
 
-from layeredrl_trl.envs.initial_state import SpecReader, entries_of
+from layeredrl_trl.envs.spec_reader import SpecReader, entries_of
 from layeredrl_trl.modules.fingerprint import fingerprint
 from tests.envs.test_predictor_env import make_env, observations, random_actions
 

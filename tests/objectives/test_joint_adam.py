@@ -12,7 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from layeredrl_trl.objectives.joint_adam import take_step
+from layeredrl_trl.objectives.joint_adam import step_jointly
 
 SHAPES = {"a": [(3, 4), (4,)], "b": [(5,)], "c": [(2, 2), ()], "d": [(1,)]}
 
@@ -50,7 +50,7 @@ def count_kernels(monkeypatch):
 def assert_same_steps(common, own=(), *, withouts=((), (), ()), rates=None):
     """Bit for bit, the state too."""
     sides = []
-    for take in (lambda o: o.step(), take_step):
+    for take in (lambda o: o.step(), step_jointly):
         params = make_params()
         optimizer = make_optimizer(params, common, own)
         for step, without in enumerate(withouts):
@@ -94,7 +94,7 @@ def test_groups_with_options_of_their_own(own):
 def test_options_read_from_json():
     """They are lists then."""
     sides = []
-    for take in (lambda o: o.step(), take_step):
+    for take in (lambda o: o.step(), step_jointly):
         params = make_params()
         optimizer = make_optimizer(params, {})
         for step in range(3):
@@ -110,7 +110,7 @@ def test_options_read_from_json():
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 def test_gradients_that_are_scaled(found_inf):
     sides = []
-    for take in (lambda o: o.step(), take_step):
+    for take in (lambda o: o.step(), step_jointly):
         params = make_params()
         optimizer = make_optimizer(params, {})
         for step in range(2):
@@ -128,7 +128,7 @@ def test_a_state_that_was_only_asked_for():
     optimizer = make_optimizer(params, {})
     assert not optimizer.state[params["a"][0]]
     set_grads(params, 0)
-    take_step(optimizer)
+    step_jointly(optimizer)
     assert all(optimizer.state[p]["step"] == 1 for ps in params.values() for p in ps)
 
 
@@ -148,7 +148,7 @@ def test_groups_alike_take_one_kernel(monkeypatch):
     for step in range(2):
         set_grads(params, step)
         calls.clear()
-        take_step(optimizer)
+        step_jointly(optimizer)
     assert calls == [5, 1]
 
 
@@ -166,7 +166,7 @@ def test_who_looks_at_steps_sees_them():
         try:
             for step in range(2):
                 set_grads(params, step)
-                take_step(optimizer)
+                step_jointly(optimizer)
         finally:
             handle.remove()
     assert seen == [x for x in ("pre", "post", "before all", "all") for _ in range(2)]
@@ -181,7 +181,7 @@ def test_a_step_in_the_place_of_the_optimisers_is_taken():
     optimizer.step = lambda: (seen.append(1), own())
     for step in range(3):
         set_grads(params, step)
-        take_step(optimizer)
+        step_jointly(optimizer)
     assert len(seen) == 3
 
 
@@ -198,7 +198,7 @@ def test_other_optimisers_take_their_own_step():
     optimizer = Noted([p for ps in params.values() for p in ps], fused=True)
     for step in range(3):
         set_grads(params, step)
-        take_step(optimizer)
+        step_jointly(optimizer)
     assert optimizer.n_steps == 3
 
 
@@ -206,7 +206,7 @@ def test_other_optimisers_take_their_own_step():
 def test_other_dtypes(dtype, monkeypatch):
     calls = count_kernels(monkeypatch)
     sides = []
-    for take in (lambda o: o.step(), take_step):
+    for take in (lambda o: o.step(), step_jointly):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, dtype=dtype))]
         optimizer = torch.optim.Adam(params, fused=True)
@@ -223,9 +223,9 @@ def test_an_error_changes_nothing():
     params = [nn.Parameter(torch.ones(3, 2))]
     optimizer = torch.optim.Adam(params, fused=True)
     params[0].grad = torch.ones(3, 2)
-    take_step(optimizer)
+    step_jointly(optimizer)
     before = copy.deepcopy((params, optimizer.state_dict()))
     params[0].grad = torch.ones(3, 2).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
-        take_step(optimizer)
+        step_jointly(optimizer)
     torch.testing.assert_close((params, optimizer.state_dict()), before, rtol=0, atol=0)
