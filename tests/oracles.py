@@ -126,7 +126,8 @@ def random_ensemble(
 
 
 def random_reward(model: ProbabilisticEnsemble) -> RewardNet:
-    return RewardNet(model.latent_state_dim, model.context_dim, model.action_dim, hidden_sizes=(8,))
+    dims = model.latent_state_dim, model.context_dim, model.action_dim
+    return RewardNet(*dims, hidden_sizes=(8,), in_keys=model.in_keys)
 
 
 def member_alone(model: ProbabilisticEnsemble, member: int, **options: object):

@@ -40,8 +40,12 @@ class InitialState(TensorDictModuleBase):
         self.n_models = n_models
         self.in_keys = list(encoder.in_keys)
         entries = entries_of(state_spec)
-        self._written = {key: x for key, x in entries.items() if key not in encoder.in_keys}
-        self.out_keys = list(self._written)
+        written = {key: x for key, x in entries.items() if key not in encoder.in_keys}
+        self.out_keys = list(written)
+        self._particles = written[encoder.out_keys[0]].shape[:-1]
+        self._around = {key: x for key, x in written.items() if key not in encoder.out_keys}
+        carried = (keys.ALIVE, keys.MEMBER)
+        self._carried = {key: x for key, x in written.items() if key in carried}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the imagined state."""
@@ -51,19 +55,43 @@ class InitialState(TensorDictModuleBase):
                 f"initial_state reads {missing}, but the TensorDict has only "
                 f"{sorted(map(str, tensordict.keys(True, True)))}."
             )
-        latent, context = self.encoder.encode(tensordict.get(self.in_keys[0]))
-        batch = tensordict.batch_size
-        if latent.shape[:-1] != batch:
+        observation = tensordict.get(self.in_keys[0])
+        state = self._start(observation, self._around)
+        latent_key, _ = self.encoder.out_keys
+        latent, batch = state[latent_key], tensordict.batch_size
+        if latent.shape[:-3] != batch:
             raise ValueError(
-                f"observation: expected the batch size {list(batch)} of the TensorDict, got a "
-                f"latent state of shape {list(latent.shape)}."
+                f"observation: expected the batch size {list(batch)} of the TensorDict, got "
+                f"observations of shape {list(observation.shape)}."
             )
-        state = blank_state(self._written, batch, self.n_models, latent.device)
-        latent_key, context_key = self.encoder.out_keys
-        # a copy: a state may be written to, particle by particle
-        state[latent_key] = latent[..., None, None, :].expand(state[latent_key].shape).clone()
-        state[context_key] = context
+        state[latent_key] = latent.clone()  # a state may be written to, particle by particle
         return tensordict.update(state)
+
+    def particles(self, observation: Tensor) -> dict[NestedKey, Tensor]:
+        """Start from observations without a TensorDict.
+
+        Args:
+            observation: ``[..., O]``.
+
+        Returns:
+            what a step carries on to the next: ``latent`` (not to be written to), ``context``,
+            ``alive`` and, if there is one, ``member``.
+
+        Raises:
+            ValueError: if the last dims are not those of the encoder.
+        """
+        return self._start(observation, self._carried)
+
+    def _start(
+        self, observation: Tensor, others: Mapping[NestedKey, Entry]
+    ) -> dict[NestedKey, Tensor]:
+        latent, context = self.encoder.encode(observation)
+        batch = latent.shape[:-1]
+        state = blank_state(others, batch, self.n_models, latent.device)
+        latent_key, context_key = self.encoder.out_keys
+        state[latent_key] = latent[..., None, None, :].expand(*batch, *self._particles, -1)
+        state[context_key] = context
+        return state
 
 
 def blank_state(
@@ -81,10 +109,9 @@ def blank_state(
         device: of the state.
     """
     state = {
-        key: torch.zeros((*batch, *shape), dtype=dtype, device=device)
+        key: torch.full((*batch, *shape), float(key == keys.ALIVE), dtype=dtype, device=device)
         for key, (shape, dtype) in entries.items()
     }
-    state[keys.ALIVE] = torch.ones_like(state[keys.ALIVE])
     if keys.MEMBER in state:
         state[keys.MEMBER] = spread_members(batch, n_models, device)
     return state

@@ -158,6 +158,7 @@ class PredictorEnv(ModelBasedEnvBase):
         )
         super().__init__(imagination, device=device)
         self.latent_key, self.context_key = encoder.out_keys
+        self._parts = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
         self.imagined_action_key = dynamics.in_keys[2]
         self.deterministic = deterministic
         self.start = start
@@ -218,9 +219,49 @@ class PredictorEnv(ModelBasedEnvBase):
         """
         batch = tensordict.batch_size
         self._check_actions(actions, batch)
-        horizon = actions.shape[len(batch)]
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
+        others = {} if only_next else self._read_others(flat)
+        return self._imagine(state, others, batch, actions, only_next, set_truncated)
+
+    def imagine_from(
+        self, observation: Tensor, actions: Tensor, *, set_truncated: bool = False
+    ) -> TensorDictBase:
+        """Roll out given actions from observations.
+
+        What :meth:`imagine` gives from the :attr:`initial_state` of a TensorDict of these, without
+        making one.
+
+        Args:
+            observation: ``[..., O]``.
+            actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
+            set_truncated: as in :meth:`imagine`.
+
+        Returns:
+            as :meth:`imagine`.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        n_dims = len(self.initial_state.encoder.obs_shape)
+        batch = observation.shape[: observation.ndim - n_dims]
+        self._check_actions(actions, batch)
+        flat = observation.reshape(-1, *observation.shape[len(batch) :])
+        state = self.initial_state.particles(flat)
+        others = {self.initial_state.in_keys[0]: flat}
+        return self._imagine(state, others, batch, actions, False, set_truncated)
+
+    def _imagine(
+        self,
+        state: dict[NestedKey, Tensor],
+        others: dict[NestedKey, Tensor],
+        batch: torch.Size,
+        actions: Tensor,
+        only_next: bool,
+        set_truncated: bool,
+    ) -> TensorDictBase:
+        """:meth:`imagine` from a ``state`` of batch ``[N]`` and what else was found beside it."""
+        horizon = actions.shape[len(batch)]
         flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
         roll = self._roll if torch.is_grad_enabled() else self._recorded
         outcome: ImaginedStep = roll(
@@ -237,9 +278,9 @@ class PredictorEnv(ModelBasedEnvBase):
             shared = {keys.MEMBER, self.context_key, keys.DONE} & following.keys()
             following |= {key: following[key].clone() for key in shared}
         else:
-            first = self._before_first_step(flat, state)
+            known = state | others
             both = {
-                key: torch.cat([first[key].unsqueeze(1), x], 1)
+                key: _with_first(known.get(key), x)
                 for key, x in following.items()
                 if key != keys.REWARD
             }
@@ -286,8 +327,7 @@ class PredictorEnv(ModelBasedEnvBase):
         """
         batch = tensordict.batch_size
         flat = self._read_state(tensordict.reshape(-1))
-        parts = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
-        everyone = [flat.get(name) for name in parts]
+        everyone = [flat.get(name) for name in self._parts]
         propagate = self.world_model.dynamics.propagator()
         asked = {name: unravel_key(name[1:]) for name in names if name[0] == "next"}
         if self.world_model.termination == "soft":
@@ -380,10 +420,14 @@ class PredictorEnv(ModelBasedEnvBase):
             return self._start_at(tensordict.get(observation_key), batch)
         if given and set(self._state_keys) <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
-            out = self._before_first_step(flat, self._read_state(flat))
-            out = {key: out[key] for key in self._observed}
-            out = TensorDict(out, flat.shape, device=self.device)
-            return out.reshape(batch)
+            known = self._read_state(flat) | self._read_others(flat)
+            state = {
+                key: known[key].to(dtype)
+                if key in known
+                else torch.zeros((*flat.shape, *shape), dtype=dtype, device=self.device)
+                for key, (shape, dtype) in self._observed.items()
+            }
+            return TensorDict(state, flat.shape, device=self.device).reshape(batch)
         if self.start is not None:
             return self._start_at(self._draw_start(batch), batch)
         shape = (*batch, *self._observed[self.latent_key].shape)
@@ -424,9 +468,8 @@ class PredictorEnv(ModelBasedEnvBase):
     @property
     def _state_keys(self) -> list[NestedKey]:
         """Entries that make an imagined state."""
-        names = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
         observed = self._observed
-        return [name for name in names if name in observed]
+        return [name for name in self._parts if name in observed]
 
     def _draw_start(self, batch: torch.Size) -> Tensor:
         if callable(self.start):
@@ -460,7 +503,8 @@ class PredictorEnv(ModelBasedEnvBase):
             raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
 
     def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
-        state = {name: flat.get(name, None) for name in self._state_keys}
+        observed = self._observed
+        state = {name: flat.get(name, None) for name in self._parts if name in observed}
         missing = sorted(str(name) for name, x in state.items() if x is None)
         if missing:
             raise KeyError(
@@ -469,12 +513,17 @@ class PredictorEnv(ModelBasedEnvBase):
                 "Make one with env.initial_state or env.reset."
             )
         for name, x in state.items():
-            expected = self._observed[name].shape
+            expected = observed[name].shape
             if x.shape[1:] != expected:
                 raise ValueError(
                     f"{name}: expected trailing shape {list(expected)}, got {list(x.shape[1:])}."
                 )
         return state
+
+    def _read_others(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """What there is of the entries of a rollout that are no part of the state."""
+        found = {key: flat.get(key, None) for key in self._rooted if key not in self._parts}
+        return {key: x for key, x in found.items() if x is not None}
 
     def _is_deterministic(self) -> bool:
         if self.deterministic is None:
@@ -501,15 +550,12 @@ class PredictorEnv(ModelBasedEnvBase):
             out[self.initial_state.in_keys[0]] = self._decode(outcome.latent, context)
         return {key: x for key, x in out.items() if x is not None}
 
-    def _before_first_step(
-        self, flat: TensorDictBase, state: dict[NestedKey, Tensor]
-    ) -> dict[NestedKey, Tensor]:
-        """Everything a rollout holds at its first root: the state, zeros where it says nothing."""
-        out = dict(state)
-        for key, (shape, dtype) in self._rooted.items():
-            if key not in state:
-                given = flat.get(key, None)
-                if given is None:
-                    given = torch.zeros((*flat.shape, *shape), dtype=dtype, device=self.device)
-                out[key] = given.to(dtype)
-        return out
+
+def _with_first(first: Tensor | None, following: Tensor) -> Tensor:
+    """Put what was there before the first step ``[N, ...]`` before ``[N, H, ...]``.
+
+    Zeros if that is not known.
+    """
+    if first is None:
+        return torch.constant_pad_nd(following, [0, 0] * (following.ndim - 2) + [1, 0])
+    return torch.cat([first.unsqueeze(1).to(following.dtype), following], 1)

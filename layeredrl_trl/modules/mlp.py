@@ -171,7 +171,7 @@ def run_layers(
     """
     if torch.compiler.is_compiling():
         return _run(x, layers, activation, _product)
-    if not pays_in_pieces(x):
+    if not pays_in_pieces(x) or (len(x) == 1 and x.shape[1] <= _PIECE):
         return _run(x, layers, activation, torch.baddbmm)
     pieces = []
     for e, rows in enumerate(x.unbind(0)):

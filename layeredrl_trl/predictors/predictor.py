@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
@@ -186,7 +186,8 @@ class Predictor(nn.Module, abc.ABC):
         Raises:
             ValueError: if a shape does not fit.
         """
-        obs, act = self._tensor(obs), self._tensor(act)
+        device = self.device
+        obs, act = self._tensor(obs, device), self._tensor(act, device)
         if obs.ndim != 1 + len(self.encoder.obs_shape) or act.ndim not in (2, 3):
             raise ValueError(
                 "rollout: expected obs [B, O] and act [B, H, A] (or indices [B, H]), got obs "
@@ -199,8 +200,7 @@ class Predictor(nn.Module, abc.ABC):
         if discrete:
             act = act.reshape(act.shape[:2])
         env = self._rollout_env(deterministic, discrete)
-        start = TensorDict({self.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
-        out = env.imagine(env.initial_state(start), act, set_truncated=set_truncated)
+        out = env.imagine_from(obs, act, set_truncated=set_truncated)
         return out, out.get(self.encoder.out_keys[1])[:, 0]
 
     def env(self, action_spec: TensorSpec, **options: Any) -> PredictorEnv:
@@ -305,8 +305,8 @@ class Predictor(nn.Module, abc.ABC):
         )
         return evaluate(module, entries).squeeze(-1)
 
-    def _tensor(self, x: Tensor | np.ndarray) -> Tensor:
-        x = torch.as_tensor(x, device=self.device)
+    def _tensor(self, x: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:
+        x = torch.as_tensor(x, device=device or self.device)
         return x.float() if x.dtype == torch.float64 else x
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torchrl.modules import CEMPlanner, MPPIPlanner
 from torchrl.objectives.value import TDLambdaEstimator
 
 from layeredrl_trl.envs import PredictorEnv, spread_members
-from layeredrl_trl.modules import Encoder, IdentityEncoder, RewardNet, ValueNet
+from layeredrl_trl.modules import Encoder, IdentityEncoder, MLPEncoder, RewardNet, ValueNet
 from layeredrl_trl.planners import CrossEntropyPlanner
 from tests.oracles import imagine_one, member_alone, random_ensemble, random_reward
 
@@ -268,6 +268,53 @@ def test_imagine_is_rollout(deterministic, propagation, num_particles, batch):
     before = state.clone()
     only_next.apply_(lambda x: x.zero_())
     assert_same(state, before)
+
+
+ENCODERS = {
+    "identity": lambda: IdentityEncoder(3),
+    "of another name": lambda: SplitEncoder(4, in_keys=["pixels"], out_keys=["z", "c"]),
+    "of an image": lambda: MLPEncoder((2, 3), 3, 1),
+}
+
+
+@pytest.mark.parametrize("batch", BATCH_SHAPES)
+@pytest.mark.parametrize("num_particles", [None, 1])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("set_truncated", [False, True])
+def test_imagine_from_is_imagine_from_the_initial_state(
+    set_truncated, encoder, num_particles, batch
+):
+    encoder = ENCODERS[encoder]()
+    names = [*encoder.out_keys, "action"]
+    env = make_env(encoder=encoder, num_particles=num_particles, model_options={"in_keys": names})
+    start, actions = observations(env, *batch), random_actions(env, *batch, 4)
+    (observation,) = start.values()
+    before = observation.clone()
+    torch.manual_seed(1)
+    expected = env.imagine(env.initial_state(start), actions, set_truncated=set_truncated)
+    torch.manual_seed(1)
+    found = env.imagine_from(observation.double(), actions, set_truncated=set_truncated)
+    assert found.batch_size == expected.batch_size and found.names == expected.names
+    assert_same(found, expected)
+    assert found["next", "truncated"].any() == set_truncated
+    found.apply_(lambda x: x.zero_())
+    torch.testing.assert_close(observation, before)
+
+
+@pytest.mark.parametrize(
+    ("observation", "actions", "message"),
+    [
+        ((2, 4), (2, 5, 2), "observation: expected"),
+        ((4,), (5, 2), "observation: expected"),
+        ((), (5, 2), "observation: expected"),
+        ((2, 3), (3, 5, 2), r"actions: expected shape \[2, H, 2\], got \[3, 5, 2\]"),
+        ((2, 3), (2, 5, 3), "actions: expected"),
+        ((2, 3), (2, 0, 2), "at least one step"),
+    ],
+)
+def test_imagine_from_names_what_does_not_fit(observation, actions, message):
+    with pytest.raises(ValueError, match=message):
+        make_env().imagine_from(torch.zeros(observation), torch.zeros(actions))
 
 
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
