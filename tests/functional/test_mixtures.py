@@ -160,3 +160,20 @@ def test_noise_of_steps_is_that_of_as_many_calls(modes):
         assert gumbel is None and calls[0].gumbel is None
     else:
         assert torch.equal(gumbel, torch.stack([call.gumbel for call in calls]))
+
+
+def test_noise_is_gumbel_and_normal_and_independent():
+    torch.manual_seed(0)
+    n = 100_000
+    like = {"dtype": torch.float32, "device": torch.device("cpu")}
+    gumbel, normal = mixture_noise((n, 3), 2, **like)
+    assert gumbel.shape == (n, 3) and normal.shape == (n, 2) and gumbel.isfinite().all()
+    at = torch.linspace(-4.0, 8.0, 49)
+    of_gumbel = torch.exp(-torch.exp(-at))
+    of_normal = torch.distributions.Normal(0.0, 1.0).cdf(at)
+    for noise, expected in ((gumbel, of_gumbel), (normal, of_normal)):
+        below = (noise.unsqueeze(-1) < at).float().mean(0)
+        assert (below - expected).abs().max() < 5 * 0.5 / n**0.5
+    columns = torch.cat([gumbel, normal, normal.square()], -1)
+    correlation = columns.T.corrcoef() - torch.eye(7)
+    assert correlation.abs().max() < 5 / n**0.5
