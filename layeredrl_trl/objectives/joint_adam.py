@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
 
 class _Columns(NamedTuple):
     """What the kernel moves, and what it moves it by; a tensor of each for every parameter."""
@@ -32,7 +34,8 @@ def step_jointly(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         return
     for (lr, beta1, beta2, eps, weight_decay, maximize), columns in joint.items():
-        torch._foreach_add_(columns.steps, 1)
+        # a number would be made a tensor, and brought to their dtype, for each of them
+        torch._foreach_add_(columns.steps, [_ONE] * len(columns.steps))
         torch._fused_adam_(
             *columns[:4],
             [],
