@@ -13,7 +13,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint format bench tutorials clean distclean
+.PHONY: help demo install test lint format bench gpu tutorials clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [WORKERS=2]"
@@ -45,6 +45,10 @@ format: $(DEV_STAMP) ## format the code and fix what ruff can fix
 
 bench: $(DEV_STAMP) ## time what benchmarks/ measures and print a table (ARGS: options of pytest)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+gpu: $(DEV_STAMP) ## run the tests that need a GPU, then check and time everything on it (ARGS: options of benchmarks.gpu)
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 tutorials: $(DEV_STAMP) ## execute tutorials/*.py into the notebooks beside them
 	@set -e; for script in $(TUTORIALS); do \

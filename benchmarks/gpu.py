@@ -3,12 +3,15 @@
     python -m benchmarks.gpu                     # on a machine with CUDA
     python -m benchmarks.gpu --device cpu        # that the script works, where there is none
 
-First numbers are checked: those of the GPU against the CPU's, and those of compiled code and of
-replayed CUDA graphs against what is done operation by operation. Then learning steps, rollouts and
-plans are timed in each of these ways, beside three floors by arithmetic: operations of the networks
-over the measured rate of a matrix product, bytes that must be read and written over the measured
-bandwidth, and 2 us for each kernel that is launched. What fails is said, and the rest goes on; the
-exit status is 1 then.
+One workload after the other. First its numbers are checked: those of the GPU against the CPU's, and
+those of compiled code and of replayed CUDA graphs against what is done operation by operation. Then
+learning steps, rollouts and plans are timed in each of these ways, beside three floors by
+arithmetic: operations of the networks over the measured rate of a matrix product, bytes that must
+be read and written over the measured bandwidth, and 2 us for each kernel that is launched.
+
+What fails is said, and the rest goes on. After `--minutes` nothing more is begun: compiling takes
+most of the time, and what matters most comes first. What was left out is listed at the end; the
+exit status is 1 if anything failed or was left out.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -54,7 +58,11 @@ STEPS = 20
 
 SECONDS_PER_KERNEL = 2e-6
 
-FAILURES: list[str] = []
+FIRST = ("ens5", "pets", "mix4")
+"""Workloads in the order of what is wanted of a GPU."""
+
+TF32 = {"highest": "", "high": ", TF32"}
+"""What torch calls the precision of a matrix product, and what the table adds to a way."""
 
 
 class Floors(NamedTuple):
@@ -102,6 +110,17 @@ def least(work: Callable[[], object], device: str, rounds: int = 8, warm_up: int
     return min(times[warm_up:])
 
 
+@contextmanager
+def precision_of_products(precision: str) -> Iterator[None]:
+    """Let torch multiply float32 matrices with a precision for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def measure(device: str) -> Machine:
     """Rate of a matrix product, and bandwidth of a copy."""
     n = 1024 if device == "cpu" else 8192
@@ -147,19 +166,44 @@ def floors_of_rollout(predictor, workload: Workload, rows: int, particles: int) 
     return Floors(operations, 4 * rows * (ACTION_DIM + particles * (OBSERVATION_DIM + 3)))
 
 
-def attempt(what: str, work: Callable[[], object]) -> None:
-    """Do it, and say what went wrong if something did."""
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            work()
-        for warning in said:
-            if "cannot be" in str(warning.message):
-                FAILURES.append(what)
-                print(f"WARNED in {what}: {warning.message}", flush=True)
-    except Exception:
-        FAILURES.append(what)
-        print(f"FAILED: {what}\n{traceback.format_exc()}", flush=True)
+class Jobs:
+    """Do one thing after the other, until the time is over, whatever goes wrong.
+
+    Args:
+        minutes: after which nothing is begun.
+
+    Attributes:
+        failed: what went wrong.
+        left_out: what was not begun.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.perf_counter() + 60 * minutes
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
+
+    def do(self, what: str, work: Callable[[], object]) -> None:
+        """Do it, and say what went wrong if something did."""
+        if time.perf_counter() > self._end:
+            self.left_out.append(what)
+            return
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                work()
+            for warning in said:
+                if "cannot be" in str(warning.message):
+                    self.failed.append(what)
+                    print(f"WARNED in {what}: {warning.message}", flush=True)
+        except Exception:
+            self.failed.append(what)
+            print(f"FAILED: {what}\n{traceback.format_exc()}", flush=True)
+
+    def finish(self) -> int:
+        """Say how it went; 0 if all was done, and well."""
+        for how, whats in (("failed", self.failed), ("left out", self.left_out)):
+            print(f"\n{len(whats)} {how}" + "".join(f"\n- {what}" for what in whats))
+        return int(bool(self.failed or self.left_out))
 
 
 def check_device(workload: Workload, device: str) -> None:
@@ -253,50 +297,73 @@ def make_planner(env, **options) -> ICEMPlanner:
 
 
 class Report:
-    """Print rows of a table as they come."""
+    """Rows of a table, printed as they come.
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    Args:
+        machines: what the device does with each precision of products.
+        jobs: rows are timed as some of them.
+    """
+
+    def __init__(self, machines: dict[str, Machine], jobs: Jobs) -> None:
+        self.machines = machines
+        self.jobs = jobs
+        self._eager: dict[str, float] = {}
+
+    def head(self) -> None:
         print("\n| work | way | ms | operations | bytes | kernels | x floor | x eager |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
-        self._eager: dict[str, float] = {}
 
     def row(
         self, work: str, way: str, call: Callable[[], object], floors: Floors, *, repeats: int = 1
     ) -> None:
         """Time a call that does the work ``repeats`` times."""
+        precision = torch.get_float32_matmul_precision()
+        machine = self.machines[precision]
 
         def timed() -> None:
-            seconds = least(call, self.machine.device) / repeats
+            seconds = least(call, machine.device) / repeats
             if way == "eager":
                 self._eager[work] = seconds
             own = [
-                floors.operations / self.machine.operations_per_second,
-                floors.bytes / self.machine.bytes_per_second,
+                floors.operations / machine.operations_per_second,
+                floors.bytes / machine.bytes_per_second,
             ]
-            n = kernels(call, self.machine)
+            n = kernels(call, machine)
             launched = "" if n is None else f"{n / repeats:.0f}: "
             own.append(0.0 if n is None else SECONDS_PER_KERNEL * n / repeats)
             eager = self._eager.get(work, seconds)
             print(
-                f"| {work} | {way} | {1e3 * seconds:.3f} | {1e3 * own[0]:.3f} | "
+                f"| {work} | {way}{TF32[precision]} | {1e3 * seconds:.3f} | {1e3 * own[0]:.3f} | "
                 f"{1e3 * own[1]:.3f} | {launched}{1e3 * own[2]:.3f} | {seconds / max(own):.1f} | "
                 f"{eager / seconds:.1f} |",
                 flush=True,
             )
 
-        attempt(f"{work}, {way}", timed)
+        self.jobs.do(f"{work}, {way}{TF32[precision]}", timed)
+
+
+def time_learning(report: Report, workload: Workload, device: str, ways: list[str]) -> None:
+    buffer = make_buffer(make_transitions(BUFFER_SIZE), device)
+    for way in ways:
+        predictor = make_predictor(workload, device, **WAYS[way])
+        report.row(
+            f"learn, {workload.name}",
+            way,
+            lambda p=predictor: p.learn(buffer, STEPS, BATCH_SIZE, BATCH_SIZE, 0),
+            floors_of_learning(predictor, workload),
+            repeats=STEPS,
+        )
 
 
 @torch.no_grad()
-def time_imagining(report: Report, workload: Workload, predictor) -> None:
-    device = report.machine.device
+def time_imagining(report: Report, workload: Workload, device: str, ways: list[str]) -> None:
+    predictor = make_predictor(workload, device)
     n_particles = workload.n_models * workload.n_particles
-    for n_envs, horizon in ((128, 10), (1024, 15)):
+    for n_envs, horizon in ((1024, 15), (128, 10)):
         observation = torch.randn(n_envs, OBSERVATION_DIM, device=device)
         actions = torch.rand(n_envs, horizon, ACTION_DIM, device=device)
         floors = floors_of_rollout(predictor, workload, n_envs * horizon, n_particles)
-        for way in ways_on(device):
+        for way in ways:
             env = predictor._rollout_env(False, False)
             env._recorded.forget()
             env._recorded.cudagraphs = WAYS[way]["cudagraphs"]
@@ -307,8 +374,8 @@ def time_imagining(report: Report, workload: Workload, predictor) -> None:
                 lambda o=observation, a=actions: predictor.rollout(o, a),
                 floors,
             )
-    for n_envs in (1, 8):
-        for way in ways_on(device):
+    for n_envs in (8, 1):
+        for way in ways:
             env = predictor.env(action_spec(device), num_particles=1, **imagining(way))
             state = start(env, torch.randn(n_envs, OBSERVATION_DIM, device=device))
             planner = make_planner(env, cudagraphs=WAYS[way]["cudagraphs"])
@@ -321,52 +388,47 @@ def time_imagining(report: Report, workload: Workload, predictor) -> None:
             )
 
 
+def check(jobs: Jobs, workload: Workload, device: str, ways: list[str]) -> None:
+    """Hold each way to the eager one, and that to the CPU."""
+    jobs.do(f"{workload.name}: as the CPU", lambda: check_device(workload, device))
+    for way in ways:
+        what = f"{workload.name}, {way}"
+        jobs.do(f"{what}: learned", lambda x=way: check_learning(workload, device, x))
+        jobs.do(f"{what}: imagined", lambda x=way: check_imagining(workload, device, x))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--only", choices=WORKLOADS, nargs="+", default=FIRST)
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing is begun")
     args = parser.parse_args()
-    device = args.device
+    device, jobs, ways = args.device, Jobs(args.minutes), ways_on(args.device)
     torchrl.logger.setLevel("WARNING")
-    ways = ways_on(device)
     print(f"torch {torch.__version__}, {device}", end="")
     print("" if device == "cpu" else f", {torch.cuda.get_device_name()}")
-    workloads = [WORKLOADS[name] for name in args.only]
-    for workload in workloads:
-        name = workload.name
-        attempt(f"{name}: as the CPU", lambda w=workload: check_device(w, device))
-        for way in ways[1:]:
-            what = f"{name}, {way}"
-            attempt(f"{what}: learned", lambda w=workload, x=way: check_learning(w, device, x))
-            attempt(f"{what}: imagined", lambda w=workload, x=way: check_imagining(w, device, x))
-        print(f"{name}: checked", flush=True)
-    buffer = make_buffer(make_transitions(BUFFER_SIZE), device)
-    for precision in ("highest", "high") if device != "cpu" else ("highest",):
-        torch.set_float32_matmul_precision(precision)
-        machine = measure(device)
+    machines = {}
+    for precision in ("highest",) if device == "cpu" else TF32:
+        with precision_of_products(precision):
+            machine = machines[precision] = measure(device)
         print(
-            f"\nfloat32 {'with' if precision == 'high' else 'without'} TF32: matrix product "
+            f"float32{TF32[precision]}: matrix product "
             f"{machine.operations_per_second / 1e12:.2f} TFLOP/s, copy "
             f"{machine.bytes_per_second / 1e9:.0f} GB/s. Floors in ms."
         )
-        report = Report(machine)
-        for workload in workloads:
-            for way in ways if precision == "highest" else ways[-1:]:
-                predictor = make_predictor(workload, device, **WAYS[way])
-                report.row(
-                    f"learn, {workload.name}",
-                    way,
-                    lambda p=predictor: p.learn(buffer, STEPS, BATCH_SIZE, BATCH_SIZE, 0),
-                    floors_of_learning(predictor, workload),
-                    repeats=STEPS,
-                )
-            predictor = make_predictor(workload, device)
-            attempt(
-                f"imagining, {workload.name}",
-                lambda r=report, w=workload, p=predictor: time_imagining(r, w, p),
-            )
-    print(f"\n{len(FAILURES)} failures" + "".join(f"\n- {what}" for what in FAILURES))
-    sys.exit(bool(FAILURES))
+    report = Report(machines, jobs)
+    for name in args.only:
+        workload, start_time = WORKLOADS[name], time.perf_counter()
+        check(jobs, workload, device, ways[1:])
+        print(f"\n{name}: checked in {time.perf_counter() - start_time:.0f} s")
+        report.head()
+        for precision in machines:
+            # with TF32 in the best way only: all is compiled anew
+            those = ways if precision == "highest" else ways[-1:]
+            with precision_of_products(precision):
+                time_learning(report, workload, device, those)
+                time_imagining(report, workload, device, those)
+    sys.exit(jobs.finish())
 
 
 if __name__ == "__main__":
