@@ -190,7 +190,6 @@ class PredictorEnv(ModelBasedEnvBase):
         tensordict: TensorDictBase,
         actions: Tensor,
         *,
-        only_next: bool = False,
         set_truncated: bool = False,
     ) -> TensorDictBase:
         """Roll out given actions: as ``rollout``, without the machinery of a step.
@@ -204,8 +203,6 @@ class PredictorEnv(ModelBasedEnvBase):
         Args:
             tensordict: imagined state, batch ``[...]`` (see :attr:`initial_state`).
             actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
-            only_next: give what is under ``"next"`` and nothing else, which is all that a planner
-                asks for.
             set_truncated: raise ``truncated`` and ``done`` on the last step, terminated or not, as
                 ``rollout(set_truncated=True)`` does.
 
@@ -221,8 +218,7 @@ class PredictorEnv(ModelBasedEnvBase):
         self._check_actions(actions, batch)
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
-        others = {} if only_next else self._read_others(flat)
-        return self._imagine(state, others, batch, actions, only_next, set_truncated)
+        return self._imagine(state, self._read_others(flat), batch, actions, set_truncated)
 
     def imagine_from(
         self, observation: Tensor, actions: Tensor, *, set_truncated: bool = False
@@ -249,7 +245,7 @@ class PredictorEnv(ModelBasedEnvBase):
         flat = observation.reshape(-1, *observation.shape[len(batch) :])
         state = self.initial_state.particles(flat)
         others = {self.initial_state.in_keys[0]: flat}
-        return self._imagine(state, others, batch, actions, False, set_truncated)
+        return self._imagine(state, others, batch, actions, set_truncated)
 
     def _imagine(
         self,
@@ -257,7 +253,6 @@ class PredictorEnv(ModelBasedEnvBase):
         others: dict[NestedKey, Tensor],
         batch: torch.Size,
         actions: Tensor,
-        only_next: bool,
         set_truncated: bool,
     ) -> TensorDictBase:
         """:meth:`imagine` from a ``state`` of batch ``[N]`` and what else was found beside it."""
@@ -273,20 +268,15 @@ class PredictorEnv(ModelBasedEnvBase):
         )
         context = state[self.context_key].unsqueeze(1).expand(-1, horizon, -1)
         following = self._entries(outcome, context)
-        steps = {}
-        if only_next:  # as nothing is copied below, nothing may be shared with the state
-            shared = {keys.MEMBER, self.context_key, keys.DONE} & following.keys()
-            following |= {key: following[key].clone() for key in shared}
-        else:
-            known = state | others
-            both = {
-                key: _with_first(known.get(key), x)
-                for key, x in following.items()
-                if key != keys.REWARD
-            }
-            following |= {key: x[:, 1:] for key, x in both.items()}
-            steps = {key: x[:, :-1] for key, x in both.items()}
-            steps[self.imagined_action_key] = flat_actions
+        known = state | others
+        both = {
+            key: _with_first(known.get(key), x)
+            for key, x in following.items()
+            if key != keys.REWARD
+        }
+        following |= {key: x[:, 1:] for key, x in both.items()}
+        steps = {key: x[:, :-1] for key, x in both.items()}
+        steps[self.imagined_action_key] = flat_actions
         if set_truncated:  # no view of these is a root: those end one step earlier
             for key in (keys.TRUNCATED, keys.DONE):
                 following[key][:, -1] = True

@@ -261,12 +261,8 @@ def test_imagine_is_rollout(deterministic, propagation, num_particles, batch):
     fast = env.imagine(state, actions)
     torch.manual_seed(1)
     assert_same(fast, play(env, state, actions))
-    torch.manual_seed(1)
-    only_next = env.imagine(state, actions, only_next=True)
-    assert set(only_next.keys()) == {"next"} and only_next.batch_size == (*batch, 4)
-    assert_same(only_next["next"], fast["next"])
     before = state.clone()
-    only_next.apply_(lambda x: x.zero_())
+    fast.apply_(lambda x: x.zero_())
     assert_same(state, before)
 
 
@@ -382,11 +378,9 @@ def test_set_truncated_is_that_of_rollout(termination, batch):
     steps = slow.shape[-1]
     actions = actions.narrow(len(batch), 0, steps)
     before = state.clone()
-    for only_next in (False, True):
-        torch.manual_seed(1)
-        fast = env.imagine(state, actions, only_next=only_next, set_truncated=True)
-        assert_same(fast["next"] if only_next else fast, slow["next"] if only_next else slow)
-        assert_same(state, before)
+    torch.manual_seed(1)
+    assert_same(env.imagine(state, actions, set_truncated=True), slow)
+    assert_same(state, before)
     unmarked = slow["next"].exclude("done", "truncated")
     torch.manual_seed(1)
     fast = env.imagine(state, actions)["next"]
