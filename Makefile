@@ -47,8 +47,10 @@ bench: $(DEV_STAMP) ## time what benchmarks/ measures and print a table (ARGS: o
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
 gpu: $(DEV_STAMP) ## run the tests that need a GPU, then check and time everything on it (ARGS: options of benchmarks.gpu)
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+	@status=0; \
+	$(BIN)/python -m pytest -m gpu || status=$$?; \
+	$(BIN)/python -m benchmarks.gpu $(ARGS) || status=$$?; \
+	exit $$status
 
 tutorials: $(DEV_STAMP) ## execute tutorials/*.py into the notebooks beside them
 	@set -e; for script in $(TUTORIALS); do \
