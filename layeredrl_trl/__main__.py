@@ -53,14 +53,15 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0, 2 for an error, 130 for Ctrl-C)."""
+    """Run the command line and return the exit status: 0, 2 for an error, 130 for Ctrl-C."""
     torchrl.logger.setLevel("WARNING")
     try:
         config = tyro.cli(
             Command, args=arguments, prog="python -m layeredrl_trl", description=__doc__
         )
         torch.set_num_threads(config.num_threads)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
+        # Clusters end a job by SIGTERM, which is handled like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if isinstance(config, EvaluateConfig):
             evaluate(config)
             return 0

@@ -1,4 +1,4 @@
-"""Checks of plain numbers that a user hands in; an error names the argument and what came."""
+"""Checks of a user's plain numbers; the error names the argument, what was expected, what came."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Check a whole number.
+    """Check that an argument is an integer of at least ``least``.
 
     Args:
-        name: of the argument.
-        value: what came.
+        name: name of the argument, for the error.
+        value: the argument.
         least: smallest legal value.
 
     Raises:
-        TypeError: if it is no integer; ``True`` and ``2.0`` are none.
-        ValueError: if it is below ``least``.
+        TypeError: if ``value`` is not an integer; ``True`` and ``2.0`` are not.
+        ValueError: if ``value`` is below ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
@@ -27,17 +27,17 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_counts(**counts: Any) -> None:
-    """Check whole numbers of at least 1, by name; see :func:`check_count`."""
+    """Check that each argument, given by name, is an integer of at least 1."""
     for name, value in counts.items():
         check_count(name, value)
 
 
 def check_sizes(name: str, sizes: Any) -> None:
-    """Check a sequence of whole numbers of at least 1, such as the widths of layers.
+    """Check that an argument is a sequence of integers of at least 1, such as widths of layers.
 
     Raises:
-        TypeError: if it is no sequence, or one of its elements no integer.
-        ValueError: if one of them is below 1.
+        TypeError: if ``sizes`` is not a sequence or an element is not an integer.
+        ValueError: if an element is below 1.
     """
     if isinstance(sizes, str) or not isinstance(sizes, Sequence):
         raise TypeError(
@@ -49,16 +49,16 @@ def check_sizes(name: str, sizes: Any) -> None:
 
 
 def check_finite(name: str, value: Any, *, above: float = -math.inf) -> None:
-    """Check a finite number.
+    """Check that an argument is a finite number.
 
     Args:
-        name: of the argument.
-        value: what came.
-        above: it must be larger than that.
+        name: name of the argument, for the error.
+        value: the argument.
+        above: lower bound, itself not legal.
 
     Raises:
-        TypeError: if it is no number.
-        ValueError: if it is infinite, NaN or not above ``above``.
+        TypeError: if ``value`` is not a number.
+        ValueError: if ``value`` is infinite, NaN or not above ``above``.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")

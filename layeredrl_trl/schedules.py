@@ -2,7 +2,7 @@
 
 A schedule is immutable and holds nothing but numbers: it can be shared, compared, pickled, sent to
 another process, and written into a checkpoint as plain values (:meth:`Schedule.state_dict`).
-Wherever a schedule is taken, any other function of the env steps is too.
+An argument that takes a schedule takes any other function of the env steps, too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any
 
@@ -18,7 +18,7 @@ from typing import Any
 class Schedule(abc.ABC):
     """Base class: a number as a function of the total number of env steps.
 
-    A schedule of your own is a frozen dataclass of numbers with a ``__call__``.
+    To write a schedule of your own, make a frozen dataclass of numbers with a ``__call__``.
 
     Example:
         >>> from dataclasses import dataclass
@@ -37,22 +37,23 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value after so many env steps."""
+        """Return the value after ``n_total_env_steps`` env steps."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name of the class under ``type``, and its arguments, as plain values."""
+        """Return the class name under ``type`` and the arguments, all as plain values."""
         return {"type": type(self).__name__, **asdict(self)}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Schedule:
-        """Make the schedule again whose :meth:`state_dict` was ``state``.
+        """Make the schedule whose :meth:`state_dict` returned ``state``.
 
         Args:
-            state: of any subclass that has been defined or imported.
+            state: the state of any subclass that has been defined or imported.
 
         Raises:
-            KeyError: if ``state`` names no type.
-            ValueError: if there is no such subclass; or as the class does for its arguments.
+            KeyError: if ``state`` has no entry ``type``.
+            ValueError: if there is no such subclass; also what the subclass raises for its
+                arguments.
         """
         arguments = dict(state)
         if "type" not in arguments:
@@ -66,10 +67,10 @@ class Schedule(abc.ABC):
 
 @dataclass(frozen=True)
 class ConstantSchedule(Schedule):
-    """The same value for ever.
+    """The same value at every step.
 
     Args:
-        value: finite.
+        value: a finite number.
 
     Example:
         >>> ConstantSchedule(3e-4)(1_000_000)
@@ -79,23 +80,23 @@ class ConstantSchedule(Schedule):
     value: float
 
     def __post_init__(self) -> None:
-        _set_numbers(self, "value")
+        _set_numbers(self)
 
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value."""
+        """Return the value after ``n_total_env_steps`` env steps."""
         return self.value
 
 
 @dataclass(frozen=True)
 class LinearSchedule(Schedule):
-    """From one value to another at constant speed; constant after.
+    """Move from one value to another at constant speed, then stay constant.
 
     ``start_value + (end_value - start_value) * min(1, steps / duration)``.
 
     Args:
-        start_value: at step 0.
-        end_value: from step ``duration`` on.
-        duration: env steps, above 0.
+        start_value: value at step 0.
+        end_value: value from step ``duration`` on.
+        duration: env steps of the linear part, above 0.
 
     Example:
         >>> LinearSchedule(1e-3, 1e-4, 10_000)(5_000)
@@ -107,23 +108,23 @@ class LinearSchedule(Schedule):
     duration: float
 
     def __post_init__(self) -> None:
-        _set_numbers(self, "start_value", "end_value", "duration")
-        _check_phases(self, "duration")
+        _set_numbers(self)
+        _check_phases(self)
 
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value after so many env steps."""
-        return _ramp(n_total_env_steps / self.duration, self.start_value, self.end_value)
+        """Return the value after ``n_total_env_steps`` env steps."""
+        return _interpolate(n_total_env_steps / self.duration, self.start_value, self.end_value)
 
 
 @dataclass(frozen=True)
 class RampSchedule(Schedule):
-    """One value for a while, then at constant speed to another; constant after.
+    """Keep one value for a while, move to another at constant speed, then stay constant.
 
     Args:
         start: value until step ``warm_up``.
         end: value from step ``warm_up + duration`` on.
-        warm_up: env steps, at least 0.
-        duration: of the ramp, env steps, above 0.
+        warm_up: env steps of the first value, at least 0.
+        duration: env steps of the linear part, above 0.
 
     Example:
         >>> schedule = RampSchedule(start=0.0, end=1e-3, warm_up=1_000, duration=1_000)
@@ -137,25 +138,27 @@ class RampSchedule(Schedule):
     duration: float
 
     def __post_init__(self) -> None:
-        _set_numbers(self, "start", "end", "warm_up", "duration")
-        _check_phases(self, "duration", before="warm_up")
+        _set_numbers(self)
+        _check_phases(self, first_phase="warm_up")
 
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value after so many env steps."""
-        return _ramp((n_total_env_steps - self.warm_up) / self.duration, self.start, self.end)
+        """Return the value after ``n_total_env_steps`` env steps."""
+        fraction = (n_total_env_steps - self.warm_up) / self.duration
+        return _interpolate(fraction, self.start, self.end)
 
 
 @dataclass(frozen=True)
 class ZeroThenLinearSchedule(Schedule):
-    """0 for a while, then from one value to another at constant speed; constant after.
+    """Stay at 0 for a while, then move from one value to another at constant speed.
 
-    At step ``zero_duration`` it jumps from 0 to ``start_value``.
+    At step ``zero_duration`` the value jumps from 0 to ``start_value``; after the linear part it is
+    constant.
 
     Args:
-        zero_duration: env steps, at least 0.
-        duration: of the linear part, env steps, above 0.
-        start_value: at step ``zero_duration``.
-        end_value: from step ``zero_duration + duration`` on.
+        zero_duration: env steps at 0, at least 0.
+        duration: env steps of the linear part, above 0.
+        start_value: value at step ``zero_duration``.
+        end_value: value from step ``zero_duration + duration`` on.
 
     Example:
         >>> schedule = ZeroThenLinearSchedule(1_000, 1_000, start_value=1e-3, end_value=1e-4)
@@ -169,22 +172,22 @@ class ZeroThenLinearSchedule(Schedule):
     end_value: float
 
     def __post_init__(self) -> None:
-        _set_numbers(self, "zero_duration", "duration", "start_value", "end_value")
-        _check_phases(self, "duration", before="zero_duration")
+        _set_numbers(self)
+        _check_phases(self, first_phase="zero_duration")
 
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value after so many env steps."""
-        since = n_total_env_steps - self.zero_duration
-        if since < 0:
+        """Return the value after ``n_total_env_steps`` env steps."""
+        steps = n_total_env_steps - self.zero_duration
+        if steps < 0:
             return 0.0
-        return _ramp(since / self.duration, self.start_value, self.end_value)
+        return _interpolate(steps / self.duration, self.start_value, self.end_value)
 
 
 @dataclass(frozen=True)
 class PiecewiseLinearSchedule(Schedule):
-    """Straight lines from point to point; constant before the first and after the last.
+    """Interpolate linearly between points; constant before the first and after the last.
 
-    Two points at one step are a jump; from that step on the second one holds.
+    Two points at the same step make a jump: the value at that step is that of the second point.
 
     Args:
         points: pairs ``(env steps, value)`` in order of time, at least one.
@@ -201,17 +204,17 @@ class PiecewiseLinearSchedule(Schedule):
         _set_points(self)
 
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value after so many env steps."""
-        fraction, before, after = _surrounding(self.points, n_total_env_steps)
-        return _ramp(fraction, before, after)
+        """Return the value after ``n_total_env_steps`` env steps."""
+        return _interpolate(*_surrounding_points(self.points, n_total_env_steps))
 
 
 @dataclass(frozen=True)
 class PiecewiseLogLinearSchedule(Schedule):
-    """Straight lines of the logarithm from point to point; constant outside.
+    """Interpolate logarithms linearly between points; constant before the first and after the last.
 
-    ``before^(1 - f) * after^f`` at fraction ``f`` of the way. Where either value is 0, so is all
-    between: a way of switching something off for a while. Two points at one step are a jump.
+    ``before^(1 - f) * after^f`` at fraction ``f`` of the way between two points. If one of the two
+    values is 0, so are all values between them, which can switch something off for a while. Two
+    points at the same step make a jump: the value at that step is that of the second point.
 
     Args:
         points: pairs ``(env steps, value)`` in order of time, at least one; no value below 0.
@@ -233,19 +236,22 @@ class PiecewiseLogLinearSchedule(Schedule):
                 )
 
     def __call__(self, n_total_env_steps: int) -> float:
-        """Return the value after so many env steps."""
-        fraction, before, after = _surrounding(self.points, n_total_env_steps)
+        """Return the value after ``n_total_env_steps`` env steps."""
+        fraction, before, after = _surrounding_points(self.points, n_total_env_steps)
         return before ** (1 - fraction) * after**fraction
 
 
-def _ramp(fraction: float, start: float, end: float) -> float:
+def _interpolate(fraction: float, start: float, end: float) -> float:
+    """Interpolate linearly from ``start`` at fraction 0 to ``end`` at 1; constant outside."""
     if fraction <= 0:
         return start
     return end if fraction >= 1 else start + (end - start) * fraction
 
 
-def _surrounding(points: Sequence[tuple[float, float]], time: float) -> tuple[float, float, float]:
-    """Where ``time`` is between two points, in [0, 1], and the values of the two."""
+def _surrounding_points(
+    points: Sequence[tuple[float, float]], time: float
+) -> tuple[float, float, float]:
+    """Return how far ``time`` is between two points, in [0, 1], and the values of the two."""
     i = bisect_right(points, time, key=lambda point: point[0])
     if i in (0, len(points)):
         value = points[max(i - 1, 0)][1]
@@ -254,13 +260,15 @@ def _surrounding(points: Sequence[tuple[float, float]], time: float) -> tuple[fl
     return (time - time_before) / (time_after - time_before), before, after
 
 
-def _set_numbers(schedule: Schedule, *names: str) -> None:
-    """Make the named arguments plain floats."""
-    for name in names:
-        object.__setattr__(schedule, name, _number(schedule, name, getattr(schedule, name)))
+def _set_numbers(schedule: Any) -> None:
+    """Turn all arguments of a frozen schedule into plain floats."""
+    for field in fields(schedule):
+        number = _as_number(schedule, field.name, getattr(schedule, field.name))
+        object.__setattr__(schedule, field.name, number)
 
 
-def _number(schedule: Schedule, name: str, value: Any) -> float:
+def _as_number(schedule: Schedule, name: str, value: Any) -> float:
+    """Return the argument ``name`` as a finite float."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -272,21 +280,19 @@ def _number(schedule: Schedule, name: str, value: Any) -> float:
     return number
 
 
-def _check_phases(schedule: Schedule, duration: str, before: str | None = None) -> None:
-    if getattr(schedule, duration) <= 0:
+def _check_phases(schedule: Any, first_phase: str | None = None) -> None:
+    """Check the length of the linear part, and of the phase before it if there is one."""
+    name, duration = type(schedule).__name__, schedule.duration
+    if duration <= 0:
+        raise ValueError(f"{name}: duration must be above 0, got {duration}.")
+    if first_phase is not None and getattr(schedule, first_phase) < 0:
         raise ValueError(
-            f"{type(schedule).__name__}: {duration} must be above 0, "
-            f"got {getattr(schedule, duration)}."
-        )
-    if before is not None and getattr(schedule, before) < 0:
-        raise ValueError(
-            f"{type(schedule).__name__}: {before} must be at least 0, "
-            f"got {getattr(schedule, before)}."
+            f"{name}: {first_phase} must be at least 0, got {getattr(schedule, first_phase)}."
         )
 
 
 def _set_points(schedule: PiecewiseLinearSchedule | PiecewiseLogLinearSchedule) -> None:
-    """Make ``points`` a tuple of pairs of plain floats, in order of time."""
+    """Turn ``points`` into a tuple of pairs of plain floats and check their order."""
     name = type(schedule).__name__
     try:
         pairs = [(time, value) for time, value in schedule.points]
@@ -295,7 +301,7 @@ def _set_points(schedule: PiecewiseLinearSchedule | PiecewiseLogLinearSchedule) 
             f"{name}: points must be pairs (env steps, value), got {schedule.points!r}."
         ) from None
     points = tuple(
-        (_number(schedule, "points", time), _number(schedule, "points", value))
+        (_as_number(schedule, "points", time), _as_number(schedule, "points", value))
         for time, value in pairs
     )
     times = [time for time, _ in points]
@@ -305,4 +311,5 @@ def _set_points(schedule: PiecewiseLinearSchedule | PiecewiseLogLinearSchedule) 
 
 
 def _subclasses(cls: type[Schedule]) -> list[type[Schedule]]:
+    """List all subclasses, direct and indirect."""
     return [x for sub in cls.__subclasses__() for x in (sub, *_subclasses(sub))]

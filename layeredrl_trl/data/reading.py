@@ -1,4 +1,4 @@
-"""Reading chosen entries of a replay buffer at chosen storage positions."""
+"""Reading some entries of a replay buffer at given storage positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl.data.replay_buffers.storages.utils import _collate_id
 
 
 def check_buffer(buffer: object) -> None:
-    """Check that what was handed in as ``buffer`` is a replay buffer.
+    """Check that the argument ``buffer`` is a TorchRL replay buffer.
 
     Raises:
         TypeError: if it is not.
@@ -32,22 +32,23 @@ def gather(column: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     Args:
         column: the entry of the whole storage, ``[*N, *F]`` with one dim in ``N`` per tensor of
             ``index``.
-        index: LongTensors of one common shape ``[*S]``, on the column's device.
+        index: one LongTensor ``[*S]`` per storage dim, on the column's device.
 
     Returns:
-        ``[*S, *F]``, a plain tensor also where the column is memory-mapped.
+        ``[*S, *F]``, a plain tensor even if the column is memory-mapped.
     """
     column = column.as_subclass(torch.Tensor)
     if len(index) > 1:
         return column[index]
     features = column.shape[1:]
-    # faster than advanced indexing: twice on rows of features, three times on flat columns
+    # index_select is faster than advanced indexing: twice on rows of features, three times on flat
+    # columns.
     flat = column.reshape(-1) if features.numel() == 1 else column
     return flat.index_select(0, index[0].reshape(-1)).view(index[0].shape + features)
 
 
 def stack_index(index: tuple[Tensor, ...]) -> Tensor:
-    """Make one tensor of storage positions.
+    """Stack storage positions to one tensor.
 
     Args:
         index: one LongTensor ``[*S]`` per storage dim.
@@ -66,14 +67,14 @@ def stack_index(index: tuple[Tensor, ...]) -> Tensor:
 
 
 def flat_position(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
-    """Number storage positions in the order of the storage's memory, time being its first dim.
+    """Compute the flat position in the storage's memory, as ``np.ravel_multi_index`` does.
 
     Args:
-        index: one LongTensor ``[*S]`` per storage dim.
-        lanes: sizes of the storage's dims behind time.
+        index: one LongTensor ``[*S]`` per storage dim, time first.
+        lanes: sizes of the storage's dims after time.
 
     Returns:
-        long ``[*S]``; what ``np.ravel_multi_index`` gives.
+        long ``[*S]``.
     """
     position = index[0]
     for i, size in zip(index[1:], lanes, strict=True):
@@ -82,7 +83,7 @@ def flat_position(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
 
 
 def leaf_keys(tensordict: TensorDictBase) -> list[NestedKey]:
-    """List the keys of a TensorDict's entries in order, for the text of an error."""
+    """List the keys of a TensorDict's entries in sorted order, for the text of an error."""
     return sorted(tensordict.keys(include_nested=True, leaves_only=True), key=str)
 
 
@@ -94,27 +95,27 @@ def read_transitions(
 ) -> TensorDict:
     """Read some entries of a replay buffer at storage positions.
 
-    Without transforms and with a tensor storage only the named entries are gathered. Otherwise
-    the positions go, as one flat batch, through the collate function and the transforms of the
-    buffer, exactly as a batch of ``buffer.sample()`` does, and the named entries are taken from
-    what comes out. float64 observations are cast: every float64 entry comes back as float32.
+    With a tensor storage and without transforms, only the named entries are gathered. Otherwise
+    the steps go as one flat batch through the buffer's collate function and transforms, exactly as
+    a batch of ``buffer.sample()`` does, and the named entries are taken from the result. Every
+    float64 entry is cast to float32.
 
     Args:
         buffer: the replay buffer.
         index: one LongTensor ``[*S]`` per storage dim (time first, then the env's row), as
             ``TransitionSliceSampler.sample_slices`` returns them; ``[B, T]`` for slices.
-        keys: entries that must be there.
-        optional_keys: entries that are read where they are there.
+        keys: entries that must exist.
+        optional_keys: entries that are read if they exist.
 
     Returns:
-        A new TensorDict with batch size ``[*S]``, on the storage's device (with transforms: where
-        these put it).
+        A new TensorDict with batch size ``[*S]``, on the storage's device, or on the device to
+        which the transforms move it.
 
     Raises:
-        ValueError: the buffer is empty, or a transform changed the number of steps.
-        KeyError: an entry of ``keys`` is not there; names it and those that are.
-        TypeError: ``index`` is no tuple of as many integer tensors as the storage has dims.
-        IndexError: a position lies beyond what is stored.
+        ValueError: if the buffer is empty, or a transform changed the number of steps.
+        KeyError: if an entry of ``keys`` does not exist; names it and the existing ones.
+        TypeError: if ``index`` is not a tuple of one LongTensor per storage dim.
+        IndexError: if a position lies beyond the stored steps.
 
     Example:
         >>> import torch
@@ -132,10 +133,8 @@ def read_transitions(
         raise ValueError(f"Cannot read {list(keys)}: the replay buffer is empty.")
     index = _checked_index(index, storage)
     with buffer._replay_lock, buffer._write_lock:
-        if has_plain_columns(buffer):
-            source, plain = storage._storage, True
-        else:
-            source, plain = _through_buffer(buffer, index), False
+        plain = has_plain_columns(buffer)
+        source = storage._storage if plain else _collate_and_transform(buffer, index)
         columns = {key: source.get(key, None) for key in (*keys, *optional_keys)}
         missing = [key for key in keys if columns[key] is None]
         if missing:
@@ -143,7 +142,7 @@ def read_transitions(
                 f"The replay buffer has no entry {', '.join(map(repr, missing))}; "
                 f"it has {leaf_keys(source)}."
             )
-        rows = None if not plain or storage._is_full else storage._len_along_dim0
+        n_stored = storage._len_along_dim0 if plain and not storage._is_full else None
         entries = {}
         for key, value in columns.items():
             if value is None:
@@ -151,15 +150,15 @@ def read_transitions(
             if not plain:
                 value = value.reshape(index[0].shape + value.shape[1:])
             elif isinstance(value, Tensor):
-                value = gather(value[:rows], index)
+                value = gather(value[:n_stored], index)
             else:
-                value = value[:rows][index]
+                value = value[:n_stored][index]
             entries[key] = _as_float32(value)
     return TensorDict(entries, batch_size=index[0].shape)
 
 
 def has_plain_columns(buffer: ReplayBuffer) -> bool:
-    """Say whether what is stored is what ``buffer.sample()`` gives."""
+    """Tell whether ``buffer.sample()`` returns the stored entries as they are."""
     storage, transform = buffer.storage, buffer.transform
     return (
         isinstance(storage, TensorStorage)
@@ -169,11 +168,11 @@ def has_plain_columns(buffer: ReplayBuffer) -> bool:
     )
 
 
-def _through_buffer(buffer: ReplayBuffer, index: tuple[Tensor, ...]) -> TensorDictBase:
-    """Take the path of ``buffer.sample()`` behind its sampler, on a flat batch.
+def _collate_and_transform(buffer: ReplayBuffer, index: tuple[Tensor, ...]) -> TensorDictBase:
+    """Do what ``buffer.sample()`` does after its sampler has drawn, on a flat batch.
 
     ``buffer[index]`` would not do: for a storage of two dims it reads (and transforms) the whole
-    buffer, and takes its index in the order (env, time).
+    buffer, and expects the index in the order (env, time).
     """
     flat = tuple(position.reshape(-1) for position in index)
     data = buffer._collate_fn(buffer.storage.get(flat))

@@ -2,7 +2,8 @@
 
 ``model_report`` reads steps from a replay buffer (``held_out.py``), lets the model predict one step
 (``one_step.py``) and imagine many (``open_loop.py``), and gives a ``ModelReport``: numbers, a table
-and a figure. ``ModelReportHook`` makes one at intervals of training and logs its scalars.
+and a figure. ``ModelReportHook`` makes such a report at intervals during training and logs its
+scalars.
 """
 
 from layeredrl_trl.diagnostics.hook import ModelReportHook

@@ -1,4 +1,4 @@
-"""A report at intervals of training, logged."""
+"""Reports on a model at intervals during training, logged as scalars."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from layeredrl_trl.predictors.logging import check_writer, log_scalars
 
 
 class ModelReportHook(TrainerHookBase):
-    """Report on a model every so many env steps, and log the scalars.
+    """Report on a model every ``interval`` env steps and log the scalars.
 
-    In a loop of your own, call it with the env steps taken so far. In a TorchRL ``Trainer``,
-    ``register`` it: it is called after the optimisation steps of every batch of the collector and
-    looks up the env steps (``trainer.collected_frames``) itself. The first call reports, and then
-    the first one that is at least ``interval`` env steps later. While the buffer is empty it waits.
-    NaN (what the data cannot tell) is not logged.
+    In a loop of your own, call the hook with the number of env steps taken so far. In a TorchRL
+    ``Trainer``, ``register`` it: the trainer calls it after the optimisation steps of every
+    collected batch, and it looks up the env steps (``trainer.collected_frames``) itself. The first
+    call with a buffer that is not empty makes a report; the next report follows at the first call
+    that is at least ``interval`` env steps later. A scalar that is NaN is not logged.
 
     Args:
-        predictor: to report on.
-        buffer: of held-out episodes, see :func:`~layeredrl_trl.diagnostics.model_report`.
-        horizon: steps of a segment.
-        interval: env steps from one report to the next.
-        writer: a ``SummaryWriter`` or TorchRL ``Logger``. ``None``: in a ``Trainer`` its logger,
-            else nothing is logged.
-        prefix: of the names that are logged: ``"model/open_loop/error_last"``.
-        options: of :func:`~layeredrl_trl.diagnostics.model_report`.
+        predictor: the predictor to report on.
+        buffer: held-out episodes, see :func:`~layeredrl_trl.diagnostics.model_report`.
+        horizon: number of steps of a segment.
+        interval: least number of env steps between two reports.
+        writer: a ``SummaryWriter`` or TorchRL ``Logger``. ``None`` means the logger of the
+            ``Trainer``; without a ``Trainer`` nothing is logged.
+        prefix: first part of the logged names, as in ``"model/open_loop/error_last"``.
+        options: keyword arguments of :func:`~layeredrl_trl.diagnostics.model_report`.
 
     Attributes:
-        report: the last one; ``None`` before the first.
+        report: the latest report; ``None`` before the first.
 
     Raises:
-        TypeError: if ``buffer`` is no replay buffer, a number no integer, or ``writer`` of an
-            unknown kind.
+        TypeError: if ``buffer`` is not a replay buffer, a number is not an integer, or ``writer``
+            is of an unknown kind.
         ValueError: if ``horizon`` or ``interval`` is below 1.
     """
 
@@ -66,19 +66,19 @@ class ModelReportHook(TrainerHookBase):
         self.options = options
         self.report: ModelReport | None = None
         self._trainer: Trainer | None = None
-        self._last: int | None = None
+        self._last_report_at: int | None = None
 
     def __call__(self, n_env_steps: int | None = None) -> ModelReport | None:
-        """Report if it is time.
+        """Make and log a report if one is due.
 
         Args:
-            n_env_steps: taken so far; ``None`` asks the trainer.
+            n_env_steps: env steps taken so far; ``None`` asks the trainer.
 
         Returns:
-            The report, or ``None`` if it is not time or the buffer is empty.
+            The report, or ``None`` if none is due or the buffer is empty.
 
         Raises:
-            TypeError: without ``n_env_steps`` and without a trainer.
+            TypeError: if there is neither ``n_env_steps`` nor a trainer.
         """
         if n_env_steps is None:
             if self._trainer is None:
@@ -87,10 +87,11 @@ class ModelReportHook(TrainerHookBase):
                     "registered in a Trainer first."
                 )
             n_env_steps = int(self._trainer.collected_frames)
-        too_early = self._last is not None and n_env_steps - self._last < self.interval
+        last = self._last_report_at
+        too_early = last is not None and n_env_steps - last < self.interval
         if too_early or len(self.buffer) == 0:
             return None
-        self._last = n_env_steps
+        self._last_report_at = n_env_steps
         self.report = model_report(self.predictor, self.buffer, self.horizon, **self.options)
         scalars = {
             f"{self.prefix}/{name}": value
@@ -110,9 +111,9 @@ class ModelReportHook(TrainerHookBase):
         trainer.register_op("post_steps", self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Say when the last report was."""
-        return {"last_report_at": self._last}
+        """Return the number of env steps at the latest report."""
+        return {"last_report_at": self._last_report_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self._last = state_dict["last_report_at"]
+        """Restore what :meth:`state_dict` returned."""
+        self._last_report_at = state_dict["last_report_at"]

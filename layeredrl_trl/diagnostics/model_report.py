@@ -1,4 +1,4 @@
-"""The report on a model: measure, and keep the numbers together."""
+"""The report on a model: how it is measured, and the numbers that it holds."""
 
 from __future__ import annotations
 
@@ -29,47 +29,46 @@ _FEW_VALUES = 10
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What :func:`model_report` found.
+    """The numbers that :func:`model_report` measured.
 
     ``metrics`` is a nested TensorDict on the CPU, of batch size ``[]``. ``H`` is the horizon, ``D``
     the latent dims, ``S`` the segments whose return counts; coverages are of the 50, 80 and 95%
-    intervals. What the data cannot tell is NaN, and :attr:`missing` says why.
+    intervals. A number that the data cannot tell is NaN, and :attr:`missing` says why.
 
     ======================================== ============ =========================================
     key                                      shape        meaning
     ======================================== ============ =========================================
-    ``open_loop, segments``                  ``[H]``      real steps that the numbers of a step are
-                                                          over
+    ``open_loop, segments``                  ``[H]``      number of segments that have this step
     ``open_loop, error``                     ``[H]``      root mean square error of the imagined
                                                           latent state (mean over particles), each
                                                           dim in units of its std in the data
-    ``open_loop, persistence_error``         ``[H]``      that of the guess that nothing changes
-    ``open_loop, error_ratio``               ``[H]``      the one by the other; the model is of use
-                                                          where it is below 1
-    ``open_loop, useful_steps``              scalar       steps up to the first where the ratio is
-                                                          not below 1
-    ``open_loop, coverage``                  ``[H, 3]``   intervals of the particles
+    ``open_loop, persistence_error``         ``[H]``      error of the guess that nothing changes
+    ``open_loop, error_ratio``               ``[H]``      ``error / persistence_error``; the model
+                                                          is useful where this is below 1
+    ``open_loop, useful_steps``              scalar       number of steps before the first at which
+                                                          the ratio is not below 1
+    ``open_loop, coverage``                  ``[H, 3]``   coverage of the particles' intervals
     ``one_step, nll``                        scalar       negative log-likelihood per latent dim, in
-                                                          nats: of the even mixture of the members
-    ``one_step, nll_guess``                  scalar       that of the Gaussian fitted to the changes
-                                                          in this very data
-    ``one_step, coverage``                   ``[3]``      intervals of the even mixture
+                                                          nats, of the even mixture of the members
+    ``one_step, nll_guess``                  scalar       the same of a Gaussian that is fitted to
+                                                          the changes in this data
+    ``one_step, coverage``                   ``[3]``      coverage of the even mixture's intervals
     ``one_step, coverage_per_dim``           ``[3, D]``   the same, dim by dim
     ``one_step, pit_histogram``              ``[20]``     density of the PIT: flat if calibrated
-    ``spread, total_std``                    ``[10]``     predicted std, in ten bins of equally many
-                                                          transitions from the surest on
+    ``spread, total_std``                    ``[10]``     predicted std in ten bins of equally many
+                                                          transitions, smallest std first
     ``spread, total_error``                  ``[10]``     error in each of these bins
     ``spread, epistemic_std``                ``[10]``     std of the member means, in ten bins
     ``spread, epistemic_error``              ``[10]``     error in each of these bins
-    ``spread, spread_over_error``            scalar       predicted std by error; 1 if calibrated
+    ``spread, spread_over_error``            scalar       predicted std / error; 1 if calibrated
     ``spread, total_correlation``            scalar       Spearman's, of predicted std and error
     ``spread, epistemic_correlation``        scalar       Spearman's, of disagreement and error
     ``termination, expected``                scalar       sum of the predicted probabilities
     ``termination, actual``                  scalar       terminations in the transitions
-    ``termination, base_rate``               scalar       their fraction
+    ``termination, base_rate``               scalar       fraction of transitions that terminated
     ``termination, precision``               scalar       at a probability of 0.5
     ``termination, recall``                  scalar       at a probability of 0.5
-    ``termination, auc``                     scalar       0.5 is chance, 1 perfect order
+    ``termination, auc``                     scalar       area under the ROC curve; 0.5 is chance
     ``termination, bin_prob``                ``[10]``     mean predicted probability in bins of 0.1
     ``termination, bin_rate``                ``[10]``     fraction that terminated in each bin
     ``termination, bin_count``               ``[10]``     transitions in each bin
@@ -79,16 +78,18 @@ class ModelReport:
     ``reward, real_return``                  ``[S]``      of the segments
     ``reward, imagined_return``              ``[S]``      of the segments
     ``dims, scale``                          ``[D]``      std in the data
-    ``dims, varies``                         ``[D]`` bool False where a dim is always the same: it
-                                                          counts for nothing
-    ``dims, moves``                          ``[D]`` bool False where it is the same in an episode:
-                                                          it counts only for the open-loop error
-    ``dims, n_values``                       ``[D]``      different values of the dim
+    ``dims, varies``                         ``[D]`` bool False where a dim is constant everywhere;
+                                                          such a dim counts nowhere
+    ``dims, moves``                          ``[D]`` bool False where a dim is constant in each
+                                                          episode; such a dim counts only for the
+                                                          open-loop error
+    ``dims, n_values``                       ``[D]``      number of different values of the dim
     ======================================== ============ =========================================
 
     Attributes:
         metrics: see above.
-        missing: why an entry, or all of a section (``"reward"``), is NaN: by ``"section/name"``.
+        missing: the reason why an entry (``"section/name"``) or a whole section (``"section"``) is
+            NaN.
         notes: what a reader should know about the data, in sentences.
     """
 
@@ -102,11 +103,11 @@ class ModelReport:
         return self.metrics["open_loop", "error"].numel()
 
     def scalars(self) -> dict[str, float]:
-        """Give the numbers that are worth a curve over training, by ``"section/name"``.
+        """Return the numbers that are worth plotting over training, by ``"section/name"``.
 
         Returns:
-            All scalars of :attr:`metrics`, the coverages, and of what is per step that of the first
-            and of the last step that any segment has. NaN where the data cannot tell.
+            All scalars of :attr:`metrics`, the coverages, and the open-loop errors at the first
+            step and at the last step that any segment has. NaN where the data cannot tell.
         """
         open_loop, last = self.metrics["open_loop"], last_step(self.metrics)
         out = {
@@ -128,7 +129,7 @@ class ModelReport:
         return out
 
     def markdown(self) -> str:
-        """Give a table of quantities, their values, and what a good value is."""
+        """Return a table of the quantities, their values, and what a good value is."""
         return report_table(self.metrics, self.missing, self.notes)
 
     def figure(self) -> Figure:
@@ -163,45 +164,47 @@ def model_report(
 ) -> ModelReport:
     """Measure how good a predictor is on the real steps of a replay buffer.
 
-    Hand in a buffer of **held-out episodes**. On data that the predictor has learned from, the
-    report is too good: errors are smaller than on new data, and intervals hold the truth more
-    often. Single held-out steps will not do, their neighbours are too much alike.
+    Pass a buffer of **held-out episodes**. On data that the predictor has learned from, the report
+    is too good: errors are smaller than on new data, and intervals hold the truth more often.
+    Holding out single steps of episodes is not enough, because neighbouring steps are too similar.
 
     *One step.* Up to ``n_transitions`` stored steps, drawn uniformly and each at most once, are
     compared with the even mixture of members and modes: density, intervals (exact, by the
-    mixture's distribution function), spread, termination, reward. *Open loop.* Up to
-    ``n_segments`` segments of ``horizon`` steps, whose starts are drawn likewise, are imagined from
-    their first observation with the actions that were taken. No segment crosses the end of an
-    episode, the write cursor or another env's row; one that ends early counts for the steps it has.
-    The context is that of the segment's first step. Only real returns of ``horizon`` steps count,
-    or of fewer where a termination ended them: behind it the imagined reward goes on with the last
-    action, weighted by the imagined probability to be still alive.
+    mixture's distribution function), spread, termination, reward.
 
-    Neither buffer nor predictor is changed: it predicts in evaluation mode and is put back into the
-    mode it was in. Torch's generators are put back, too: the same call gives the same report, and
-    training goes on as if there had been none.
+    *Open loop.* Up to ``n_segments`` segments of ``horizon`` steps, whose starts are drawn in the
+    same way, are imagined from their first observation with the actions that were taken. The
+    context is that of the segment's first step. No segment crosses the end of an episode, the write
+    cursor or another env's row; one that ends early counts for the steps it has. Returns are
+    compared on segments that have ``horizon`` steps or end in a termination. After a termination
+    the imagined reward goes on with the last action, weighted by the imagined probability to be
+    still alive.
+
+    Neither the buffer nor the predictor is changed. The predictor predicts in evaluation mode and
+    then returns to its previous mode. Torch's generators are restored as well, so the same call
+    gives the same report, and training goes on as if there had been no report.
 
     Args:
-        predictor: to measure; it may be in the middle of its training.
-        buffer: of held-out episodes, with any sampler, a storage of one or two dims, full or not.
-            It is read with its transforms. Entries are called as the predictor calls them; reward
-            and termination may be missing.
-        horizon: steps of a segment; it may be longer than every episode.
-        n_segments: most segments.
-        n_transitions: most single steps.
-        num_particles: particles of a segment, at least; the next multiple of the members is taken.
-            The intervals of imagined steps are unbiased for a model that is right; with few
-            particles they flatter one that is overconfident.
-        seed: of the choice of steps and of the particles.
+        predictor: the predictor to measure; it may be in the middle of its training.
+        buffer: held-out episodes, with any sampler and a storage of one or two dims, full or not.
+            It is read through its transforms. Its entries have the names that the predictor reads;
+            reward and termination may be missing.
+        horizon: number of steps of a segment; it may exceed the length of every episode.
+        n_segments: largest number of segments.
+        n_transitions: largest number of single steps.
+        num_particles: least number of particles per segment, rounded up to a multiple of the number
+            of members. The intervals of imagined steps are unbiased for a model that is right; with
+            few particles they make an overconfident model look better than it is.
+        seed: seed for the choice of steps and for the particles.
 
     Returns:
         A :class:`ModelReport`.
 
     Raises:
-        TypeError: if ``buffer`` is no replay buffer, or a number no integer.
+        TypeError: if ``buffer`` is not a replay buffer, or a number is not an integer.
         ValueError: if the buffer is empty or holds only padding, or a number is below 1.
-        KeyError: if the buffer lacks an observation, the action or the next observation, or
-            whatever would tell where an episode ends.
+        KeyError: if the buffer lacks the observation, the action or the next observation, or has
+            no entry that tells where an episode ends.
 
     Example:
         >>> from torchrl.data import LazyTensorStorage
@@ -243,11 +246,11 @@ def model_report(
 
 @contextmanager
 def _undisturbed(predictor: Predictor, seed: int) -> Iterator[None]:
-    """Seed torch's generators and go into evaluation mode; leave as if nothing had been."""
+    """Seed torch's generators and enter evaluation mode; restore both at the end."""
     device = predictor.device
     cuda = device.type == "cuda"
     with in_mode(predictor, False), torch.random.fork_rng(devices=[device] if cuda else []):
-        # not torch.manual_seed: it would seed devices that are not put back
+        # torch.manual_seed would also seed devices whose generators are not restored.
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
@@ -264,20 +267,20 @@ def _notes(dims: Dims, n_transitions: int, segments: torch.Size, n_models: int) 
     constant, still = ~dims.varies, dims.varies & ~dims.moves
     discrete = dims.moves & (dims.n_values <= min(_FEW_VALUES, n_transitions // _FEW_VALUES))
     if constant.any():
-        notes.append(f"Latent {_list(constant)} never varied: left out everywhere.")
+        notes.append(f"Latent {_dims_text(constant)} never varied: left out everywhere.")
     if still.any():
         notes.append(
-            f"Latent {_list(still)} never changed within an episode: left out of likelihood, "
+            f"Latent {_dims_text(still)} never changed within an episode: left out of likelihood, "
             "intervals and spread."
         )
     if discrete.any():
         notes.append(
-            f"Latent {_list(discrete)} took at most {_FEW_VALUES} values: where a dim is discrete, "
-            "likelihood and intervals mean little."
+            f"Latent {_dims_text(discrete)} took at most {_FEW_VALUES} values: where a dim is "
+            "discrete, likelihood and intervals mean little."
         )
     return tuple(notes)
 
 
-def _list(mask: torch.Tensor) -> str:
+def _dims_text(mask: torch.Tensor) -> str:
     dims = mask.nonzero().flatten().tolist()
     return f"dim{'s' if len(dims) > 1 else ''} {', '.join(map(str, dims))}"

@@ -1,4 +1,4 @@
-"""One predicted step: density, intervals, spread, termination and reward."""
+"""How good one predicted step is: density, intervals, spread, termination and reward."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Dims(NamedTuple):
     """What the latent dims are like in the data.
 
     Attributes:
-        scale: standard deviation, ``[D]``; the unit of errors. 1 where it is 0.
-        varies: bool ``[D]``, False where the dim is one and the same number everywhere.
-        moves: bool ``[D]``, False where the dim changes by one and the same number in every step
-            (0, for what is constant in an episode): there a density has no upper bound.
+        scale: standard deviation, ``[D]``, which is the unit of errors; 1 for a constant dim.
+        varies: bool ``[D]``, False where the dim has the same value everywhere.
+        moves: bool ``[D]``, False where the dim changes by the same amount in every step (by 0 if
+            it is constant in an episode). The density of such a dim has no upper bound.
         n_values: number of different values, long ``[D]``.
     """
 
@@ -51,7 +51,7 @@ class Dims(NamedTuple):
 
 
 def measure_dims(latent: Tensor, next_latent: Tensor) -> Dims:
-    """Look at transitions ``[N, D]``."""
+    """Describe the dims of the latent states before and after transitions, both ``[N, D]``."""
     vary = varies(latent)
     size = latent.double().square().mean(0).sqrt()
     ordered = next_latent.sort(0).values
@@ -66,16 +66,16 @@ def measure_dims(latent: Tensor, next_latent: Tensor) -> Dims:
 def measure_one_step(
     predictor: Predictor, transitions: TensorDict, missing: dict[str, str]
 ) -> tuple[dict[str, dict[str, Tensor]], Dims]:
-    """Compare what the model predicts for one step with what came.
+    """Compare the model's one-step predictions with what really followed.
 
     Args:
-        predictor: to measure.
+        predictor: the predictor to measure.
         transitions: ``[N]``, from :func:`~layeredrl_trl.diagnostics.held_out.read_held_out`.
-        missing: gets why a number is NaN, by its path.
+        missing: receives, under the path of each number that is NaN, the reason why it is.
 
     Returns:
-        The entries ``one_step``, ``spread``, ``termination`` and ``reward`` of the metrics of a
-        :class:`~layeredrl_trl.diagnostics.ModelReport`, and what the latent dims are like.
+        The sections ``one_step``, ``spread``, ``termination`` and ``reward`` of the metrics of a
+        :class:`~layeredrl_trl.diagnostics.ModelReport`, and a description of the latent dims.
     """
     latent, _ = predictor.encode(transitions["observation"])
     next_latent, _ = predictor.encode(transitions["next_observation"])
@@ -105,7 +105,10 @@ def measure_one_step(
 
 
 class _Predicted(NamedTuple):
-    """``log_prob``, ``term_prob``, ``reward`` ``[N]``; the others ``[N, D]``."""
+    """Predictions for ``N`` transitions; ``log_prob``, ``term_prob``, ``reward`` are ``[N]``.
+
+    The others are ``[N, D]``.
+    """
 
     log_prob: Tensor
     pit: Tensor
@@ -119,7 +122,7 @@ class _Predicted(NamedTuple):
 def _predict(
     predictor: Predictor, obs: Tensor, act: Tensor, next_latent: Tensor, moves: Tensor
 ) -> _Predicted:
-    """Score a batch; of the density only the dims that move count."""
+    """Predict a batch and score it; the density is over the dims that move."""
     mean, weights, std, reward, term_prob = predictor.predict(obs, act)
     mean, weights, std = mean.double(), weights.double(), std.double()
     flat_mean, flat_std = mean.flatten(-3, -2), std.flatten(-3, -2)
@@ -144,8 +147,7 @@ def _density(predicted: _Predicted, change: Tensor, dims: Dims) -> dict[str, Ten
     per_dim = interval_coverage(predicted.pit, LEVELS)
     guess_var = change.var(0, correction=0)[moves]
     pit = predicted.pit[:, moves].flatten()
-    bins = (pit.nan_to_num() * N_PIT_BINS).long().clamp(0, N_PIT_BINS - 1)
-    share = torch.bincount(bins, minlength=N_PIT_BINS) / pit.numel()
+    share = torch.bincount(_bin_of(pit, N_PIT_BINS), minlength=N_PIT_BINS) / pit.numel()
     return {
         "nll": -predicted.log_prob.mean() / moves.sum(),
         "nll_guess": 0.5 * (_LOG_2PI_E + guess_var.log()).mean(),
@@ -155,8 +157,13 @@ def _density(predicted: _Predicted, change: Tensor, dims: Dims) -> dict[str, Ten
     }
 
 
+def _bin_of(x: Tensor, n_bins: int) -> Tensor:
+    """Return the bin of each number in [0, 1], of ``n_bins`` bins of equal width."""
+    return (x.nan_to_num() * n_bins).long().clamp(0, n_bins - 1)
+
+
 def _spread(predicted: _Predicted, dims: Dims) -> dict[str, Tensor]:
-    """Compare, transition by transition, root mean squares over the dims that move."""
+    """Compare predicted spread and error of each transition, as mean squares over moving dims."""
 
     def over_dims(squared: Tensor) -> Tensor:
         return (squared / dims.scale.square())[:, dims.moves].mean(1)
@@ -181,14 +188,14 @@ def _termination(
     prob: Tensor, transitions: TensorDict, missing: dict[str, str]
 ) -> dict[str, Tensor]:
     prob = prob.double()
-    nan = torch.full_like(prob.sum(), torch.nan)
     out = {"expected": prob.sum()}
-    names = ("actual", "base_rate", "precision", "recall", "auc")
-    bins = {name: nan.expand(N_BINS).clone() for name in ("bin_prob", "bin_rate", "bin_count")}
+    nan = torch.full_like(prob.sum(), torch.nan)
     happened = transitions.get("terminated", None)
     if happened is None:
         missing["termination"] = "no termination flags in this buffer"
-        return out | dict.fromkeys(names, nan) | bins
+        scalars = ("actual", "base_rate", "precision", "recall", "auc")
+        bins = {name: nan.repeat(N_BINS) for name in ("bin_prob", "bin_rate", "bin_count")}
+        return out | dict.fromkeys(scalars, nan) | bins
     out["actual"], out["base_rate"] = happened.sum().double(), happened.double().mean()
     scores = event_scores(prob, happened)
     if not happened.any():
@@ -199,12 +206,12 @@ def _termination(
         missing["termination/precision"] = "no termination was predicted"
     if happened.all():
         missing["termination/auc"] = "every step in this buffer terminates"
-    bin_of = (prob.nan_to_num() * N_BINS).long().clamp(0, N_BINS - 1)
+    bins = _bin_of(prob, N_BINS)
     return out | {
         **scores._asdict(),
-        "bin_prob": bin_mean(prob, bin_of, N_BINS),
-        "bin_rate": bin_mean(happened.double(), bin_of, N_BINS),
-        "bin_count": torch.bincount(bin_of, minlength=N_BINS).double(),
+        "bin_prob": bin_mean(prob, bins, N_BINS),
+        "bin_rate": bin_mean(happened.double(), bins, N_BINS),
+        "bin_count": torch.bincount(bins, minlength=N_BINS).double(),
     }
 
 

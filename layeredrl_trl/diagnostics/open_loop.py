@@ -1,4 +1,4 @@
-"""Many imagined steps: how the error grows, whether the particles hold the truth, and returns."""
+"""How good many imagined steps are: growth of the error, coverage of the particles, returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from layeredrl_trl.functional import (
 )
 from layeredrl_trl.predictors import Predictor
 
-_ROWS_AT_ONCE = 16384
+_PARTICLES_AT_ONCE = 16384
 
 
 def measure_open_loop(
@@ -33,21 +33,22 @@ def measure_open_loop(
     """Imagine every segment from its first observation with the actions that were taken.
 
     Args:
-        predictor: to measure.
+        predictor: the predictor to measure.
         data: real steps.
-        dims: what the latent dims are like.
-        num_particles: least number of an env; the next multiple of the members is taken.
-        missing: gets why a number is NaN, by its path.
+        dims: description of the latent dims.
+        num_particles: least number of particles per segment, rounded up to a multiple of the
+            number of members.
+        missing: receives, under the path of each number that is NaN, the reason why it is.
 
     Returns:
-        The entry ``open_loop`` of the metrics of a
-        :class:`~layeredrl_trl.diagnostics.ModelReport`, and more for ``reward``.
+        The section ``open_loop`` of the metrics of a
+        :class:`~layeredrl_trl.diagnostics.ModelReport`, and further entries of ``reward``.
     """
-    env = _env(predictor, data.segments["action"], num_particles)
+    env = _make_env(predictor, data.segments["action"], num_particles)
     particles = env.observation_spec[env.latent_key].shape[:-1].numel()
-    chunks = data.segments.split(max(1, _ROWS_AT_ONCE // particles))
-    parts = [_imagine(predictor, env, chunk) for chunk in chunks]
-    persistence_error, error, pit, reward = (torch.cat(x) for x in zip(*parts, strict=True))
+    chunks = data.segments.split(max(1, _PARTICLES_AT_ONCE // particles))
+    results = [_imagine(predictor, env, chunk) for chunk in chunks]
+    persistence_error, error, pit, reward = (torch.cat(x) for x in zip(*results, strict=True))
     if not dims.varies.any():
         missing["open_loop"] = "no latent dim varies in this buffer"
     error, persistence = (_rmse(x, data.mask, dims) for x in (error, persistence_error))
@@ -67,7 +68,7 @@ def measure_open_loop(
     }
 
 
-def _env(predictor: Predictor, action: Tensor, num_particles: int) -> PredictorEnv:
+def _make_env(predictor: Predictor, action: Tensor, num_particles: int) -> PredictorEnv:
     n_models, dim = predictor.model.n_models, predictor.model.action_dim
     per_model = max(predictor.model.n_particles_per_model, -(-num_particles // n_models))
     spec = Categorical(dim) if _are_indices(action, dim) else Unbounded((dim,))
@@ -75,18 +76,18 @@ def _env(predictor: Predictor, action: Tensor, num_particles: int) -> PredictorE
 
 
 def _are_indices(action: Tensor, dim: int) -> bool:
-    """Say whether actions ``[S, H, *]`` are indices and not one-hot."""
+    """Tell whether actions ``[S, H, *]`` are indices rather than vectors."""
     return not action.is_floating_point() and action.shape[2:] in {(), (1,)} - {(dim,)}
 
 
 def _imagine(
     predictor: Predictor, env: PredictorEnv, segments: TensorDict
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Imagine ``[S, H]`` steps.
+    """Imagine segments ``[S, H]``.
 
     Returns:
-        Errors of persistence and of the mean over particles, and the PIT, all ``[S, H, D]``; and
-        the imagined reward ``[S, H]``.
+        The error of the guess that nothing changes, the error of the mean over particles, and the
+        PIT, all ``[S, H, D]``; and the imagined reward ``[S, H]``.
     """
     obs, action = segments["observation"][:, 0], segments["action"]
     if _are_indices(action, predictor.model.action_dim):
@@ -105,21 +106,22 @@ def _imagine(
 
 
 def _rmse(error: Tensor, mask: Tensor, dims: Dims) -> Tensor:
-    """Root mean square ``[H]`` over real steps and dims that vary, in units of their scale.
+    """Compute the root mean square ``[H]`` over real steps and varying dims, in units of `scale`.
 
-    What an imagined step behind the mask holds is not looked at: it may be anything.
+    Errors of masked steps may hold anything, NaN included.
     """
     squared = (error.double() / dims.scale).square()[..., dims.varies].mean(-1)
     return (torch.where(mask, squared, 0.0).sum(0) / mask.sum(0)).sqrt()
 
 
 def _returns(imagined: Tensor, data: HeldOut, missing: dict[str, str]) -> dict[str, Tensor]:
-    """Compare returns of segments that are whole or that a termination ended.
+    """Compare the returns of segments that have all ``H`` steps or end in a termination.
 
-    Behind a termination the real reward is 0, and the imagined one as small as the model was sure
-    of the end. Segments cut short by anything else say nothing about ``H`` steps.
+    After a termination the real reward is 0. The imagined reward is weighted by the imagined
+    probability to be still alive, so it is small where the model expected the termination.
+    Segments that are cut short by anything else say nothing about the return of ``H`` steps.
     """
-    path = "reward/return_explained_variance", "reward/return_correlation"
+    paths = "reward/return_explained_variance", "reward/return_correlation"
     reward = data.segments.get("reward", None)
     terminated = data.segments.get("terminated", None)
     usable = data.mask[:, -1]
@@ -129,13 +131,12 @@ def _returns(imagined: Tensor, data: HeldOut, missing: dict[str, str]) -> dict[s
         usable = torch.zeros_like(usable)
         reward = imagined
     elif not usable.any():
-        missing.update(
-            dict.fromkeys(path, f"no segment in this buffer has {len(data.mask[0])} steps")
-        )
+        reason = f"no segment in this buffer has {data.mask.shape[1]} steps"
+        missing.update(dict.fromkeys(paths, reason))
     real = torch.where(data.mask, reward, 0.0).double().sum(1)[usable]
     imagined = imagined.double().sum(1)[usable]
     if usable.any() and not varies(real):
-        missing.update(dict.fromkeys(path, "all real returns are equal"))
+        missing.update(dict.fromkeys(paths, "all real returns are equal"))
     return {
         "return_explained_variance": explained_variance(real, imagined),
         "return_correlation": correlation(real, imagined),

@@ -1,4 +1,4 @@
-"""The report as a Markdown table: what it is, how much it is, and what would be good."""
+"""The report as a Markdown table: what is measured, its value, and what a good value is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from layeredrl_trl.diagnostics.one_step import LEVELS
 
+_Row = tuple[str, str, str]
+"""The three cells of a row: the quantity, its value, what a good value is."""
+
 
 def report_table(metrics: TensorDict, missing: Mapping[str, str], notes: Sequence[str]) -> str:
     """Write the table of a :class:`~layeredrl_trl.diagnostics.ModelReport`.
 
     Args:
-        metrics: of the report.
-        missing: why an entry is NaN.
-        notes: put in front.
+        metrics: the report's metrics.
+        missing: the reason why an entry is NaN.
+        notes: sentences to put before the table.
 
     Returns:
         Markdown.
@@ -34,64 +37,53 @@ def report_table(metrics: TensorDict, missing: Mapping[str, str], notes: Sequenc
 
 
 def last_step(metrics: TensorDict) -> int:
-    """Give the last step of the horizon that any segment has, counted from 0."""
+    """Return the last step of the horizon that any segment has, counted from 0."""
     return int((metrics["open_loop", "segments"] > 0).sum()) - 1
 
 
 def why_missing(missing: Mapping[str, str], section: str, name: str) -> str:
-    """Say why an entry is NaN."""
+    """Return the reason why an entry is NaN."""
     return missing.get(f"{section}/{name}", missing.get(section, "not a number"))
 
 
 def _value(
     x: Tensor | float, missing: Mapping[str, str], section: str, name: str, form: str = ".3g"
 ) -> str:
+    """Format a number, or say why it is NaN."""
     x = float(x)
     return why_missing(missing, section, name) if math.isnan(x) else f"{x:{form}}"
 
 
-def _open_loop_rows(
-    entries: TensorDict, last: int, missing: Mapping[str, str]
-) -> list[tuple[str, str, str]]:
+def _open_loop_rows(entries: TensorDict, last: int, missing: Mapping[str, str]) -> list[_Row]:
+    def value(x: Tensor, name: str) -> str:
+        return _value(x, missing, "open_loop", name)
+
     rows, horizon = [], entries["error"].numel()
     for step in sorted({0, last}):
-        after = f"{step + 1} imagined step{'s' if step else ''}"
-        n = int(entries["segments"][step])
-        error, ratio, coverage = (
-            _value(x, missing, "open_loop", name)
-            for name, x in (
-                ("error", entries["error"][step]),
-                ("error_ratio", entries["error_ratio"][step]),
-                ("coverage", entries["coverage"][step, 1]),
-            )
-        )
+        after = f"after {step + 1} imagined step{'s' if step else ''}"
+        error = value(entries["error"][step], "error")
+        ratio = value(entries["error_ratio"][step], "error_ratio")
+        coverage = value(entries["coverage"][step, 1], "coverage")
+        in_std = f"in std of the data ({int(entries['segments'][step])} segments)"
         rows += [
-            (
-                f"error after {after}, in std of the data ({n} segments)",
-                error,
-                "near 0; 1 is a blind guess",
-            ),
-            (f"… over that of “nothing changes”, after {after}", ratio, "below 1"),
-            (f"80% interval of the particles holds the truth, after {after}", coverage, "0.8"),
+            (f"error {after}, {in_std}", error, "near 0; 1 is a blind guess"),
+            (f"… over that of “nothing changes”, {after}", ratio, "below 1"),
+            (f"80% interval of the particles holds the truth, {after}", coverage, "0.8"),
         ]
-    useful = int(entries["useful_steps"])
-    value = _value(entries["error"][0], missing, "open_loop", "useful_steps")
-    value = value if entries["error"][0].isnan() else f"{useful} of {last + 1}"
+    first_error = entries["error"][0]
+    useful = f"{int(entries['useful_steps'])} of {last + 1}"
+    useful = value(first_error, "useful_steps") if first_error.isnan() else useful
     good = "all of them" if last + 1 == horizon else f"all; no segment has all {horizon} steps"
-    rows.append(("steps until “nothing changes” is as good", value, good))
-    return rows
+    return [*rows, ("steps until “nothing changes” is as good", useful, good)]
 
 
-def _one_step_rows(metrics: TensorDict, missing: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def _one_step_rows(metrics: TensorDict, missing: Mapping[str, str]) -> list[_Row]:
     one_step, spread = metrics["one_step"], metrics["spread"]
-    guess = _value(one_step["nll_guess"], missing, "one_step", "nll_guess")
-    rows = [
-        (
-            "negative log-likelihood of one step, nats per latent dim",
-            _value(one_step["nll"], missing, "one_step", "nll"),
-            f"low; below {guess}, of one Gaussian fitted to the changes",
-        )
-    ]
+    nll, guess = (
+        _value(one_step[name], missing, "one_step", name) for name in ("nll", "nll_guess")
+    )
+    good = f"low; below {guess}, of one Gaussian fitted to the changes"
+    rows = [("negative log-likelihood of one step, nats per latent dim", nll, good)]
     for level, share in zip(LEVELS, one_step["coverage"].tolist(), strict=True):
         value = _value(share, missing, "one_step", "coverage")
         good = f"{level:g}; below it is overconfident"
@@ -109,13 +101,10 @@ def _one_step_rows(metrics: TensorDict, missing: Mapping[str, str]) -> list[tupl
     return rows
 
 
-def _termination_rows(
-    entries: TensorDict, missing: Mapping[str, str]
-) -> list[tuple[str, str, str]]:
+def _termination_rows(entries: TensorDict, missing: Mapping[str, str]) -> list[_Row]:
+    expected = f"{float(entries['expected']):.1f}"
     actual = _value(entries["actual"], missing, "termination", "actual", ".0f")
-    rows = [
-        ("terminations expected", f"{float(entries['expected']):.1f}", f"the real number: {actual}")
-    ]
+    rows = [("terminations expected", expected, f"the real number: {actual}")]
     for name, quantity, good in (
         ("precision", "precision of termination (probability over 0.5)", "1"),
         ("recall", "recall of termination (probability over 0.5)", "1"),
@@ -125,19 +114,14 @@ def _termination_rows(
     return rows
 
 
-def _reward_rows(
-    entries: TensorDict, horizon: int, missing: Mapping[str, str]
-) -> list[tuple[str, str, str]]:
+def _reward_rows(entries: TensorDict, horizon: int, missing: Mapping[str, str]) -> list[_Row]:
     of_return = f"the return of {horizon} imagined step{'s' if horizon > 1 else ''}"
+    constant = "1; 0 is a constant"
     return [
         (quantity, _value(entries[name], missing, "reward", name), good)
         for name, quantity, good in (
-            ("explained_variance", "explained variance of the reward", "1; 0 is a constant"),
-            (
-                "return_explained_variance",
-                f"explained variance of {of_return}",
-                "1; 0 is a constant",
-            ),
+            ("explained_variance", "explained variance of the reward", constant),
+            ("return_explained_variance", f"explained variance of {of_return}", constant),
             ("return_correlation", f"correlation of {of_return} with the real one", "1"),
         )
     ]

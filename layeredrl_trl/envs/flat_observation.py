@@ -1,8 +1,8 @@
-"""Observations of several entries as one vector, and where in it each entry is.
+"""Observations of several entries as one vector, and the dims of that vector for each entry.
 
-The order is that of Gymnasium's ``FlattenObservation``: the order of the keys of the env's ``Dict``
-space. (A ``Dict`` space made from a plain dictionary sorts its keys; one made from an
-``OrderedDict``, from pairs, or with ``sort_keys=False`` does not.)
+The entries are in the order of Gymnasium's ``FlattenObservation``, which is the order of the keys
+of the env's ``Dict`` space. (A ``Dict`` space made from a plain dictionary sorts its keys; one made
+from an ``OrderedDict``, from pairs, or with ``sort_keys=False`` does not.)
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def observation_layout(env: Any) -> dict[NestedKey, range]:
 
     Args:
         env: a Gymnasium env or vector env, flattened by ``FlattenObservation`` or not; or a TorchRL
-            env. In a TorchRL env where ``CatTensors`` writes ``observation``, its order counts;
-            else the order of the Gymnasium env beneath; else (dm_control) that of the observation
-            spec.
+            env. The order of a TorchRL env is that of the ``CatTensors`` that writes
+            ``observation``. Without one it is the order of the Gymnasium env inside, or without
+            that (dm_control) of the observation spec.
 
     Returns:
-        The dims by the key of the entry, in order. An observation without entries is one entry
-        called ``observation``.
+        The dims of each entry by its key, in order. An observation without entries counts as one
+        entry called ``observation``.
 
     Raises:
         TypeError: if ``env`` is none of these.
-        ValueError: if its observation is neither made of entries nor these flattened.
+        ValueError: if the observation of a wrapped env with entries is not these entries flattened.
 
     Example:
         >>> observation_layout(gymnasium.make("CartPole-v1"))
@@ -58,20 +58,21 @@ def observation_layout(env: Any) -> dict[NestedKey, range]:
 def flatten_observation(env: EnvBase, *, del_keys: bool = True) -> CatTensors:
     """Make the transform that joins all entries of an observation to one vector ``observation``.
 
-    It gives what Gymnasium's ``FlattenObservation`` gives. TorchRL's ``GymEnv`` puts the entries of
-    a goal-based observation at the root, in float64; ``observation`` is then only one of them.
+    The result is that of Gymnasium's ``FlattenObservation``. The transform is needed because
+    TorchRL's ``GymEnv`` puts the entries of a goal-based observation at the root, in float64;
+    ``observation`` is then only one of them.
 
     Args:
         env: a TorchRL env without this transform.
-        del_keys: remove the entries afterwards.
+        del_keys: whether to remove the entries afterwards.
 
     Returns:
-        A ``CatTensors`` to append to the env; follow it by ``DoubleToFloat`` for float32.
+        A ``CatTensors`` to append to the env; append ``DoubleToFloat`` after it for float32.
 
     Raises:
-        TypeError: if ``env`` is no TorchRL env.
-        ValueError: if an entry is not a vector; for those, apply ``FlattenObservation`` to the
-            Gymnasium env instead.
+        TypeError: if ``env`` is not a TorchRL env.
+        ValueError: if an entry is not a vector; apply ``FlattenObservation`` to the Gymnasium env
+            instead.
 
     Example:
         >>> from torchrl.envs import Compose, DoubleToFloat, GymEnv
@@ -98,8 +99,9 @@ def flatten_observation(env: EnvBase, *, del_keys: bool = True) -> CatTensors:
 
 
 def _torchrl_sizes(env: EnvBase) -> dict[NestedKey, int]:
+    """Return the number of dims of each entry of a TorchRL env's observation."""
     while isinstance(env, TransformedEnv):
-        _ = env.observation_spec  # CatTensors without keys finds them now
+        _ = env.observation_spec  # a CatTensors without in_keys sets them when specs are made
         transforms = env.transform if hasattr(env.transform, "__iter__") else [env.transform]
         for transform in reversed(list(transforms)):
             if isinstance(transform, CatTensors) and keys.OBSERVATION in transform.out_keys:
@@ -109,34 +111,37 @@ def _torchrl_sizes(env: EnvBase) -> dict[NestedKey, int]:
     if isinstance(env, GymLikeEnv) and isinstance(env._env, gymnasium.Env | VectorEnv):
         return _gymnasium_sizes(env._env)
     if isinstance(env, SerialEnv | ParallelEnv):
-        one = env.create_env_fn[0](**env.create_env_kwargs[0])
+        copy = env.create_env_fn[0](**env.create_env_kwargs[0])
         try:
-            return _torchrl_sizes(one)
+            return _torchrl_sizes(copy)
         finally:
-            one.close()
+            copy.close()
     return {
         key: entry.shape.numel() for key, entry in env.observation_spec_unbatched.items(True, True)
     }
 
 
 def _gymnasium_sizes(env: gymnasium.Env | VectorEnv) -> dict[NestedKey, int]:
-    seen = list(_observation_spaces(env))
-    outermost = next((space for space in seen if isinstance(space, spaces.Dict)), None)
-    if outermost is None:
-        return {keys.OBSERVATION: spaces.flatdim(seen[0])}
+    """Return the number of dims of each entry of a Gymnasium env's observation."""
+    wrapped = list(_observation_spaces(env))
+    outermost = wrapped[0]
+    entries = next((space for space in wrapped if isinstance(space, spaces.Dict)), None)
+    if entries is None:
+        return {keys.OBSERVATION: spaces.flatdim(outermost)}
     sizes: dict[NestedKey, int] = {
-        key: spaces.flatdim(space) for key, space in outermost.spaces.items()
+        key: spaces.flatdim(space) for key, space in entries.spaces.items()
     }
-    if seen[0] is not outermost and seen[0].shape != (sum(sizes.values()),):
+    total = sum(sizes.values())
+    if outermost is not entries and outermost.shape != (total,):
         raise ValueError(
             f"env: expected an observation that is the entries {sizes} (dims by key) flattened, "
-            f"of shape [{sum(sizes.values())}], got {seen[0]}."
+            f"of shape [{total}], got {outermost}."
         )
     return sizes
 
 
 def _observation_spaces(env: Any) -> Iterator[spaces.Space]:
-    """Spaces of one env's observation, from the outermost wrapper to the innermost env."""
+    """Yield the spaces of one env's observation, from the outermost wrapper to the env inside."""
     if isinstance(env, VectorEnv):
         yield env.single_observation_space
     else:
@@ -146,8 +151,8 @@ def _observation_spaces(env: Any) -> Iterator[spaces.Space]:
     elif isinstance(env, SyncVectorEnv):
         yield from _observation_spaces(env.envs[0])
     elif isinstance(env, AsyncVectorEnv):
-        one = env.env_fns[0]()  # those of the env itself are in other processes
+        copy = env.env_fns[0]()  # the wrapped envs themselves live in other processes
         try:
-            yield from _observation_spaces(one)
+            yield from _observation_spaces(copy)
         finally:
-            one.close()
+            copy.close()

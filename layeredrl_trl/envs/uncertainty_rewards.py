@@ -1,7 +1,7 @@
-"""Rewards for what an ensemble does not know: a bonus to explore it, a penalty to stay away.
+"""Rewards changed by an ensemble's uncertainty: a bonus to explore, a penalty to stay near data.
 
-Both are TorchRL transforms, and one formula: the reward plus or minus ``scale`` times the
-*disagreement* of the members. They work on real envs, on imagined ones, and on replay buffers.
+Both are TorchRL transforms with the same formula: the reward plus or minus ``scale`` times the
+*disagreement* of the members. They work on real envs, on imagined envs, and on replay buffers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from layeredrl_trl import keys
 from layeredrl_trl.functional import disagreement, epistemic_variance
 from layeredrl_trl.modules import DynamicsModel, Encoder
 
-# Where an env carries it from before the step, with the policy's action, to after it.
-_OF_THIS_STEP = "_disagreement"
+# Entry that carries the disagreement from before an env's step, where the policy's action is still
+# known, to after the step.
+_STEP_DISAGREEMENT = "_disagreement"
 
 
 class DisagreementReward(Transform):
@@ -28,52 +29,56 @@ class DisagreementReward(Transform):
 
     ``reward' = reward + sign * scale * disagreement``, with ``disagreement = alive *
     sqrt(mean_d epistemic_var_d)`` of the transition that was taken. ``alive`` is the mean over the
-    particles of an imagined state before the step (1 on real data): an imagined reward is weighted
-    by it too. The variance is over members, of their mean predictions, so one member gives 0.
+    particles of an imagined state before the step, by which imagined rewards are weighted, too; it
+    is 1 on real data. The variance is that of the members' mean predictions, so one member gives 0.
 
-    It is read from what an imagined env writes, or computed by ``encoder`` and ``dynamics``,
-    without gradient, from the observation and the action:
+    The variance is read from the entry that an imagined env writes. With ``encoder`` and
+    ``dynamics`` it is computed from the observation and the action instead, without gradient:
 
-    - ``TransformedEnv(PredictorEnv(..., uncertainty=True), DisagreementBonus(0.1))`` reads;
-    - ``TransformedEnv(real_env, DisagreementBonus(0.1, encoder=..., dynamics=...))`` computes, from
-      the action that comes to this transform: transforms before it may change what the env gets;
-    - ``buffer.append_transform(DisagreementBonus(0.1, encoder=..., dynamics=...))`` computes for
-      each sample what the model says by now. What is stored stays as it is.
+    - ``TransformedEnv(PredictorEnv(..., uncertainty=True), DisagreementBonus(0.1))`` reads it;
+    - ``TransformedEnv(real_env, DisagreementBonus(0.1, encoder=..., dynamics=...))`` computes it
+      from the action that reaches this transform, which earlier transforms may still change before
+      it reaches the env;
+    - ``buffer.append_transform(DisagreementBonus(0.1, encoder=..., dynamics=...))`` computes it for
+      each sample with the current model. The stored entries stay as they are.
 
-    All latent dims count alike in their own units, one of a large range more: bring them to one
-    scale in the encoder.
+    All latent dims count in their own units, so a dim with a large range counts more: let the
+    encoder bring them to one scale.
 
-    The step that terminates or is truncated counts like any other, padding too (it has its mask);
-    after a reset ``disagreement`` is 0. Nothing is clipped: a model that predicts NaN gives a
-    reward of NaN, of that transition alone (and where all particles are dead, a disagreement of 0).
+    A step that terminates or is truncated counts like any other, and so does a padded one (its mask
+    marks it). After a reset ``disagreement`` is 0. Nothing is clipped: where the model predicts
+    NaN, the reward of that transition is NaN. Where all particles are dead, ``disagreement`` is 0.
 
-    The parts stay their owner's: they are in no state dict of the transform, do not follow it to
-    another device, and are used in the mode that they are in. What they learn it knows, but in a
-    worker process it has a copy: append it to a ``ParallelEnv``, not inside.
+    ``encoder`` and ``dynamics`` still belong to their owner: they are not in the transform's state
+    dict, do not follow it to another device, and are used in their current mode. The transform sees
+    what they learn, except in a worker process, which has a copy of them: append the transform to a
+    ``ParallelEnv``, not to the envs inside.
 
     Args:
-        scale: factor of the disagreement, at least 0; may be set anew at any time.
-        encoder: of real observations; with ``dynamics`` or not at all.
+        scale: factor of the disagreement, at least 0; may be changed at any time.
+        encoder: encoder of real observations; given together with ``dynamics`` or not at all.
         dynamics: the ensemble.
-        reward_key: as the env calls it, without ``"next"``.
-        disagreement_key: of the entry that is written, without ``"next"``.
-        epistemic_var_key: of the variance that is read, without ``"next"``.
-        alive_key: of the particles' weights; ``None``: everything counts in full.
+        reward_key: key of the reward, without ``"next"``.
+        disagreement_key: key of the entry that is written, without ``"next"``.
+        epistemic_var_key: key of the variance that is read, without ``"next"``.
+        alive_key: key of the particles' weights; ``None`` gives every transition the weight 1.
 
     Reads:
-        ``("next", "reward")`` ``[..., 1]``; ``alive`` ``[..., E, P, 1]`` if it is there; without
-        parts ``("next", "epistemic_var")`` ``[..., D]``, with them ``observation`` ``[..., O]`` and
-        ``action`` ``[..., A]`` or indices ``[...]``, under the parts' names for them.
+        ``("next", "reward")`` ``[..., 1]``; ``alive`` ``[..., E, P, 1]`` if it exists. Without
+        ``encoder`` and ``dynamics`` also ``("next", "epistemic_var")`` ``[..., D]``; with them also
+        ``observation`` ``[..., O]`` and ``action`` ``[..., A]`` or indices ``[...]``, under the
+        keys that they read.
 
     Writes:
-        ``("next", "reward")`` ``[..., 1]``, of unbounded spec, and ``("next", "disagreement")``
-        ``[..., 1]``: the reward without it is ``reward' - sign * scale * disagreement``.
+        ``("next", "reward")`` ``[..., 1]``, whose spec becomes unbounded, and
+        ``("next", "disagreement")`` ``[..., 1]``. The original reward is
+        ``reward' - sign * scale * disagreement``.
 
     Raises:
-        TypeError: if only one of ``encoder`` and ``dynamics`` is given, or of another type.
-        ValueError: if ``scale`` is negative or not finite, or the parts differ in size; in a step:
-            if a shape does not fit.
-        KeyError: in a step, and by the specs of an env: if an entry is not there.
+        TypeError: if only one of ``encoder`` and ``dynamics`` is given, or one has a wrong type.
+        ValueError: if ``scale`` is negative or not finite, or ``encoder`` and ``dynamics`` differ
+            in size; in a step, if a shape does not fit.
+        KeyError: in a step or when the specs of an env are made, if an entry is missing.
     """
 
     sign: ClassVar[int]
@@ -90,14 +95,15 @@ class DisagreementReward(Transform):
         alive_key: NestedKey | None = keys.ALIVE,
     ) -> None:
         name = type(self).__name__
-        _check_parts(name, encoder, dynamics)
+        _check_encoder_and_dynamics(name, encoder, dynamics)
         needed = [epistemic_var_key] if dynamics is None else [encoder.in_keys[0]]
         super().__init__([reward_key, *needed], [reward_key, disagreement_key])
         self.reward_key, self.needed_key = self.in_keys
         self.disagreement_key = self.out_keys[1]
         self.alive_key = alive_key
         self.scale = scale
-        # Not registered: appending to an env would put the shared parts into evaluation mode.
+        # Not registered as submodules: appending the transform to an env would put both into
+        # evaluation mode.
         self.__dict__.update(encoder=encoder, dynamics=dynamics)
 
     @property
@@ -115,21 +121,21 @@ class DisagreementReward(Transform):
         self._scale = float(scale)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Change the rewards of transitions in a copy of ``tensordict``, as on a buffer's sample.
+        """Change the rewards of a batch of transitions, such as a replay buffer's sample.
 
         Args:
-            tensordict: batch ``[...]``, TorchRL's layout of steps.
+            tensordict: batch ``[...]``, in TorchRL's layout of steps; it is not changed.
 
         Returns:
-            A copy with the entries above; all others are the same tensors.
+            A copy with the changed and the new entry; all other entries are the same tensors.
         """
         out = tensordict.copy()
         if "next" not in out.keys():
             raise self._missing(("next", self.reward_key), out)
         if self.dynamics is not None:
-            out.set(_OF_THIS_STEP, self._compute(out))
+            out.set(_STEP_DISAGREEMENT, self._compute(out))
         out.set("next", self._step(out, out.get("next")))
-        return out.exclude(_OF_THIS_STEP)
+        return out.exclude(_STEP_DISAGREEMENT)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add ``disagreement`` ``[..., 1]``."""
@@ -140,7 +146,7 @@ class DisagreementReward(Transform):
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """Take the bounds off the reward."""
+        """Remove the bounds of the reward."""
         if self.reward_key not in reward_spec.keys(True):
             raise self._missing(self.reward_key, reward_spec)
         old = reward_spec[self.reward_key]
@@ -149,10 +155,10 @@ class DisagreementReward(Transform):
         return reward_spec
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
-        # In an env this comes before the step: transforms nearer to the env have not yet changed
-        # the action. In a buffer it is the way in, where nothing is to be changed.
+        # An env calls this before the step, when the transforms nearer to the env have not yet
+        # changed the action. A buffer calls it on what is stored, which stays as it is.
         if self.dynamics is not None and self._is_in_env:
-            tensordict.set(_OF_THIS_STEP, self._compute(tensordict))
+            tensordict.set(_STEP_DISAGREEMENT, self._compute(tensordict))
         return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -160,7 +166,7 @@ class DisagreementReward(Transform):
         if reward is None:
             raise self._missing(("next", self.reward_key), next_tensordict)
         if self.dynamics is not None:
-            value = tensordict.get(_OF_THIS_STEP)
+            value = tensordict.get(_STEP_DISAGREEMENT)
         else:
             variance = next_tensordict.get(self.needed_key, None)
             if variance is None:
@@ -175,7 +181,7 @@ class DisagreementReward(Transform):
                     f"{list(alive.shape)}; if these are no particles, pass alive_key=None."
                 )
             weight = alive.mean((-3, -2))
-            value = torch.where(weight > 0, weight * value, 0.0)  # the dead may hold anything
+            value = torch.where(weight > 0, weight * value, 0.0)  # dead particles may give NaN
         if reward.shape != value.shape:
             raise ValueError(
                 f"{self.reward_key}: expected shape {list(value.shape)}, got {list(reward.shape)}."
@@ -193,16 +199,14 @@ class DisagreementReward(Transform):
 
     @torch.no_grad()
     def _compute(self, tensordict: TensorDictBase) -> Tensor:
-        """Disagreement ``[..., 1]`` on the transitions from an observation by an action."""
+        """Compute the disagreement ``[..., 1]`` from the observation and the action."""
         device = next((p.device for p in self.dynamics.parameters()), None)
-        entries = []
-        for key in (self.needed_key, self.dynamics.in_keys[2]):
-            entry = tensordict.get(key, None)
-            if entry is None:
+        observation_key, action_key = self.needed_key, self.dynamics.in_keys[2]
+        for key in (observation_key, action_key):
+            if tensordict.get(key, None) is None:
                 raise self._missing(key, tensordict)
-            entries.append(entry.to(device))
-        observation, action = entries
-        latent, context = self.encoder.encode(observation)
+        latent, context = self.encoder.encode(tensordict.get(observation_key).to(device))
+        action = tensordict.get(action_key).to(device)
         mean, weights, _, _ = self.dynamics.predict(latent, context, action)
         return disagreement(epistemic_variance(mean, weights)).to(tensordict.device)
 
@@ -210,32 +214,33 @@ class DisagreementReward(Transform):
     def _is_in_env(self) -> bool:
         try:
             return self.container is not None
-        except ValueError:  # TorchRL's answer for a transform of a replay buffer
+        except ValueError:  # TorchRL raises it for the transform of a replay buffer
             return False
 
     def _missing(self, key: NestedKey, among: TensorDictBase | Composite) -> KeyError:
+        """Make the error for an entry ``key`` that is not among the given ones."""
         hint = ""
         if self.dynamics is None and self.needed_key in (key, key[-1]):
             hint = (
                 " An imagined env writes it if made with uncertainty=True; on real data pass "
                 "encoder and dynamics."
             )
-        there = sorted(map(str, among.keys(True, True)))
-        return KeyError(f"{type(self).__name__}: no entry {key!r}; there is {there}.{hint}")
+        existing = sorted(map(str, among.keys(True, True)))
+        return KeyError(f"{type(self).__name__}: no entry {key!r}; there is {existing}.{hint}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(scale={self.scale}, keys={self.in_keys})"
 
 
 class DisagreementBonus(DisagreementReward):
-    """Add the disagreement of the members to the reward, to explore what the model does not know.
+    """Add the members' disagreement to the reward, to explore what the model does not know.
 
     ``reward' = reward + scale * alive * sqrt(mean_d epistemic_var_d)``. Arguments, keys and edge
     rules are those of :class:`DisagreementReward`.
 
     Reference:
-        Pathak, Gandhi, Gupta 2019, arXiv:1906.04161. Deviations: the square root of the
-        variance, so that the bonus has the units of the latent; added to the reward instead of
+        Pathak, Gandhi, Gupta 2019, arXiv:1906.04161. Deviations: the bonus is the square root of
+        the variance, so that it has the units of the latent; it is added to the reward instead of
         replacing it.
 
     Example:
@@ -255,14 +260,15 @@ class DisagreementBonus(DisagreementReward):
 
 
 class PessimismPenalty(DisagreementReward):
-    """Subtract the disagreement of the members from the reward, to stay where there are data.
+    """Subtract the members' disagreement from the reward, to stay where there are data.
 
     ``reward' = reward - scale * alive * sqrt(mean_d epistemic_var_d)``. Arguments, keys and edge
     rules are those of :class:`DisagreementReward`.
 
     Reference:
         Yu et al. 2020 (MOPO), arXiv:2005.13239, section 4.3. Deviation: their penalty is the
-        largest standard deviation that a member predicts, which is aleatoric; this is epistemic.
+        largest standard deviation that a member predicts, which is aleatoric; this one is
+        epistemic.
 
     Example:
         >>> from tensordict import TensorDict
@@ -283,7 +289,9 @@ class PessimismPenalty(DisagreementReward):
     sign = -1
 
 
-def _check_parts(name: str, encoder: Encoder | None, dynamics: DynamicsModel | None) -> None:
+def _check_encoder_and_dynamics(
+    name: str, encoder: Encoder | None, dynamics: DynamicsModel | None
+) -> None:
     if encoder is None and dynamics is None:
         return
     for part, given, kind in (("encoder", encoder, Encoder), ("dynamics", dynamics, DynamicsModel)):

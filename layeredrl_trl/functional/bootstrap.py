@@ -9,19 +9,19 @@ _LOW_32_BITS = 0xFFFFFFFF
 
 
 def bootstrap_weights(index: Tensor, n_members: int, keep: float = 0.5) -> Tensor:
-    r"""Draw, for every member, whether it learns from a transition: ``1 / keep`` or 0.
+    r"""Draw the weight of a transition for every member: ``1 / keep`` if it learns from it, else 0.
 
-    ``weight = [hash(index, member) < keep 2^32] / keep``. The weight of a transition follows from
-    where it is stored: nothing has to be kept, and it is the same each time the transition is
-    drawn, on every device. A new transition in the place of an overwritten one gets its weights.
-    The default doubles or drops: mean 1 and variance 1, as for draws with replacement. A share of
-    ``(1 - keep)^E`` of the transitions is seen by no member.
+    ``weight = [hash(index, member) < keep 2^32] / keep``. The weights follow from the storage
+    position alone, so nothing has to be stored, and they are the same each time the transition is
+    drawn, on every device. A transition that overwrites another one takes over its weights. With
+    the default ``keep`` a weight has mean 1 and variance 1, as for draws with replacement. A
+    fraction ``(1 - keep)^E`` of the transitions is seen by no member.
 
     Args:
         index: storage positions, integers ``[...]``; see :func:`fold_index` for a storage of more
             than one dim.
-        n_members: ``E``.
-        keep: probability that a member learns from a transition, in (0, 1]; 1 weighs all alike.
+        n_members: ``E``, at least 1.
+        keep: probability that a member learns from a transition, in (0, 1]; 1 gives weights of 1.
 
     Returns:
         float32 ``[..., E]``, mean 1 over many positions.
@@ -44,20 +44,21 @@ def bootstrap_weights(index: Tensor, n_members: int, keep: float = 0.5) -> Tenso
         raise ValueError(f"bootstrap_weights: n_members must be at least 1, got {n_members}.")
     if not 0 < keep <= 1:
         raise ValueError(f"bootstrap_weights: keep must be in (0, 1], got {keep}.")
-    # far from every position, else member i at position e would draw what member e does at i
+    # The offset is larger than every position: without it, member i at position e would get the
+    # weight of member e at position i.
     member = 0x9E3779B9 + torch.arange(n_members, device=index.device)
     hashed = _mix(_mix(_fold(index)).unsqueeze(-1) ^ _mix(member))
     return (hashed < int(keep * 2**32)).to(torch.float32) / keep
 
 
 def fold_index(index: Tensor) -> Tensor:
-    """Make one number of the position in a storage of several dims, by hashing.
+    """Hash a position in a storage of several dims to one number.
 
     Args:
         index: integers ``[..., ndim]``.
 
     Returns:
-        long ``[...]``, from 0 to ``2^32 - 1``; positions rarely share one.
+        long ``[...]``, from 0 to ``2^32 - 1``; two positions rarely share a number.
 
     Raises:
         TypeError: if ``index`` does not hold integers.
@@ -75,7 +76,7 @@ def _check_index(index: Tensor) -> None:
 
 
 def _fold(index: Tensor) -> Tensor:
-    """Positions as numbers below 2^32."""
+    """Fold integers to numbers below 2^32."""
     index = index.long()
     return (index ^ (index >> 32)) & _LOW_32_BITS
 
@@ -83,8 +84,8 @@ def _fold(index: Tensor) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     """Scramble numbers below 2^32, one to one.
 
-    Shifts and products modulo 2^32 of the kind that MurmurHash3 ends with. The factors are odd and
-    below 2^31, so that no product leaves int64: what happens then would be up to the device.
+    The shifts and products modulo 2^32 are like the last steps of MurmurHash3. The factors are odd,
+    and below 2^31 so that no product overflows int64, where devices differ.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x31848BAB), (17, 0x21F0AAAD)):
         x = ((x ^ (x >> shift)) * factor) & _LOW_32_BITS

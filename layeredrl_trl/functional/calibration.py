@@ -1,7 +1,8 @@
-"""Is a predicted spread the right one? Probability integral transform, coverage, bins.
+"""Calibration of a predicted distribution: probability integral transform, coverage, bins.
 
-The probability integral transform (PIT) is where, in ``[0, 1]``, an observed value lies in its
-predicted distribution: ``F(value)``. Over many predictions it is uniform if these are right.
+The probability integral transform (PIT) of an observed value is ``F(value)`` in ``[0, 1]``, with
+``F`` the predicted distribution function. If the predictions are right, the PIT is uniform over
+many of them.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def gaussian_mixture_cdf(value: Tensor, mean: Tensor, std: Tensor, log_weights: 
 
 
 def sample_pit(value: Tensor, samples: Tensor, uniform: Tensor) -> Tensor:
-    """Place a value among samples of its predicted distribution.
+    """Compute the PIT of a value from samples of its predicted distribution.
 
     ``(less + uniform * (1 + equal)) / (K + 1)`` with the number of samples that are less than and
-    equal to the value: if the value is one more draw like the samples, this is exactly uniform for
-    any ``K``, with ties (values that are discrete) too.
+    equal to the value. If the value is drawn like the samples, the result is exactly uniform for
+    any ``K``, also for discrete values, which have ties.
 
     Args:
         value: ``[...]``.
@@ -62,14 +63,14 @@ def sample_pit(value: Tensor, samples: Tensor, uniform: Tensor) -> Tensor:
 
 
 def interval_coverage(pit: Tensor, levels: Sequence[float], mask: Tensor | None = None) -> Tensor:
-    """Count how often the central interval of each level held the observed value.
+    """Compute how often the central interval of each level held the observed value.
 
-    That is where ``|pit - 0.5| <= level / 2``.
+    The interval holds the value where ``|pit - 0.5| <= level / 2``.
 
     Args:
         pit: ``[N, ...]``.
-        levels: of the intervals, in ``[0, 1]``; ``L`` of them.
-        mask: bool ``[N, ...]``; what is False does not count and may be NaN.
+        levels: levels of the ``L`` intervals, in ``[0, 1]``.
+        mask: bool ``[N, ...]``; where it is False, ``pit`` does not count and may be NaN.
 
     Returns:
         Fractions over ``N``, ``[L, ...]``; NaN where nothing counts.
@@ -79,20 +80,21 @@ def interval_coverage(pit: Tensor, levels: Sequence[float], mask: Tensor | None 
         tensor([0.6000, 1.0000])
     """
     mask = torch.ones_like(pit, dtype=torch.bool) if mask is None else mask
-    off = (pit - 0.5).abs()
-    inside = torch.stack([(off <= level / 2) & mask for level in levels])
+    distance = (pit - 0.5).abs()
+    inside = torch.stack([(distance <= level / 2) & mask for level in levels])
     return inside.sum(1).to(pit.dtype) / mask.sum(0)
 
 
 def quantile_bin(x: Tensor, n_bins: int) -> Tensor:
-    """Sort values into bins that hold equally many (one more or less).
+    """Sort values into bins whose sizes differ by at most one.
 
     Args:
         x: ``[N]``.
         n_bins: number of bins.
 
     Returns:
-        long ``[N]``, 0 for the smallest values; with ``N < n_bins`` some bins stay empty.
+        Bin of each value, long ``[N]``, 0 for the smallest; with ``N < n_bins`` some bins are
+        empty.
 
     Example:
         >>> quantile_bin(torch.tensor([3.0, 1.0, 2.0, 9.0]), 2)
@@ -107,7 +109,7 @@ def bin_mean(x: Tensor, bins: Tensor, n_bins: int) -> Tensor:
 
     Args:
         x: ``[N]``.
-        bins: of each value, long ``[N]``, in ``0..n_bins - 1``.
+        bins: bin of each value, long ``[N]``, in ``0..n_bins - 1``.
         n_bins: number of bins.
 
     Returns:

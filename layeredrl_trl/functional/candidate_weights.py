@@ -1,6 +1,7 @@
-"""How much each candidate of a search counts, by its return, and the moments that follow.
+"""Weights of a planner's candidates by their returns, and moments of weighted candidates.
 
-A return of ``-inf`` or NaN counts for nothing; where all are like that, all weights are 0.
+A candidate with a return of ``-inf`` or NaN gets the weight 0. If no candidate of a search has a
+finite return, all weights are 0.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from torch import Tensor
 
 
 def elite_weights(returns: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Find the candidates with the highest returns, which count alike.
+    """Find the candidates with the highest returns and give them equal weights.
 
     Args:
         returns: ``[..., N, 1]``, no NaN.
-        top_k: elites ``K``, at most ``N``.
+        top_k: number of elites ``K``, at most ``N``.
 
     Returns:
-        index ``[..., K, 1]``, best first, and weights ``[..., K, 1]``, which sum to 1 or are all 0.
+        Index ``[..., K, 1]``, best first, and weights ``[..., K, 1]``, which sum to 1 or are all 0.
 
     Example:
         >>> index, weights = elite_weights(torch.tensor([[1.0], [3.0], [-torch.inf], [2.0]]), 2)
@@ -30,16 +31,16 @@ def elite_weights(returns: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def softmax_weights(returns: Tensor, temperature: float, *, normalize: bool = False) -> Tensor:
-    r"""Weigh candidates by ``exp(R / temperature)``, for returns of any size.
+    r"""Weigh candidates by ``exp(R / temperature)``, for returns of any magnitude.
 
     Args:
         returns: ``R``, ``[..., N, 1]``.
-        temperature: above 0; in units of the return or, if normalized, of its spread.
+        temperature: above 0; in units of the return or, with ``normalize``, of its spread.
         normalize: divide by :func:`return_spread` first, so that the scale of the reward does not
             matter.
 
     Returns:
-        ``[..., N, 1]``, which sum to 1 or are all 0.
+        Weights ``[..., N, 1]``, which sum to 1 or are all 0.
 
     Example:
         >>> softmax_weights(torch.tensor([[1e30], [1e30], [-1e30]]), 0.1).flatten()
@@ -52,16 +53,16 @@ def softmax_weights(returns: Tensor, temperature: float, *, normalize: bool = Fa
     if normalize:
         spread = return_spread(returns).unsqueeze(-2)
         gap = gap / spread.clamp_min(torch.finfo(returns.dtype).tiny)
-    gap = torch.nan_to_num(gap / temperature, nan=0.0)  # nan: an infinite gap at no temperature
+    gap = torch.nan_to_num(gap / temperature, nan=0.0)  # inf / inf is NaN
     weights = torch.where(finite, gap, -torch.inf).softmax(-2)
     return torch.where(any_finite, weights, 0.0)
 
 
 def return_spread(returns: Tensor) -> Tensor:
-    """Compute the standard deviation (divided by N) of the returns that are finite.
+    """Compute the standard deviation (without Bessel's correction) of the finite returns.
 
     Args:
-        returns: ``[..., N, 1]``, of any size: nothing is squared that could overflow.
+        returns: ``[..., N, 1]``, of any magnitude: they are scaled so that no square overflows.
 
     Returns:
         ``[..., 1]``; 0 where no return is finite.
@@ -84,10 +85,10 @@ def weighted_moments(samples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         samples: ``[..., N, H, A]``.
-        weights: ``[..., N, 1]``, sum 1.
+        weights: ``[..., N, 1]``, summing to 1.
 
     Returns:
-        mean and standard deviation ``[..., H, A]``.
+        Mean and standard deviation, each ``[..., H, A]``.
 
     Example:
         >>> mean, std = weighted_moments(torch.tensor([[[0.0]], [[2.0]]]), torch.full((2, 1), 0.5))
@@ -100,16 +101,17 @@ def weighted_moments(samples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_by_weight(weights: Tensor, dim: int) -> Tensor:
-    """Draw an index along ``dim`` by weight; follows torch's global generator.
+    """Draw an index along ``dim`` with probabilities proportional to ``weights``.
 
-    The largest of ``w / Exp(1)`` is such a draw; ``torch.multinomial`` would wait for the GPU.
+    The draw is the index of the largest ``w / x`` with ``x`` from ``Exp(1)``;
+    ``torch.multinomial`` would wait for the GPU. Follows torch's global generator.
 
     Args:
-        weights: at least 0, of any sum.
-        dim: of ``weights``.
+        weights: at least 0, with any sum.
+        dim: the dim of ``weights`` to draw along.
 
     Returns:
-        long, of the shape of ``weights`` but for a ``dim`` of size 1.
+        Index, long, shaped like ``weights`` with a ``dim`` of size 1.
 
     Example:
         >>> draw_by_weight(torch.tensor([[0.0, 2.0, 0.0]]), -1)

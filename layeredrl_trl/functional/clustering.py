@@ -1,4 +1,4 @@
-"""Clusters of a batch of samples: where the modes of a mixture start."""
+"""Clusters of a batch of samples, at which the modes of a mixture start."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ def spread_modes(
 ) -> tuple[Tensor, Tensor]:
     r"""Spread the modes of a mixture over a batch: farthest-first traversal, then k-means.
 
-    The first mode is put at the sample farthest from the mean, each further one at the sample
-    farthest from those before: of well separated clusters each gets its own. A step of k-means then
-    takes the ``n`` samples nearest to a mode and ``N / (16 M)`` more like all samples, and moves
-    the mode to their mean: one that stands for a few outliers returns to the middle. Nothing is
-    random, and nothing waits for a number from a GPU.
+    The first mode starts at the sample farthest from the mean, each further one at the sample
+    farthest from the modes before, so well separated clusters get a mode each. Each step of k-means
+    moves a mode to the mean of the samples nearest to it and of ``N / (16 M)`` pseudo-samples that
+    have the moments of the whole batch. So a mode that only stands for a few outliers returns to
+    the middle. Nothing is random, and nothing waits for a GPU.
 
     Args:
         samples: ``[N, D]``.
         n_modes: ``M``, at least 1.
-        mask: bool ``[N]``, False on samples that do not count, whatever they hold.
-        n_steps: steps of k-means, at least 1.
+        mask: bool ``[N]``; samples where it is False do not count and may hold anything.
+        n_steps: number of k-means steps, at least 1.
 
     Returns:
-        Mean and standard deviation of the modes, each ``[M, D]``; 0 without a sample that counts.
+        Mean and standard deviation of the modes, each ``[M, D]``; all 0 if no sample counts.
 
     Raises:
         ValueError: if a number is out of its range or the shape of ``mask`` does not fit.
 
     Reference:
-        Gonzalez 1985, Clustering to minimize the maximum intercluster distance. Deviation: the
-        steps of k-means, with a prior.
+        Gonzalez 1985, Clustering to minimize the maximum intercluster distance. Deviation: steps
+        of k-means with a prior follow.
 
     Example:
         >>> samples = torch.tensor([[-1.0], [-1.2], [0.1], [0.0], [3.0], [3.2]])
@@ -66,11 +66,10 @@ def spread_modes(
 
 
 def _farthest_first(samples: Tensor, n: int) -> Tensor:
-    """Pick ``n`` of the centred samples ``[N, D]``, each the farthest from those before."""
-    distance = samples.square().sum(-1)
-    picked: list[Tensor] = []
-    for _ in range(n):
+    """Pick ``n`` of the centred samples ``[N, D]``, each the farthest from those picked before."""
+    picked = [samples[samples.square().sum(-1).argmax()]]
+    distance = (samples - picked[0]).square().sum(-1)
+    for _ in range(n - 1):
         picked.append(samples[distance.argmax()])
-        from_it = (samples - picked[-1]).square().sum(-1)
-        distance = from_it if len(picked) == 1 else distance.minimum(from_it)
+        distance = distance.minimum((samples - picked[-1]).square().sum(-1))
     return torch.stack(picked)

@@ -17,15 +17,15 @@ def colouring_matrix(
 ) -> Tensor:
     r"""Make the linear map that turns white noise into noise of power spectrum ``1 / f^beta``.
 
-    Its columns are the real Fourier basis of ``H`` steps, the pair of frequency ``f = k / H``
-    scaled by ``f^{-beta/2}``, the constant by as much as the lowest frequency ``1 / H``. Its rows
-    have length 1, so standard normal numbers stay standard normal at every step.
+    The columns are the real Fourier basis of ``H`` steps. The sine and cosine of frequency
+    ``f = k / H`` are scaled by ``f^{-beta/2}``, the constant like the lowest frequency ``1 / H``.
+    The rows have length 1, so standard normal numbers stay standard normal at every step.
 
     Args:
-        beta: exponent; 0 white, 1 pink, 2 brown.
-        horizon: steps ``H``, at least 1.
-        dtype: floating point. Default: torch's.
-        device: default: torch's.
+        beta: exponent; 0 is white, 1 pink and 2 brown noise.
+        horizon: number of steps ``H``, at least 1.
+        dtype: a floating point dtype; torch's default if ``None``.
+        device: torch's default if ``None``.
 
     Returns:
         ``[H, H]``, for ``matrix @ white`` with white noise ``[..., H, A]``.
@@ -35,8 +35,8 @@ def colouring_matrix(
 
     Reference:
         Timmer and König (1995), On generating power law noise, Astron. Astrophys. 300, 707-710.
-        Deviation from the package ``colorednoise``: unit variance is exact; the package leaves the
-        constant out of the variance that it divides by (it gives 1.33 for ``beta=2``, ``H=20``).
+        Deviation from the package ``colorednoise``: unit variance is exact. The package leaves the
+        constant out of the variance by which it divides (1.33 remains for ``beta=2``, ``H=20``).
 
     Example:
         >>> colouring_matrix(2.0, 20).square().sum(-1).allclose(torch.ones(20))
@@ -50,13 +50,13 @@ def colouring_matrix(
     real = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
     time = torch.arange(horizon, **real).unsqueeze(-1)
     frequency = torch.arange(1, (horizon - 1) // 2 + 1, **real) / horizon
-    # Amplitudes relative to that of the lowest frequency, so that no exponent overflows.
+    # Amplitudes are relative to that of the lowest frequency, so that no power overflows.
     scale = math.sqrt(2) * (frequency * horizon) ** (-beta / 2)
     angle = 2 * math.pi * time * frequency
-    parts = [torch.ones_like(time), scale * angle.cos(), -scale * angle.sin()]
+    columns = [torch.ones_like(time), scale * angle.cos(), -scale * angle.sin()]
     if horizon % 2 == 0:  # the highest frequency has no sine
-        parts.append((1 - 2 * (time % 2)) * (horizon / 2) ** (-beta / 2))
-    matrix = torch.cat(parts, -1)
+        columns.append((1 - 2 * (time % 2)) * (horizon / 2) ** (-beta / 2))
+    matrix = torch.cat(columns, -1)
     return (matrix / matrix.square().sum(-1, keepdim=True).sqrt()).to(dtype)
 
 
@@ -69,23 +69,23 @@ def coloured_noise(
 ) -> Tensor:
     r"""Draw Gaussian noise of unit variance whose power spectrum over time is ``1 / f^beta``.
 
-    Every sequence is one period: the last step is as close to the first as to the one before.
+    Every sequence is one period of a periodic signal: the last step is as close to the first as to
+    the step before. Sequences are independent of each other.
 
     Args:
-        beta: exponent; 0 white, 1 pink, 2 brown.
-        shape: ``[..., H, A]``, time second to last; sequences are independent of each other.
-        dtype: floating point. Default: torch's.
-        device: default: torch's. The numbers come from torch's generator there.
+        beta: exponent; 0 is white, 1 pink and 2 brown noise.
+        shape: ``[..., H, A]``, time second to last.
+        dtype: a floating point dtype; torch's default if ``None``.
+        device: torch's default if ``None``; its global generator draws the numbers.
 
     Returns:
         ``[..., H, A]``, standard normal at every step.
 
     Raises:
-        ValueError: if ``shape`` has fewer than 2 dims, and what :func:`colouring_matrix` raises.
+        ValueError: if ``shape`` has fewer than 2 dims, ``H`` is below 1 or ``beta`` is not finite.
 
     Reference:
-        See :func:`colouring_matrix`. Pinneri et al. (2020), arXiv:2008.06389, for its use in a
-        planner.
+        See :func:`colouring_matrix`; Pinneri et al. (2020), arXiv:2008.06389, use it in a planner.
 
     Example:
         >>> coloured_noise(2.0, (64, 20, 3)).shape

@@ -1,4 +1,4 @@
-"""Keeping what does not count from counting."""
+"""Masking of steps that do not count."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 def zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
     """Set ``x`` to 0 where ``mask`` is False.
 
-    What does not count may hold anything. Masking the loss alone would not do: backward, a
-    gradient of 0 times NaN is NaN.
+    Masked entries may hold anything, NaN included. Masking the loss alone would not be enough: in
+    the backward pass, a gradient of 0 times NaN is NaN.
 
     Args:
         mask: bool ``[...]``, the leading dims of ``x``.
         x: ``[..., *]``.
 
     Returns:
-        As ``x``, of its dtype.
+        ``[..., *]``, of the dtype of ``x``.
 
     Example:
         >>> zero_where_not(torch.tensor([True, False]), torch.tensor([[1.0], [torch.nan]])).tolist()

@@ -1,7 +1,7 @@
 """Mixtures of diagonal Gaussians, in log space and float32.
 
-A mixture has components along the second to last dim of ``mean`` and ``std`` (``[..., K, D]``)
-and normalised log weights ``[..., K]``.
+The ``K`` components of a mixture lie along the second to last dim of ``mean`` and ``std``
+(``[..., K, D]``); its log weights ``[..., K]`` are normalised.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def gaussian_mixture_log_prob(
         log_weights: ``[..., K]``, ``logsumexp`` over ``K`` is 0.
 
     Returns:
-        Log density in nats, ``[...]``; finite however far ``value`` is from every mean, as long
-        as the squared distance in units of ``std`` is.
+        Log density in nats, ``[...]``. It is finite however far ``value`` is from every mean, as
+        long as the squared distance in units of ``std`` is finite.
 
     Example:
         >>> zero, one = torch.zeros(2, 1), torch.ones(2, 1)
@@ -71,11 +71,11 @@ def gaussian_mixture_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Ten
 
 
 class MixtureNoise(NamedTuple):
-    """What a draw from a mixture is made of, apart from the mixture.
+    """The random numbers of a draw from a mixture.
 
     Attributes:
-        gumbel: standard Gumbel noise that chooses the component, ``[..., K]``; ``None`` where there
-            is but one.
+        gumbel: standard Gumbel noise that chooses the component, ``[..., K]``; ``None`` if ``K`` is
+            1.
         normal: standard normal noise, ``[..., D]``.
     """
 
@@ -89,10 +89,10 @@ def mixture_noise(
     """Draw the noise of :func:`sample_gaussian_mixture`; follows torch's global generator.
 
     Args:
-        shape: of the mixtures' log weights, ``[..., K]``.
+        shape: shape of the mixtures' log weights, ``[..., K]``.
         dim: ``D``.
-        dtype: of the noise.
-        device: of the noise.
+        dtype: dtype of the noise.
+        device: device of the noise.
     """
     gumbel, normal = mixture_noise_of_steps(1, shape, dim, dtype=dtype, device=device)
     return MixtureNoise(None if gumbel is None else gumbel[0], normal[0])
@@ -101,10 +101,10 @@ def mixture_noise(
 def mixture_noise_of_steps(
     steps: int, shape: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device
 ) -> MixtureNoise:
-    """Draw what as many calls of :func:`mixture_noise` draw; ``[steps, ..., K]``, ``[..., D]``.
+    """Draw the noise of ``steps`` calls of :func:`mixture_noise`, with a leading dim ``steps``.
 
-    All noise of a step is drawn as normal: half the squared length of a pair is exponential (Box
-    and Muller 1958), and drawn so in a third of the time of ``Tensor.exponential_``.
+    All noise of a step comes from normal numbers: half the squared length of a pair of them is
+    exponential (Box and Muller 1958), in a third of the time of ``Tensor.exponential_``.
     """
     n_components = shape[-1] if shape[-1] > 1 else 0
     shape = (*shape[:-1], dim + 2 * n_components)
@@ -119,7 +119,7 @@ def mixture_noise_of_steps(
 def sample_gaussian_mixture(
     mean: Tensor, std: Tensor, log_weights: Tensor, noise: MixtureNoise | None = None
 ) -> Tensor:
-    """Draw one value: a component by its weight, then from that component's Gaussian.
+    """Draw a component by its weight, then a value from that component's Gaussian.
 
     Follows torch's global generator. The draw is differentiable in ``mean`` and ``std`` of the
     chosen component, not in the weights.
@@ -128,7 +128,7 @@ def sample_gaussian_mixture(
         mean: ``[..., K, D]``.
         std: ``[..., K, D]``.
         log_weights: ``[..., K]``.
-        noise: from :func:`mixture_noise`, if drawn before.
+        noise: from :func:`mixture_noise`; ``None`` draws it here.
 
     Returns:
         ``[..., D]``.

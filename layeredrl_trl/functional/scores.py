@@ -1,7 +1,7 @@
 """How good predictions are: explained variance, correlation, and scores of a predicted event.
 
-A score that the data cannot tell (the reward never varies, the event never happens) is NaN, not
-an infinity or a lucky number.
+A score that the data cannot tell is NaN, for example if the reward never varies or the event never
+happens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A standard deviation of less than this many root mean squares is float32's rounding.
+# A standard deviation below this fraction of the root mean square is float32's rounding error.
 _ROUNDING = 1e-6
 
 
@@ -21,8 +21,8 @@ class EventScores(NamedTuple):
     Attributes:
         precision: of the events predicted, the fraction that happened; NaN if none was predicted.
         recall: of the events that happened, the fraction that was predicted; NaN if none did.
-        auc: area under the receiver operating characteristic: the probability that an event got a
-            higher probability than a non-event; NaN without both.
+        auc: area under the receiver operating characteristic: how probable it is that an event got
+            a higher predicted probability than a non-event; NaN unless there are both.
     """
 
     precision: Tensor
@@ -31,7 +31,7 @@ class EventScores(NamedTuple):
 
 
 def varies(x: Tensor) -> Tensor:
-    """Say whether a standard deviation is more than float32's rounding of a constant.
+    """Tell whether values vary by more than float32's rounding of a constant.
 
     Args:
         x: ``[N, ...]``.
@@ -43,11 +43,11 @@ def varies(x: Tensor) -> Tensor:
 
 
 def exceeds_rounding(x: Tensor, size: Tensor) -> Tensor:
-    """Say whether ``x`` varies by more than float32's rounding of numbers of a given size.
+    """Tell whether ``x`` varies by more than float32's rounding of numbers of a given size.
 
     Args:
         x: ``[N, ...]``.
-        size: magnitude of the numbers that ``x`` comes from, ``[...]``.
+        size: magnitude of the numbers from which ``x`` was computed, ``[...]``.
 
     Returns:
         bool ``[...]``.
@@ -58,7 +58,7 @@ def exceeds_rounding(x: Tensor, size: Tensor) -> Tensor:
 def explained_variance(target: Tensor, prediction: Tensor) -> Tensor:
     """Compute ``1 - Var(target - prediction) / Var(target)``.
 
-    1 is perfect, 0 no better than a constant; a constant offset is not seen.
+    1 is perfect, 0 is no better than a constant; a constant offset makes no difference.
 
     Args:
         target: ``[N]``.
@@ -77,10 +77,10 @@ def explained_variance(target: Tensor, prediction: Tensor) -> Tensor:
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Compute Pearson's correlation of ``[N]`` and ``[N]``.
+    """Compute Pearson's correlation of ``x`` and ``y``, both ``[N]``.
 
     Returns:
-        float64 scalar; NaN where one of them does not vary.
+        float64 scalar; NaN where ``x`` or ``y`` does not vary.
     """
     x, y = x.double(), y.double()
     covariance = ((x - x.mean()) * (y - y.mean())).mean()
@@ -89,10 +89,10 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Compute Spearman's correlation of ``[N]`` and ``[N]``: that of their ranks.
+    """Compute Spearman's correlation of ``x`` and ``y``, both ``[N]``: that of their ranks.
 
     Returns:
-        float64 scalar; NaN where one of them does not vary.
+        float64 scalar; NaN where ``x`` or ``y`` does not vary.
 
     Example:
         >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 10.0, 11.0]))
@@ -103,7 +103,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def average_rank(x: Tensor) -> Tensor:
-    """Rank ``[N]`` values from 0 on; equal values share the mean of their ranks.
+    """Rank values ``[N]`` from 0 on; equal values share the mean of their ranks.
 
     Returns:
         float64 ``[N]``.
@@ -112,10 +112,11 @@ def average_rank(x: Tensor) -> Tensor:
         >>> average_rank(torch.tensor([5.0, 1.0, 5.0]))
         tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
     """
-    ordered = x.contiguous().sort().values
-    first = torch.searchsorted(ordered, x.contiguous())
-    behind = torch.searchsorted(ordered, x.contiguous(), right=True)
-    return (first + behind - 1).double() / 2
+    x = x.contiguous()
+    ordered = x.sort().values
+    first = torch.searchsorted(ordered, x)
+    last = torch.searchsorted(ordered, x, right=True) - 1
+    return (first + last).double() / 2
 
 
 def event_scores(prob: Tensor, happened: Tensor, threshold: float = 0.5) -> EventScores:
@@ -124,10 +125,10 @@ def event_scores(prob: Tensor, happened: Tensor, threshold: float = 0.5) -> Even
     Args:
         prob: ``[N]``.
         happened: bool ``[N]``.
-        threshold: an event is predicted where ``prob`` is above.
+        threshold: an event is predicted where ``prob`` is above it.
 
     Returns:
-        :class:`EventScores` of float64 scalars, all NaN if a ``prob`` is.
+        :class:`EventScores` of float64 scalars, all NaN if any ``prob`` is NaN.
 
     Example:
         >>> prob, happened = torch.tensor([0.9, 0.6, 0.2]), torch.tensor([True, False, False])
@@ -138,11 +139,12 @@ def event_scores(prob: Tensor, happened: Tensor, threshold: float = 0.5) -> Even
     hits = (predicted & happened).sum().double()
     n_events = happened.sum()
     n_pairs = n_events * (~happened).sum()
-    above = (average_rank(prob) * happened).sum() - n_events * (n_events - 1) / 2
-    scores = (hits / predicted.sum(), hits / n_events, above / n_pairs)
+    # Mann-Whitney: the rank sum counts the pairs in which the event has the higher probability.
+    ordered_pairs = (average_rank(prob) * happened).sum() - n_events * (n_events - 1) / 2
+    scores = (hits / predicted.sum(), hits / n_events, ordered_pairs / n_pairs)
     return EventScores(*(torch.where(prob.isnan().any(), torch.nan, x) for x in scores))
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Divide by ``N``; NaN without torch's warning if that is 0."""
+    """Compute the variance over ``N`` without Bessel's correction; NaN if ``N`` is 0."""
     return (x - x.mean(0)).square().mean(0)

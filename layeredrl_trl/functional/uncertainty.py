@@ -1,4 +1,4 @@
-"""What an ensemble does not know (epistemic) and what no model could know (aleatoric)."""
+"""Uncertainty of an ensemble: what it does not know (epistemic) and noise (aleatoric)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def epistemic_variance(mean: Tensor, weights: Tensor) -> Tensor:
         ``[..., D]``, in squared units of the latent.
 
     Reference:
-        Chua et al. 2018, arXiv:1805.12114; the between-member term of the law of total variance.
+        Chua et al. 2018, arXiv:1805.12114; the variance between members in the law of total
+        variance.
     """
     return gaussian_mixture_mean(mean, weights).var(-2, correction=0)
 
@@ -35,14 +36,14 @@ def aleatoric_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
         weights: mode weights, ``[..., E, M]``.
 
     Returns:
-        ``[..., D]``, in squared units of the latent. Together with :func:`epistemic_variance`
-        it adds up to the variance of the even mixture of all members.
+        ``[..., D]``, in squared units of the latent. Its sum with :func:`epistemic_variance` is
+        the variance of the even mixture of all members.
     """
     return gaussian_mixture_variance(mean, std, weights).mean(-2)
 
 
 def disagreement(epistemic_var: Tensor) -> Tensor:
-    """Compute how far members are from each other, ``sqrt(mean_d epistemic_var_d)``.
+    """Compute how much the members disagree, ``sqrt(mean_d epistemic_var_d)``.
 
     Its gradient at 0 is 0, not infinite.
 
@@ -58,5 +59,5 @@ def disagreement(epistemic_var: Tensor) -> Tensor:
                 [4.]])
     """
     mean = epistemic_var.mean(-1, keepdim=True)
-    nothing = mean == 0
-    return torch.where(nothing, 0.0, torch.where(nothing, 1.0, mean).sqrt())
+    is_zero = mean == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, mean).sqrt())

@@ -1,4 +1,4 @@
-"""Whitening: a linear map that makes a random vector's covariance the identity."""
+"""Whitening: a linear map that turns a random vector's covariance into the identity."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def covariance(samples: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         samples: ``[N, D]``.
-        mask: bool ``[N]``; samples where it is False count for nothing, but must be finite.
+        mask: bool ``[N]``; samples where it is False do not count, but must be finite.
 
     Returns:
-        ``[D, D]``, divided by ``N`` (so one sample gives 0, not NaN).
+        ``[D, D]``, without Bessel's correction, so one sample gives 0.
     """
     if mask is None:
         centred = samples - samples.mean(0)
@@ -26,10 +26,10 @@ def covariance(samples: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def whitening_residual(matrix: Tensor, samples: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Measure how far ``matrix`` is from whitening ``samples``: ``||cov(W x) - I||_F``.
+    r"""Measure how far the whitening matrix ``W`` is from whitening: ``||cov(W x) - I||_F``.
 
     Args:
-        matrix: ``W``, ``[D, D]``.
+        matrix: the whitening matrix ``W``, ``[D, D]``.
         samples: ``x``, ``[N, D]``.
         mask: bool ``[N]``, see :func:`covariance`.
 
@@ -37,6 +37,6 @@ def whitening_residual(matrix: Tensor, samples: Tensor, mask: Tensor | None = No
         Scalar, 0 where ``W`` is ``cov(x)^{-1/2}`` up to a rotation.
     """
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    # the product less the identity, in one operation
-    excess = torch.addmm(eye, matrix @ covariance(samples, mask), matrix.mT, beta=-1)
-    return torch.linalg.vector_norm(excess)
+    # cov(W x) - I = W cov(x) W^T - I, in one operation
+    difference = torch.addmm(eye, matrix @ covariance(samples, mask), matrix.mT, beta=-1)
+    return torch.linalg.vector_norm(difference)

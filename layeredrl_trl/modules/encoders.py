@@ -1,7 +1,7 @@
 """Encoders: from an observation to a latent state and a context.
 
-The latent state is what the dynamics model predicts from step to step; the context is what
-does not change in an episode.
+The dynamics model predicts the latent state from step to step; the context is constant in an
+episode.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         obs_shape: shape of one observation; an int means ``(int,)``.
         latent_state_dim: ``D``, at least 1.
         context_dim: ``C``, at least 0.
-        in_keys: of the observation.
-        out_keys: of the latent state and the context.
+        in_keys: key of the observation.
+        out_keys: keys of the latent state and the context.
 
     Reads:
         ``observation`` ``[..., *obs_shape]``; cast to float32.
@@ -82,19 +82,27 @@ class Encoder(TensorDictModuleBase, abc.ABC):
     def update_statistics(
         self, observation: Tensor, next_observation: Tensor, mask: Tensor | None = None
     ) -> None:
-        """Take real transitions into the running statistics; by default there are none.
+        """Update the running statistics with real transitions; by default there are none.
 
-        The loss calls it once per step in training mode. Whatever it changes must be a buffer, so
-        that a batch with non-finite gradients can be undone, and must not be saved for backward.
+        The loss calls it once per step in training mode. It may only change buffers, so that the
+        effect of a batch with non-finite gradients can be undone, and it must not change a tensor
+        that is saved for the backward pass.
 
         Args:
             observation: ``[..., *obs_shape]``.
             next_observation: one step later in the same episode, ``[..., *obs_shape]``.
-            mask: bool ``[...]``; transitions where it is False count for nothing.
+            mask: bool ``[...]``; transitions where it is False do not count.
         """
 
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
-        """Put an observation ``[..., *obs_shape]`` together again from ``[..., D]``, ``[..., C]``.
+        """Reconstruct the observation.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+
+        Returns:
+            The observation, ``[..., *obs_shape]``.
 
         Raises:
             NotImplementedError: if the encoder loses information (:attr:`can_decode` is False).
@@ -105,9 +113,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``latent`` and ``context`` for the ``observation`` of ``tensordict``."""
         latent, context = self.encode(tensordict[self.in_keys[0]])
-        tensordict.set(self.out_keys[0], latent)
-        tensordict.set(self.out_keys[1], context)
-        return tensordict
+        return tensordict.set(self.out_keys[0], latent).set(self.out_keys[1], context)
 
     @abc.abstractmethod
     def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,25 +121,25 @@ class Encoder(TensorDictModuleBase, abc.ABC):
 
     def _flatten(self, observation: Tensor, name: str) -> Tensor:
         """Check ``[..., *obs_shape]`` and return it as float32 ``[..., O]``."""
-        n = len(self.obs_shape)
-        if observation.shape[observation.ndim - n :] != self.obs_shape or observation.ndim < n:
+        n_batch_dims = observation.ndim - len(self.obs_shape)
+        if n_batch_dims < 0 or observation.shape[n_batch_dims:] != self.obs_shape:
             raise ValueError(
                 f"{name}: expected shape [..., {', '.join(map(str, self.obs_shape))}], "
                 f"got {list(observation.shape)}."
             )
-        flat = (*observation.shape[: observation.ndim - n], self.obs_shape.numel())
-        return observation.to(torch.float32).reshape(flat)
+        batch = observation.shape[:n_batch_dims]
+        return observation.to(torch.float32).reshape(*batch, self.obs_shape.numel())
 
 
 class IdentityEncoder(Encoder):
-    """Take the observation as the latent state; the context is empty.
+    """Use the observation as the latent state; the context is empty.
 
     Observations of more than one dim are flattened.
 
     Args:
         obs_shape: shape of one observation; an int means ``(int,)``.
-        in_keys: of the observation.
-        out_keys: of the latent state and the context.
+        in_keys: key of the observation.
+        out_keys: keys of the latent state and the context.
 
     Reads:
         ``observation`` ``[..., *obs_shape]``.
@@ -167,5 +173,5 @@ class IdentityEncoder(Encoder):
 
 
 def as_shape(obs_shape: int | Sequence[int]) -> torch.Size:
-    """Read the shape of one observation; an int means ``(int,)``."""
+    """Return the shape of one observation as a ``torch.Size``; an int means ``(int,)``."""
     return torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)

@@ -1,7 +1,7 @@
-"""Learned encoders: what changes in an episode feeds the latent state, what does not the context.
+"""Learned encoders: the latent state is made from dims that change, the context from the others.
 
-Which dims change is seen, not learned, from transitions; so no gradient can make state leak into
-the context.
+Which dims change in an episode is observed on transitions rather than learned, so no gradient can
+make state leak into the context.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from layeredrl_trl.modules.normalization import RunningMoments
 class LearnedEncoder(Encoder):
     """Two networks: from the changing dims to the latent state, from the others to the context.
 
-    Both read all observation dims, standardised, with 0 in place of those that are not theirs. A
-    dim belongs to the latent state once it was seen to differ between an observation and the next
-    one of the same episode, and stays there; so the context is constant in an episode up to dims
-    that were never seen to change.
+    Both networks read all observation dims, standardised, with 0 in place of the dims that belong
+    to the other network. A dim belongs to the latent state from the first time that it differs
+    between an observation and the next one of the same episode. So the context is constant in an
+    episode, unless a dim changes that has never changed before.
 
-    Before any transition was seen, every dim feeds the latent state and none the context, which
-    loses nothing and is constant. With ``context_dim=0`` every dim feeds the latent state for good,
-    since there is no other place for what is constant.
+    Before any transition has been seen, every dim feeds the latent state and none the context: no
+    information is lost, and the context is constant. With ``context_dim=0`` every dim feeds the
+    latent state at all times.
 
     Args:
         obs_shape: shape of one observation; an int means ``(int,)``.
@@ -35,14 +35,15 @@ class LearnedEncoder(Encoder):
         context_dim: ``C``, at least 0.
         make_net: ``make_net(O, out_dim)`` makes a network from ``[..., O]`` to ``[..., out_dim]``;
             it is called for the latent state and, unless ``C`` is 0, for the context.
-        standardize: shift and scale the inputs by running moments of the observations.
-        freeze_after: number of statistics updates after which the moments do not move any more;
-            ``None``: never. Dims are seen to change for ever.
-        in_keys: of the observation.
-        out_keys: of the latent state and the context.
+        standardize: whether to shift and scale the inputs by running moments of the observations.
+        freeze_after: number of statistics updates after which the moments stay as they are;
+            ``None`` means never. Changing dims are looked for in any case.
+        in_keys: key of the observation.
+        out_keys: keys of the latent state and the context.
 
     Attributes:
-        changes: bool ``[O]``, the dims seen to change.
+        changes: bool ``[O]``, True for the dims that have been seen to change.
+        seen: bool scalar, whether any transition has been seen.
         moments: the :class:`~layeredrl_trl.modules.RunningMoments` of the inputs, or ``None``.
 
     Reads:
@@ -101,14 +102,14 @@ class LearnedEncoder(Encoder):
     def update_statistics(
         self, observation: Tensor, next_observation: Tensor, mask: Tensor | None = None
     ) -> None:
-        """Look which dims change, and move the moments by ``observation``.
+        """Find out which dims change, and update the moments with ``observation``.
 
-        A batch that holds a non-finite number changes nothing.
+        A batch with a non-finite number in a transition that counts changes nothing.
 
         Args:
             observation: ``[..., *obs_shape]``.
             next_observation: one step later in the same episode, ``[..., *obs_shape]``.
-            mask: bool ``[...]``; transitions where it is False count for nothing.
+            mask: bool ``[...]``; transitions where it is False do not count.
 
         Raises:
             ValueError: if a shape does not fit.
@@ -128,9 +129,9 @@ class LearnedEncoder(Encoder):
             )
         mask = mask.bool()
         finite = (now.isfinite() & later.isfinite()).all(-1)
-        mask = mask & (finite | ~mask).all()  # nothing of a batch with a non-finite number counts
-        moved = (now != later) & mask.unsqueeze(-1)
-        self.changes.logical_or_(moved.unsqueeze(0).flatten(0, -2).any(0))
+        mask = mask & (finite | ~mask).all()
+        differs = (now != later) & mask.unsqueeze(-1)
+        self.changes.logical_or_(differs.unsqueeze(0).flatten(0, -2).any(0))
         self.seen.logical_or_(mask.any())
         if self.moments is not None:
             if self.freeze_after is not None:

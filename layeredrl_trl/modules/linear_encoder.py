@@ -13,16 +13,15 @@ from layeredrl_trl.modules.learned_encoder import LearnedEncoder
 
 
 class LinearEncoder(LearnedEncoder):
-    """Linear maps: of the changing dims to the latent state, of the others to the context.
+    """Linear maps: from the changing dims to the latent state, from the others to the context.
 
     ``latent = A x_changing`` and ``context = B x_constant`` with ``x`` the standardised
-    observation. See :class:`~layeredrl_trl.modules.LearnedEncoder` for which dim is which, also
-    before any data and with ``context_dim=0``; arguments, keys and errors are those of that class
-    too.
+    observation. :class:`~layeredrl_trl.modules.LearnedEncoder` says which dims are which, also
+    before any data and with ``context_dim=0``; it also describes the arguments, keys and errors.
 
     Reference:
-        LayeredRL's ``EncoderNet``. Deviations: it standardises by default, and before any data all
-        dims feed the latent state instead of the context.
+        LayeredRL's ``EncoderNet``. Deviations: this encoder standardises by default, and before any
+        data all dims feed the latent state instead of the context.
 
     Example:
         >>> import torch

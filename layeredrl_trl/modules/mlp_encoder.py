@@ -13,15 +13,15 @@ from layeredrl_trl.modules.mlp import ConcatMLP
 
 
 class MLPEncoder(LearnedEncoder):
-    """Perceptrons: of the changing dims to the latent state, of the others to the context.
+    """MLPs: from the changing dims to the latent state, from the others to the context.
 
     ``latent = f(x_changing)`` and ``context = g(x_constant)`` with ``x`` the standardised
-    observation; where no dim is known to be constant, the context is ``g(0)``, the same for all.
-    See :class:`~layeredrl_trl.modules.LearnedEncoder` for which dim is which, also before any data
-    and with ``context_dim=0``; keys, errors and all other arguments are those of that class too.
+    observation; while no dim is known to be constant, the context is ``g(0)`` for all observations.
+    :class:`~layeredrl_trl.modules.LearnedEncoder` says which dims are which, also before any data
+    and with ``context_dim=0``; it also describes the other arguments, the keys and errors.
 
     Args:
-        hidden_sizes: width of each hidden layer, of both perceptrons.
+        hidden_sizes: width of each hidden layer of both MLPs.
         activation: class of the nonlinearity.
 
     Example:

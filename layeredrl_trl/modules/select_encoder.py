@@ -16,16 +16,18 @@ from layeredrl_trl.modules.encoders import Encoder, as_shape
 class SelectEncoder(Encoder):
     """Pick some dims of the observation as the latent state and some as the context.
 
-    Observations of more than one dim are flattened first. A dim may be picked for both; it is
-    then decoded from the latent state, which moves on in imagination, while a context stays.
+    Observations of more than one dim are flattened first. A dim may be picked for both. It is then
+    decoded from the latent state, because imagination predicts the latent state but keeps the
+    context as it is.
 
     Args:
         obs_shape: shape of one observation; an int means ``(int,)``.
-        latent_state_dims: indices into the flattened observation, at least one, in the order in
-            which they become the latent state.
-        context_dims: indices likewise, possibly none; they should be constant in an episode.
-        in_keys: of the observation.
-        out_keys: of the latent state and the context.
+        latent_state_dims: indices into the flattened observation, at least one, in the order of the
+            latent state.
+        context_dims: indices in the order of the context, possibly none; these dims should be
+            constant in an episode.
+        in_keys: key of the observation.
+        out_keys: keys of the latent state and the context.
 
     Attributes:
         latent_state_dims, context_dims: the indices, as tuples.
@@ -39,9 +41,9 @@ class SelectEncoder(Encoder):
         with ``C = len(context_dims)``.
 
     Raises:
-        ValueError: if an index is out of range (also if it is negative) or picked twice for the
-            latent state or twice for the context, or if there is no latent dim.
-        TypeError: if an index is no integer.
+        ValueError: if an index is out of range (negative ones are), appears twice in the same
+            argument, or if there is no latent dim.
+        TypeError: if an index is not an integer.
 
     Example:
         >>> encoder = SelectEncoder(4, latent_state_dims=[3, 0], context_dims=[1, 2])
@@ -69,15 +71,17 @@ class SelectEncoder(Encoder):
         )
         self.latent_state_dims = latent_state_dims
         self.context_dims = context_dims
-        # The latent state comes first, so it is what a dim that is picked for both is found in.
+        # `index` finds the first occurrence: a dim picked for both comes from the latent state.
         picked = (*latent_state_dims, *context_dims)
-        every = range(shape.numel())
-        self._missing_dims = tuple(dim for dim in every if dim not in picked)
-        source = [] if self._missing_dims else [picked.index(dim) for dim in every]
-        for name, index in (("latent", latent_state_dims), ("context", context_dims)):
-            index = torch.tensor(index, dtype=torch.long)
-            self.register_buffer(f"_{name}_index", index, persistent=False)
-        self.register_buffer("_source", torch.tensor(source, dtype=torch.long), persistent=False)
+        all_dims = range(shape.numel())
+        self._missing_dims = tuple(dim for dim in all_dims if dim not in picked)
+        source = [] if self._missing_dims else [picked.index(dim) for dim in all_dims]
+        for name, index in (
+            ("_latent_index", latent_state_dims),
+            ("_context_index", context_dims),
+            ("_decode_index", source),
+        ):
+            self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
 
     @property
     def can_decode(self) -> bool:
@@ -85,7 +89,7 @@ class SelectEncoder(Encoder):
         return not self._missing_dims
 
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
-        """Put the picked dims back.
+        """Put the picked dims back to their places in the observation.
 
         Args:
             latent: ``[..., D]``.
@@ -95,8 +99,7 @@ class SelectEncoder(Encoder):
             The observation, ``[..., *obs_shape]``.
 
         Raises:
-            NotImplementedError: if some dim of the observation is not picked; nothing is invented
-                for it.
+            NotImplementedError: if some dim of the observation is not picked.
             ValueError: if a shape does not fit.
         """
         if self._missing_dims:
@@ -111,7 +114,7 @@ class SelectEncoder(Encoder):
         ):
             if x.shape != (*batch, dim):
                 raise ValueError(f"{name}: expected shape {[*batch, dim]}, got {list(x.shape)}.")
-        flat = torch.cat([latent, context], -1).index_select(-1, self._source)
+        flat = torch.cat([latent, context], -1).index_select(-1, self._decode_index)
         return flat.reshape(batch + self.obs_shape)
 
     def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +125,7 @@ class SelectEncoder(Encoder):
 
 
 def _as_indices(name: str, dims: Iterable[int], shape: torch.Size) -> tuple[int, ...]:
+    """Check the argument ``name`` and return it as indices of an observation of ``shape``."""
     try:
         indices = tuple(operator.index(dim) for dim in dims)
     except TypeError as error:

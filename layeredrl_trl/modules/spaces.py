@@ -1,6 +1,6 @@
-"""Sizes of spaces, and actions as network inputs.
+"""Sizes of spaces, and conversion of actions to network inputs.
 
-A space is given as a number of dims, a Gymnasium space, or a TorchRL spec.
+A space may be given as a number of dims, a Gymnasium space, or a TorchRL spec.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torchrl.data import (
 
 
 def space_dim(space: Any, name: str) -> int:
-    """Return the number of network inputs that an element of ``space`` takes.
+    """Return the number of network inputs that an element of ``space`` needs.
 
     Args:
         space: ``None`` (0 dims), a number of dims, a Gymnasium ``Box`` or ``Discrete``, or a
-            TorchRL ``Bounded``, ``Unbounded``, ``OneHot`` or ``Categorical`` spec. Discrete
-            spaces of ``n`` elements take ``n`` (one-hot).
-        name: of the argument, for the error.
+            TorchRL ``Bounded``, ``Unbounded``, ``OneHot`` or ``Categorical`` spec. A discrete space
+            of ``n`` elements needs ``n`` inputs (one-hot).
+        name: name of the argument, for the error.
 
     Raises:
         TypeError: if the space is of another kind.
@@ -59,7 +59,7 @@ def space_dim(space: Any, name: str) -> int:
 def is_continuous(space: Any) -> bool:
     """Tell whether ``space`` is known to hold vectors.
 
-    A bare number of dims says nothing, but for 1: a single action would be no choice.
+    A bare number of dims does not tell, except 1: a discrete space of one element has no choice.
     """
     is_one = isinstance(space, int) and space == 1
     return is_one or isinstance(space, gymnasium.spaces.Box | Bounded | Unbounded)
@@ -70,27 +70,25 @@ def action_features(
 ) -> Tensor:
     """Turn actions into network inputs ``[*batch_shape, dim]``.
 
-    Continuous and one-hot actions are ``[*batch_shape, dim]`` already and are cast. Integers of
-    shape ``[*batch_shape]`` (TorchRL's categorical encoding) or ``[*batch_shape, 1]`` are
-    indices of ``dim`` actions and become one-hot.
+    Continuous and one-hot actions have the shape ``[*batch_shape, dim]`` and are cast to float32.
+    Integers of shape ``[*batch_shape]`` (TorchRL's categorical encoding) or ``[*batch_shape, 1]``
+    are indices of ``dim`` actions and become one-hot.
 
     Args:
-        action: the actions.
+        action: the actions, in one of these shapes.
         batch_shape: leading shape.
         dim: ``A``.
         indices: whether indices are legal.
 
     Raises:
-        ValueError: if the shape fits none of these.
+        ValueError: if the shape is none of these.
     """
     if action.shape == (*batch_shape, dim):
         return action.to(torch.float32)
-    if indices and not action.is_floating_point():
-        index = action if action.shape == batch_shape else None
-        if action.shape == (*batch_shape, 1):
-            index = action.squeeze(-1)
-        if index is not None:
-            return torch.nn.functional.one_hot(index.long(), dim).to(torch.float32)
+    has_index_shape = action.shape in (batch_shape, (*batch_shape, 1))
+    if indices and has_index_shape and not action.is_floating_point():
+        index = action.reshape(batch_shape).long()
+        return torch.nn.functional.one_hot(index, dim).to(torch.float32)
     or_indices = f" or indices (integers) of shape {list(batch_shape)}" if indices else ""
     raise ValueError(
         f"action: expected shape {[*batch_shape, dim]}{or_indices}, "

@@ -1,4 +1,4 @@
-"""A learned map that makes changes of the latent state comparable in every direction."""
+"""A learned matrix that whitens changes of the latent state: alike in scale in every direction."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from layeredrl_trl.modules.normalization import RunningMoments
 
 
 class DeltaStandardizer(nn.Module):
-    """Learn a symmetric matrix ``W`` with ``cov(W delta) = I`` for changes ``delta`` of the latent.
+    """Learn the whitening matrix ``W`` of changes ``delta`` of the latent: ``cov(W delta) = I``.
 
-    ``W_ij = A_ij / max(std_i, std_j)`` with ``A`` learned, symmetric, and ``std`` from running
-    moments: ``W`` starts at the right scale of every dim, and no entry of ``A`` weighs more than
-    another, whatever the units of the latent are.
+    ``W_ij = A_ij / max(std_i, std_j)`` with ``A`` learned and symmetric, and ``std`` from running
+    moments of ``delta``. So ``W`` starts with the right scale in every dim, and all entries of
+    ``A`` have a similar size, whatever the units of the latent are.
 
     Args:
         latent_state_dim: ``D``.
@@ -31,20 +31,20 @@ class DeltaStandardizer(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """``W``, ``[D, D]``, symmetric."""
-        twice = 2 * self.moments.std(floor=1e-4)
-        return (self.raw + self.raw.mT) / torch.maximum(twice[:, None], twice)
+        """The whitening matrix ``W``, ``[D, D]``, symmetric."""
+        twice_std = 2 * self.moments.std(floor=1e-4)
+        return (self.raw + self.raw.mT) / torch.maximum(twice_std[:, None], twice_std)
 
     def residual(self, delta: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Measure ``||cov(W delta) - I||_F``, a scalar to minimise.
+        """Compute ``||cov(W delta) - I||_F``, a scalar to minimise.
 
         Args:
             delta: ``[..., D]``.
-            mask: bool ``[...]``; changes where it is False count for nothing.
+            mask: bool ``[...]``; changes where it is False do not count.
         """
         mask = None if mask is None else mask.reshape(-1)
         return whitening_residual(self.matrix, delta.flatten(0, -2), mask)
 
     def update_statistics(self, delta: Tensor, mask: Tensor | None = None) -> None:
-        """Take changes ``[..., D]`` of real transitions into the running moments."""
+        """Update the running moments with changes ``[..., D]`` of real transitions."""
         self.moments.update(delta, mask)

@@ -1,4 +1,4 @@
-"""The main job, put together from the public API: collect, learn, plan, evaluate.
+"""The main job, built from the public API: collect, learn, plan, evaluate.
 
 It needs the extra ``demo`` (matplotlib, tqdm, tyro).
 """

@@ -1,4 +1,4 @@
-"""The agent of the recipe: a predictor, a planner in it, and how it explores."""
+"""The agent of the recipe: a predictor, a planner that plans in it, and exploration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLANNERS = {"icem": ICEMPlanner, "cem": CrossEntropyPlanner, "mppi": PathIntegr
 
 
 def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> RewardPredictor:
-    """Put a predictor together for the spaces of ``env``."""
+    """Make a predictor for the spaces of ``env``."""
     obs_dim = env.observation_spec_unbatched[keys.OBSERVATION].shape[-1]
     action_spec = env.action_spec_unbatched
     action_dim = action_spec.shape[-1]
@@ -55,9 +55,16 @@ def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> 
 def make_policy(
     config: TrainConfig, predictor: RewardPredictor, action_spec: TensorSpec
 ) -> tuple[TensorDictSequential, SamplingPlanner]:
-    """Plan in the model: a policy for the real env, and the planner in it.
+    """Make a policy that plans in the model.
 
-    The planner's primer (``make_tensordict_primer``) lets an env carry the plan along.
+    Args:
+        config: options of the planner.
+        predictor: the predictor whose model is planned in.
+        action_spec: of one real env.
+
+    Returns:
+        The policy for the real env, and the planner inside the policy. The planner's primer
+        (``make_tensordict_primer``), appended to the env, keeps the plan from step to step.
 
     Raises:
         RecipeError: if the planner refuses an option.
@@ -86,20 +93,21 @@ class Explorer(TensorDictModuleBase):
     """Act at random at first, then by a policy, with phases of random actions in between.
 
     Args:
-        policy: acts outside of random phases.
-        action_spec: random actions are drawn from.
-        init_random_steps: actions of the first random phase, at least 1.
-        planned_steps: actions of the policy between two later random phases; 0 for none of these.
-        random_steps: actions of each later random phase.
-        planner: in ``policy``. In a random phase its plan is forgotten, and what it says of it is
-            NaN (a collector keeps only what it sees from the first step on).
+        policy: chooses the actions outside of random phases.
+        action_spec: random actions are drawn from it.
+        init_random_steps: number of actions in the first random phase, at least 1.
+        planned_steps: number of the policy's actions between two later random phases; 0 means that
+            there are no later random phases.
+        random_steps: number of actions in each later random phase.
+        planner: the planner in ``policy``. A random phase clears its plan and writes NaN for its
+            statistics, because a collector keeps only the entries that the first step has.
 
     Reads:
-        What ``policy`` reads.
+        The entries that ``policy`` reads.
 
     Writes:
-        ``action`` ``[..., A]`` and ``planned`` ``[..., 1]`` bool, False in a random phase; outside
-        of it also what ``policy`` writes.
+        ``action`` ``[..., A]`` and ``planned`` ``[..., 1]`` bool, which is False in a random phase;
+        outside of random phases also the entries that ``policy`` writes.
     """
 
     def __init__(
@@ -123,13 +131,13 @@ class Explorer(TensorDictModuleBase):
         self.out_keys = [*policy.out_keys, keys.PLANNED]
 
     def plans(self, step: int) -> bool:
-        """Whether action number ``step`` is the policy's."""
-        if step < self.init_random_steps:
+        """Tell whether the policy chooses action number ``step``."""
+        since_start = step - self.init_random_steps
+        if since_start < 0:
             return False
-        period = self.planned_steps + self.random_steps
         if not (self.planned_steps and self.random_steps):
             return True
-        return (step - self.init_random_steps) % period < self.planned_steps
+        return since_start % (self.planned_steps + self.random_steps) < self.planned_steps
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Choose an action for every env of the batch."""

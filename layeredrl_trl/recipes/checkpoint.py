@@ -1,4 +1,4 @@
-"""Checkpoints: everything needed to act again, in one file that is never half written."""
+"""Checkpoints: everything that a run needs to go on, in a file that is always complete."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _FORMAT = "layeredrl_trl.recipe/1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to act again, and to go on.
+    """Everything that a run needs to act and to go on.
 
     Attributes:
-        config: of the run.
-        frames: env steps taken.
+        config: options of the run.
+        frames: number of env steps taken.
         episodes: ``(env steps at its end, return)`` of every finished episode.
-        predictor: its ``state_dict``.
-        transitions: all that the replay buffer held, by entry.
+        predictor: the predictor's ``state_dict``.
+        transitions: the content of the replay buffer, as a nested dictionary of entries.
     """
 
     config: TrainConfig
@@ -36,34 +36,32 @@ class Checkpoint:
     transitions: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write to ``path``; an older file there is replaced only once the new one is whole.
+        """Write the file ``path``; an older file is replaced only when the new one is complete.
 
         Raises:
-            OSError: if the disk is full or the folder not writable; the older file stays.
+            OSError: if the disk is full or the folder is not writable; an older file stays.
         """
-        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        content["config"] = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self.config).items()
-        }
+        options = vars(self.config).items()
+        config = {name: str(x) if isinstance(x, Path) else x for name, x in options}
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
-                torch.save({"format": _FORMAT, **content}, file)
+                torch.save({"format": _FORMAT, **vars(self), "config": config}, file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except RuntimeError as error:  # how torch.save reports a full disk
-            raise OSError(f"cannot write {str(path)!r}: {_first_line(error)}") from error
+        except RuntimeError as error:  # torch.save reports a full disk in this way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"cannot write {str(path)!r}: {reason}") from error
         finally:
             partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> Checkpoint:
-        """Read what :meth:`save` wrote; ``device`` replaces that of the config.
+        """Read a file that :meth:`save` wrote; ``device`` replaces the device in the config.
 
         Raises:
-            RecipeError: if there is no such file, or it is no checkpoint of this recipe.
+            RecipeError: if the file does not exist or is not a checkpoint of this recipe.
         """
         if not path.is_file():
             raise RecipeError(f"checkpoint: there is no file {str(path)!r}.")
@@ -90,30 +88,25 @@ class Checkpoint:
 
 
 def restore(predictor: RewardPredictor, state: dict[str, Any], path: Path) -> None:
-    """Load ``state`` into ``predictor``.
+    """Load the ``state`` that the checkpoint ``path`` holds into ``predictor``.
 
     Raises:
-        RecipeError: if the state is that of another architecture; nothing is changed then.
+        RecipeError: if the state belongs to another architecture; ``predictor`` is not changed.
     """
-    own = predictor.state_dict()
-    shapes = {key: x.shape for key, x in own.items() if isinstance(x, torch.Tensor)}
-    found = {key: x.shape for key, x in state.items() if isinstance(x, torch.Tensor)}
-    differing = sorted(
-        key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key)
+    here, there = (
+        {key: x.shape for key, x in entries.items() if isinstance(x, torch.Tensor)}
+        for entries in (predictor.state_dict(), state)
     )
+    differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
     if differing:
         key = differing[0]
         raise RecipeError(
             f"checkpoint: {str(path)!r} is of another architecture: {len(differing)} entries "
-            f"differ, the first is {key!r} (here {_shape(shapes, key)}, in the file "
-            f"{_shape(found, key)})."
+            f"differ, the first is {key!r} (here {_shape(here, key)}, in the file "
+            f"{_shape(there, key)})."
         )
     predictor.load_state_dict(state)
 
 
 def _shape(shapes: dict[str, torch.Size], key: str) -> str:
     return str(list(shapes[key])) if key in shapes else "missing"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

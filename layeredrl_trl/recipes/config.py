@@ -1,4 +1,4 @@
-"""The options of the recipe, one frozen dataclass; the command line is made from it."""
+"""The options of the recipe as frozen dataclasses, from which the command line is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RecipeError(ValueError):
-    """Something the user can set right; its text says what, in one line."""
+    """An error that the user can correct; its text says how, in one line."""
 
 
 @dataclass(frozen=True)
@@ -18,36 +18,36 @@ class TrainConfig:
     """Learn a world model of an environment and act by planning in it."""
 
     env: str = "Pendulum-v1"
-    """Id of a Gymnasium environment, or dm_control/DOMAIN-TASK; observations are vectors (several
-    are joined), actions a vector or one discrete choice."""
+    """Id of a Gymnasium environment, or dm_control/DOMAIN-TASK. Observations are vectors (several
+    are joined); an action is a vector or one discrete choice."""
     seed: int = 0
-    """Of everything: environment, exploration, networks, planner."""
+    """Seed of environment, exploration, networks and planner."""
     total_frames: int = 3000
-    """Environment steps in all, random exploration included."""
+    """Number of environment steps in all, random exploration included."""
     action_repeat: int = 1
-    """Environment steps per action. Each of them counts as a step here, in all options."""
+    """Environment steps per action. All options count environment steps, not actions."""
     init_random_frames: int = 400
-    """Environment steps with random actions at first."""
+    """Environment steps with random actions at the beginning."""
     planned_frames: int = 0
-    """Environment steps of planning between two phases of random actions later on; 0 for no such
-    phases."""
+    """Environment steps of planning between two later phases of random actions; 0 means no later
+    random phases."""
     random_frames: int = 0
-    """Environment steps of such a phase of random actions."""
+    """Environment steps in each later phase of random actions."""
     device: str = "cpu"
-    """Of model and planner: cpu or cuda. The environment runs on the CPU."""
+    """Device of model and planner: cpu or cuda. The environment runs on the CPU."""
     num_threads: int = 1
-    """Of torch on the CPU. The tensors here are small: a second thread gains little and loses much
-    where the machine is busy with other things."""
+    """Threads of torch on the CPU. The tensors are small: a second thread gains little, and loses
+    much on a busy machine."""
     logdir: Path = Path("runs")
-    """Folder under which the run's own folder is made."""
+    """Folder in which the run's own folder is made."""
     resume: Path | None = None
-    """A checkpoint.pt to go on from, in its folder; of all options only total-frames and device
-    are read then, the others are those of the checkpoint. Episodes and actions are drawn by a seed
-    that is made of the run's and of the steps already taken."""
+    """A checkpoint.pt to go on from, in its folder. Only total-frames and device are then read from
+    the command line; all other options are those of the checkpoint. Episodes and actions are drawn
+    with a seed made from the run's seed and the steps already taken."""
     checkpoint_interval: int = 1000
-    """Environment steps between two checkpoints; one is written at the end in any case."""
+    """Environment steps between two checkpoints; one more is written at the end."""
     eval_episodes: int = 10
-    """Episodes of the final evaluation."""
+    """Number of episodes in the final evaluation."""
     frames_per_batch: int = 20
     """Environment steps between two phases of learning."""
     updates_per_frame: float = 2.0
@@ -55,38 +55,39 @@ class TrainConfig:
     batch_size: int = 256
     """Slices (for reward and value) and transitions (for the dynamics) in a batch."""
     n_models: int = 5
-    """Members of the ensemble."""
+    """Number of ensemble members."""
     hidden_size: int = 128
     """Width of the two hidden layers of each network."""
     learning_rate: float = 1e-3
-    """Of every part."""
+    """Learning rate of every part."""
     clip_grad_max_norm: float = 1000.0
-    """Largest global norm of the gradients. That of the dynamics reaches some hundreds once its
-    standard deviations are small; a low bound would hold back reward and value with it."""
+    """Largest global norm of the gradients. Once the standard deviations of the dynamics are small,
+    their gradients have a norm of some hundreds; a low bound would slow down reward and value."""
     gamma: float = 0.97
     """Discount of the value and of the planner."""
     n_steps: int = 3
-    """Most rewards in a value target."""
+    """Largest number of rewards in a value target."""
     tau: float = 0.02
-    """How far the value's target moves after each optimisation step."""
+    """Fraction by which the target value network moves after each optimisation step."""
     planner: Literal["icem", "cem", "mppi"] = "icem"
-    """How continuous actions are searched; discrete ones always by categorical cross-entropy."""
+    """Planner for continuous actions; discrete ones always use categorical cross-entropy."""
     return_action: Literal["best", "mean"] = "best"
-    """Act by the best candidate, which commits to one way out of several, or by the mean of the
-    best few, which is steadier where one candidate is as good as its luck with a member."""
+    """Act by the best candidate or by the mean of the best candidates. The best one commits to one
+    of several ways; the mean is steadier where a candidate's return depends on which member
+    imagined it."""
     planning_horizon: int = 15
-    """Steps that the planner looks ahead."""
+    """Number of steps that the planner looks ahead."""
     num_candidates: int = 128
     """Action sequences that the planner tries in its first iteration (icem: fewer later on)."""
     top_k: int = 16
-    """Best candidates, to which icem and cem fit the next iteration's."""
+    """Number of best candidates to which icem and cem fit the next iteration."""
     num_particles: int = 1
-    """Particles per candidate: 1 (candidates are spread over the members), or a multiple of
-    n-models."""
+    """Particles per candidate: fewer than n-models (candidates are spread over the members), or a
+    multiple of n-models."""
     optim_steps: int = 4
     """Iterations of the planner per environment step."""
     terminal_value: bool = True
-    """Let the planner add the learned value of the last state of a plan."""
+    """Whether the planner adds the learned value of the last state of a plan."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -158,10 +159,10 @@ class TrainConfig:
 
 
 def check_device(device: str) -> None:
-    """Check that there is such a device.
+    """Check that torch can use a device.
 
     Raises:
-        RecipeError: if the name is unknown or the device is not there.
+        RecipeError: if the name is unknown or torch sees no such device.
     """
     try:
         kind = torch.device(device).type
@@ -182,13 +183,13 @@ class EvaluateConfig:
     checkpoint: Path
     """A checkpoint.pt that training has written."""
     episodes: int = 10
-    """Episodes, run side by side."""
+    """Number of episodes, run side by side."""
     seed: int = 10_000
-    """Of environment and planner."""
+    """Seed of environment and planner."""
     device: str = "cpu"
-    """Of model and planner: cpu or cuda."""
+    """Device of model and planner: cpu or cuda."""
     num_threads: int = 1
-    """Of torch on the CPU."""
+    """Threads of torch on the CPU."""
 
     def __post_init__(self) -> None:
         """Check ranges.

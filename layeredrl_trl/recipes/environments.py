@@ -1,4 +1,4 @@
-"""Real environments for the recipe: Gymnasium and dm_control by id, on the CPU, float32."""
+"""Real environments for the recipe: Gymnasium and dm_control by id, on the CPU, in float32."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _DM_CONTROL = "dm_control/"
 def make_env(
     env_id: str, *, num_envs: int = 1, seed: int = 0, action_repeat: int = 1
 ) -> TransformedEnv:
-    """Make one or several copies of an environment, with one observation vector.
+    """Make an environment whose observation is one vector, or several copies of it.
 
     Args:
-        env_id: as registered with Gymnasium, or ``dm_control/DOMAIN-TASK``. Discrete actions are
-            one-hot.
-        num_envs: copies; one has batch size ``[]``, several ``[num_envs]``.
-        seed: of the first copy; the others follow.
+        env_id: id of a registered Gymnasium environment, or ``dm_control/DOMAIN-TASK``. Discrete
+            actions are one-hot.
+        num_envs: number of copies; one has batch size ``[]``, several have ``[num_envs]``.
+        seed: seed of the first copy, from which the others follow.
         action_repeat: simulator steps per action; their rewards are added up.
 
     Returns:
-        An env with ``is_init``, ``step_count`` and ``episode_reward`` entries.
+        An env with the additional entries ``is_init``, ``step_count`` and ``episode_reward``.
 
     Raises:
         RecipeError: if the id is unknown, or the observation or the action space is not supported.
@@ -48,16 +48,16 @@ def make_env(
     _check_action(env_id, env)
     if num_envs > 1:
         env.close()
-        # float32 within each copy: TorchRL cannot write float64 into a part of the batch
+        # Each copy casts to float32 itself: TorchRL cannot write float64 into a part of the batch.
         env = SerialEnv(num_envs, lambda: _make_one(env_id, action_repeat))
-    tracked = Compose(InitTracker(), StepCounter(), RewardSum())
-    env = TransformedEnv(env, tracked, auto_unwrap=True)
+    trackers = Compose(InitTracker(), StepCounter(), RewardSum())
+    env = TransformedEnv(env, trackers, auto_unwrap=True)
     env.set_seed(seed)
     return env
 
 
 def max_episode_steps(env_id: str, default: int = 1000) -> int:
-    """Return after how many simulator steps an episode is cut off; ``default`` if it is not."""
+    """Return the number of simulator steps after which an episode is truncated, or ``default``."""
     if env_id.startswith(_DM_CONTROL):
         return default
     return gymnasium.spec(env_id).max_episode_steps or default
@@ -94,7 +94,7 @@ def _make_gym_env(env_id: str, action_repeat: int) -> GymEnv:
 
 
 def _make_dm_control_env(env_id: str, action_repeat: int) -> DMControlEnv:
-    os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn, and GLFW would want a display
+    os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn, and GLFW needs a display
     domain, _, task = env_id.removeprefix(_DM_CONTROL).rpartition("-")
     suite = DMControlEnv.available_envs
     known = sorted(f"{name}-{task}" for name, tasks in suite for task in tasks)

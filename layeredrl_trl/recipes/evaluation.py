@@ -1,4 +1,4 @@
-"""Acting without exploring or learning, in copies of the real environment side by side."""
+"""Evaluation episodes: acting without exploring or learning, in copies of the real environment."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def run_episodes(
     """Act by planning, one episode in each of ``episodes`` envs.
 
     Args:
-        config: of the run that trained ``predictor``.
-        predictor: to plan with.
+        config: options of the run that trained ``predictor``.
+        predictor: the predictor to plan with.
         episodes: number of episodes.
-        seed: of environments and planner.
+        seed: seed of environments and planner.
 
     Returns:
-        The rollout, ``[episodes, T]`` with ``T`` the length of the longest, and
-        ``("collector", "mask")`` False behind the end of each episode.
+        The rollout ``[episodes, T]``, where ``T`` is the length of the longest episode;
+        ``("collector", "mask")`` is False after the end of each episode.
     """
     repeat = config.action_repeat
     env = make_env(config.env, num_envs=episodes, seed=seed, action_repeat=repeat)
@@ -45,18 +45,17 @@ def run_episodes(
 
 
 def episode_returns(rollout: TensorDictBase) -> Tensor:
-    """Sum the rewards of each episode of :func:`run_episodes`; ``[episodes]``."""
+    """Sum the rewards of each episode of :func:`run_episodes`, ``[episodes]``."""
     reward = torch.where(rollout.get(keys.MASK), rollout.get(keys.NEXT_REWARD), 0.0)
     return reward.sum((1, 2))
 
 
 def as_buffer(rollout: TensorDictBase) -> TensorDictReplayBuffer:
     """Put the real steps of :func:`run_episodes` into a replay buffer, episode after episode."""
-    rollout = rollout.clone(recurse=False)
-    mask, done = rollout.get(keys.MASK), rollout.get(keys.NEXT_DONE).clone()
-    done[:, -1] = True  # where no time limit ends an episode
-    rollout.set(keys.NEXT_DONE, done)
-    steps = rollout[mask.squeeze(-1)].exclude(keys.MASK, keys.TRAJ_IDS)
+    done = rollout.get(keys.NEXT_DONE).clone()
+    done[:, -1] = True  # an episode without a time limit may not have ended
+    rollout = rollout.clone(recurse=False).set(keys.NEXT_DONE, done)
+    steps = rollout[rollout.get(keys.MASK).squeeze(-1)].exclude(keys.MASK, keys.TRAJ_IDS)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(steps)))
     buffer.extend(steps)
     return buffer

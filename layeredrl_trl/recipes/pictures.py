@@ -1,7 +1,8 @@
-"""The two pictures of a run: the learning curve, and imagined against real rollouts."""
+"""The two pictures of a run: the learning curve, and imagined compared with real episodes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class ImaginationScore:
     Attributes:
         real: returns of segments of real episodes, ``[N]``.
         imagined: returns that the model imagines for the same starts and actions, ``[N]``.
-        horizon: steps of a segment.
+        horizon: number of steps of a segment.
     """
 
     real: Tensor
@@ -53,12 +54,12 @@ def score_imagination(
     """Cut real episodes into segments and imagine each from its first observation.
 
     Args:
-        predictor: to imagine with.
+        predictor: the predictor to imagine with.
         rollout: real episodes ``[B, T]`` with ``("collector", "mask")``.
-        horizon: steps of a segment.
+        horizon: number of steps of a segment, cut to ``T`` if it is larger.
 
     Returns:
-        An :class:`ImaginationScore`; only segments within an episode count.
+        An :class:`ImaginationScore` over the segments that lie within an episode.
     """
     horizon = min(horizon, rollout.shape[1])
     n_segments = rollout.shape[1] // horizon
@@ -84,16 +85,9 @@ def draw_learning_curve(
         style = {"color": _IMAGINED, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
         axes.plot(steps, returns, label="training episodes", **style)
     axes.axvspan(0, config.init_random_frames, color=_MUTED, alpha=0.18, linewidth=0)
-    axes.text(
-        config.init_random_frames / 2,
-        0.5,
-        "random\nactions",
-        transform=axes.get_xaxis_transform(),
-        ha="center",
-        va="center",
-        fontsize=8,
-        color="#555555",
-    )
+    style = {"ha": "center", "va": "center", "fontsize": 8, "color": "#555555"}
+    middle, place = config.init_random_frames / 2, axes.get_xaxis_transform()
+    axes.text(middle, 0.5, "random\nactions", transform=place, **style)
     mean = sum(eval_returns) / len(eval_returns)
     label = f"evaluation: mean {mean:.0f} of {len(eval_returns)} episodes"
     axes.axhline(mean, color=_REAL, linewidth=1, linestyle="--", label=label)
@@ -117,15 +111,14 @@ def draw_imagination(
     *,
     horizon: int = 50,
 ) -> None:
-    """Draw one episode imagined open-loop, all segments' returns, and disagreement off the data."""
+    """Draw an episode imagined open-loop, returns of all segments, and members' disagreement."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1)
     dims = min(4, predictor.latent_state_dim)
-    _draw_rollout(list(top.subplots(1, dims, squeeze=False)[0]), predictor, rollout, horizon)
-    top.suptitle(
-        "One episode, imagined from its first observation: mean and 5-95% of the particles"
-    )
+    _draw_rollout(top.subplots(1, dims, squeeze=False)[0], predictor, rollout, horizon)
+    title = "One episode, imagined from its first observation: mean and 5-95% of the particles"
+    top.suptitle(title)
     left, right = bottom.subplots(1, 2)
     _draw_returns(left, score)
     _draw_disagreement(right, predictor, buffer)
@@ -133,26 +126,24 @@ def draw_imagination(
 
 
 def _draw_rollout(
-    rows: list[Axes], predictor: RewardPredictor, rollout: TensorDictBase, horizon: int
+    panels: Sequence[Axes], predictor: RewardPredictor, rollout: TensorDictBase, horizon: int
 ) -> None:
+    """Draw the first latent dims of the first episode, one in each panel."""
     episode = rollout[:1, : min(horizon, int(rollout.get(keys.MASK)[0].sum()))]
-    particles = 20
-    env = predictor.env(_free_spec(predictor), num_particles=particles * predictor.model.n_models)
-    observation = episode.get(keys.OBSERVATION)
+    action_spec = Unbounded((predictor.model.action_dim,), device=predictor.device)
+    env = predictor.env(action_spec, num_particles=20 * predictor.model.n_models)
     start = env.initial_state(episode[:, 0].select(keys.OBSERVATION).to(env.device))
     imagined = env.imagine(start, episode.get(keys.ACTION).to(env.device))
-    cloud = imagined.get(keys.LATENT)[0].flatten(1, 2).cpu()
-    real = predictor.encode(observation)[0][0].cpu()
-    quantiles = torch.quantile(cloud, torch.tensor([0.05, 0.95]), dim=1)
-    time = range(real.shape[0])
-    for i, axes in enumerate(rows):
-        axes.fill_between(
-            time, quantiles[0, :, i], quantiles[1, :, i], color=_IMAGINED, alpha=0.25, linewidth=0
-        )
-        axes.plot(time, cloud.mean(1)[:, i], color=_IMAGINED, label="imagined")
+    particles = imagined.get(keys.LATENT)[0].flatten(1, 2).cpu()
+    real = predictor.encode(episode.get(keys.OBSERVATION))[0][0].cpu()
+    low, high = particles.quantile(torch.tensor([0.05, 0.95]), dim=1)
+    time = range(len(real))
+    for i, axes in enumerate(panels):
+        axes.fill_between(time, low[:, i], high[:, i], color=_IMAGINED, alpha=0.25, linewidth=0)
+        axes.plot(time, particles.mean(1)[:, i], color=_IMAGINED, label="imagined")
         axes.plot(time, real[:, i], color=_REAL, linewidth=1.2, linestyle="--", label="real")
         axes.set(title=f"latent dim {i}", xlabel="step")
-    rows[0].legend(frameon=False, fontsize=9)
+    panels[0].legend(frameon=False, fontsize=9)
 
 
 def _draw_returns(axes: Axes, score: ImaginationScore) -> None:
@@ -169,7 +160,7 @@ def _draw_returns(axes: Axes, score: ImaginationScore) -> None:
 def _draw_disagreement(
     axes: Axes, predictor: RewardPredictor, buffer: TensorDictReplayBuffer
 ) -> None:
-    """Move stored states away from their mean and see how far the members part."""
+    """Draw how much the members disagree when stored states are moved away from their mean."""
     stored = buffer[:]
     index = torch.randperm(len(stored))[:512]
     latent, context = predictor.encode(stored.get(keys.OBSERVATION)[index])
@@ -182,11 +173,10 @@ def _draw_disagreement(
         mean, weights, _, _ = predictor.model.predict(moved, context, action)
         deviation = epistemic_variance(mean, weights).sqrt()
         spread.append((deviation / predictor.model.target_scale).mean(-1))
-    quantiles = torch.quantile(
-        torch.stack(spread), torch.tensor([0.05, 0.5, 0.95], device=latent.device), dim=1
-    ).cpu()
-    axes.fill_between(factors, quantiles[0], quantiles[2], color=_IMAGINED, alpha=0.25, linewidth=0)
-    axes.plot(factors, quantiles[1], color=_IMAGINED)
+    levels = torch.tensor([0.05, 0.5, 0.95], device=latent.device)
+    low, median, high = torch.stack(spread).quantile(levels, dim=1).cpu()
+    axes.fill_between(factors, low, high, color=_IMAGINED, alpha=0.25, linewidth=0)
+    axes.plot(factors, median, color=_IMAGINED)
     axes.axvline(1, color=_REAL, linewidth=1, linestyle="--")
     axes.text(1.05, 0.02, "stored states", transform=axes.get_xaxis_transform(), fontsize=9)
     axes.set(
@@ -196,10 +186,6 @@ def _draw_disagreement(
         xlim=(0, 4),
         yscale="log",
     )
-
-
-def _free_spec(predictor: RewardPredictor) -> Unbounded:
-    return Unbounded((predictor.model.action_dim,), device=predictor.device)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -53,12 +53,12 @@ class Run:
     """What a run has done so far.
 
     Attributes:
-        folder: of its files.
-        frames: env steps taken.
+        folder: folder of the run's files.
+        frames: number of env steps taken.
         episodes: ``(env steps at its end, return)`` of every finished episode.
-        eval_returns: of the final evaluation, one per episode.
+        eval_returns: returns of the final evaluation, one per episode.
         imagination: how well imagined returns follow real ones.
-        report: on the model, over the evaluation episodes.
+        report: report on the model, measured on the evaluation episodes.
         seconds: wall time of training.
         interrupted: whether Ctrl-C ended the run.
     """
@@ -82,19 +82,19 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
     """Learn a world model of ``config.env`` and act by planning in it.
 
     Ctrl-C ends the run early: the checkpoint is written, evaluation and pictures are left out.
-    A resumed run draws its episodes, actions and batches anew, see :func:`seed_after`; the final
-    evaluation is on the episodes that an uninterrupted run has.
+    A resumed run draws its episodes, actions and batches with a new seed, see :func:`seed_after`;
+    its final evaluation uses the same episodes as that of an uninterrupted run.
 
     Args:
         config: options of the run.
-        say: gets every line for the user.
+        say: is called with every line for the user.
 
     Returns:
         What the run has done; its files lie in ``run.folder``.
 
     Raises:
-        RecipeError: if the environment is not supported, the folder is not writable, or
-            ``config.resume`` cannot be gone on from; nothing has been written then.
+        RecipeError: if the environment is not supported, the folder is not writable, or the run
+            cannot go on from ``config.resume``; no file has been written then.
     """
     resumed = None
     if config.resume is not None:
@@ -119,9 +119,14 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
             buffer.extend(transitions)
     predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
     env.append_transform(planner.make_tensordict_primer())
-    phases = (config.init_random_frames, config.planned_frames, config.random_frames)
-    phases = (frames // repeat for frames in phases)
-    explorer = Explorer(policy, env.action_spec, *phases, planner)
+    explorer = Explorer(
+        policy,
+        env.action_spec,
+        init_random_steps=config.init_random_frames // repeat,
+        planned_steps=config.planned_frames // repeat,
+        random_steps=config.random_frames // repeat,
+        planner=planner,
+    )
     collector = Collector(
         env,
         explorer,
@@ -129,7 +134,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         total_frames=(config.total_frames - run.frames) // repeat,
         auto_register_policy_transforms=False,
     )
-    explorer.steps = run.frames // repeat  # the collector has tried the policy once
+    explorer.steps = run.frames // repeat  # the collector has called the policy once to try it
     bar = tqdm(
         total=config.total_frames,
         initial=run.frames,
@@ -172,17 +177,18 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
 
 
 def seed_after(seed: int, frames: int) -> int:
-    """Make the seed by which a run goes on after ``frames`` env steps.
+    """Compute the seed with which a run goes on after ``frames`` env steps.
 
-    Hashed from both, so that what is drawn is neither what the run began with nor, as ``seed +
-    frames`` would be, what another run began with. The same checkpoint goes on in the same way.
+    The new seed is a hash of both numbers, so the resumed run does not repeat the random numbers
+    of its own start, nor, as with ``seed + frames``, those of another run's start. A run resumed
+    twice from the same checkpoint goes on with the same seed.
 
     Args:
-        seed: of the run, at least 0.
-        frames: env steps taken.
+        seed: seed of the run, at least 0.
+        frames: number of env steps taken.
 
     Returns:
-        an integer of 31 bits; ``seed`` itself if there were no steps yet.
+        An integer of 31 bits; ``seed`` itself if ``frames`` is 0.
     """
     if frames == 0:
         return seed
@@ -190,13 +196,13 @@ def seed_after(seed: int, frames: int) -> int:
 
 
 def _resumed_config(config: TrainConfig, resumed: Checkpoint) -> TrainConfig:
-    total_frames = config.total_frames
-    if total_frames <= resumed.frames:
+    """Return the checkpoint's options, but with ``total_frames`` and ``resume`` of ``config``."""
+    if config.total_frames <= resumed.frames:
         raise RecipeError(
             f"resume: the run has taken {resumed.frames} steps already; raise total_frames, "
-            f"which is {total_frames}."
+            f"which is {config.total_frames}."
         )
-    return replace(resumed.config, total_frames=total_frames, resume=config.resume)
+    return replace(resumed.config, total_frames=config.total_frames, resume=config.resume)
 
 
 def _save(
@@ -218,12 +224,12 @@ def _learn(
     frames: int,
     new_frames: int,
 ) -> dict[str, float]:
-    """Take the optimisation steps that are due; all those of the random phase at its end."""
+    """Take the optimisation steps that are due; those of the first random phase all at its end."""
     if frames < config.init_random_frames:
         return {}
     due = new_frames if frames - new_frames >= config.init_random_frames else frames
     n_steps = round(config.updates_per_frame * due)
-    if n_steps == 0:
+    if not n_steps:
         return {}
     _, info = predictor.learn(
         buffer,
@@ -242,17 +248,16 @@ def _evaluate(
     run: Run,
     logger: TensorboardLogger,
 ) -> None:
-    rollout = run_episodes(
-        config, predictor, episodes=config.eval_episodes, seed=10_000 + config.seed
-    )
+    """Run evaluation episodes, measure the model on them, and write and draw the results."""
+    horizon, seed = config.planning_horizon, 10_000 + config.seed
+    rollout = run_episodes(config, predictor, episodes=config.eval_episodes, seed=seed)
     run.eval_returns = episode_returns(rollout).tolist()
-    logger.log_scalar("eval/mean_return", _mean(run.eval_returns), run.frames)
-    run.imagination = score_imagination(predictor, rollout, horizon=config.planning_horizon)
+    mean_return = sum(run.eval_returns) / len(run.eval_returns)
+    logger.log_scalar("eval/mean_return", mean_return, run.frames)
+    run.imagination = score_imagination(predictor, rollout, horizon=horizon)
     logger.log_scalar("eval/imagined_return_correlation", run.imagination.correlation, run.frames)
-    reporting = ModelReportHook(
-        predictor, as_buffer(rollout), config.planning_horizon, writer=logger
-    )
-    run.report = reporting(run.frames)
+    make_report = ModelReportHook(predictor, as_buffer(rollout), horizon, writer=logger)
+    run.report = make_report(run.frames)
     (run.folder / "model_report.md").write_text(run.report.markdown() + "\n")
     run.report.figure().savefig(run.folder / "model_report.png", dpi=130)
     draw_learning_curve(run.folder / "learning_curve.png", config, run.episodes, run.eval_returns)
@@ -268,6 +273,7 @@ def _evaluate(
 
 
 def _make_folder(config: TrainConfig) -> Path:
+    """Make a new folder for the run's files and check that it is writable."""
     name = f"{config.env.replace('/', '_')}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = config.logdir / name, 1
     while folder.exists():
@@ -287,6 +293,7 @@ def _make_folder(config: TrainConfig) -> Path:
 def _note_episodes(
     run: Run, batch: TensorDictBase, action_repeat: int, logger: TensorboardLogger
 ) -> None:
+    """Count the env steps of a batch, and keep and log the episodes that ended in it."""
     before = run.frames
     run.frames += batch.numel() * action_repeat
     done = batch.get(keys.NEXT_DONE).flatten()
@@ -300,19 +307,19 @@ def _note_episodes(
 def _log_plans(
     planner: SamplingPlanner, batch: TensorDictBase, frames: int, logger: TensorboardLogger
 ) -> None:
-    """Log what the planner thinks of its plans, mean over the planned steps of a batch."""
+    """Log each of the planner's statistics, as its mean over the planned steps of a batch."""
     planned = batch.get(keys.PLANNED)
+    if not planned.any():
+        return
     for key in planner.statistics_keys:
-        if planned.any():
-            logger.log_scalar(f"planner/{key}", batch.get(key)[planned].mean().item(), frames)
+        logger.log_scalar(f"planner/{key}", batch.get(key)[planned].mean().item(), frames)
 
 
 def _status(run: Run, info: dict[str, float]) -> str:
-    parts = [f"return {run.episodes[-1][1]:.0f}"] if run.episodes else []
-    for name in ("loss_reward", "loss_value", "nll"):
-        if name in info:
-            parts.append(f"{name} {info[name]:.3g}")
-    return ", ".join(parts)
+    """Describe the latest episode and losses in one line."""
+    numbers = [f"return {run.episodes[-1][1]:.0f}"] if run.episodes else []
+    names = ("loss_reward", "loss_value", "nll")
+    return ", ".join(numbers + [f"{name} {info[name]:.3g}" for name in names if name in info])
 
 
 def _summary(config: TrainConfig, run: Run) -> list[str]:
@@ -340,11 +347,7 @@ def _correlation(score: ImaginationScore) -> str:
     return f"correlation {score.correlation:.3f}"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _program(name: str) -> str:
-    """How to call a program of this Python's environment from the working folder."""
+    """Return the path of a program next to this Python, relative to the working folder if in it."""
     path = Path(sys.executable).with_name(name)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
