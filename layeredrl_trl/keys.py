@@ -19,7 +19,7 @@ letter meaning
 ====== ==========================================================
 
 The constants below are the *default* names. Modules, losses and environments
-take other names the TorchRL way (``in_keys``, ``out_keys``, ``set_keys``).
+accept other names the TorchRL way (``in_keys``, ``out_keys``, ``set_keys``).
 """
 
 OBSERVATION = "observation"
@@ -34,6 +34,7 @@ CONTEXT = "context"
 STATE_VALUE = "state_value"
 STATE_ACTION_VALUE = "state_action_value"
 VALUE_TARGET = "value_target"
+BOOTSTRAP_VALUE = "bootstrap_value"
 TERM_PROB = "term_prob"
 
 ALIVE = "alive"

@@ -10,16 +10,16 @@ from tensordict import unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from layeredrl_trl.acceleration import CompiledStep, check_values, promised
 from layeredrl_trl.functional import (
     aleatoric_variance,
-    can_read,
     epistemic_variance,
     gaussian_mixture_mean,
 )
-from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate, generated
+from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, evaluate
 
 Termination = Literal["soft", "sample"]
-Propagate = Callable[..., tuple[Tensor, Tensor | None]]
+Rollout = Callable[..., tuple[Tensor, Tensor | None]]
 Propagation = Literal["fixed_model", "random_model", "expectation"]
 
 
@@ -67,6 +67,7 @@ class Imagination(nn.Module):
         termination_fn: instead of what ``dynamics`` predicts; reads ``latent``, ``context``,
             ``action`` and ``("next", "latent")`` (under its ``in_keys``) and returns the
             probability that the step terminates, or bools, ``[..., 1]``.
+        compile: take the steps of a rollout in compiled code where no gradient is asked for.
 
     Raises:
         ValueError: for an unknown option.
@@ -84,6 +85,7 @@ class Imagination(nn.Module):
         propagation: Propagation,
         uncertainty: bool,
         termination_fn: TensorDictModuleBase | None = None,
+        compile: bool = False,
     ) -> None:
         for name, value, options in (
             ("termination", termination, get_args(Termination)),
@@ -98,6 +100,8 @@ class Imagination(nn.Module):
         self.propagation = propagation
         self.uncertainty = uncertainty
         self.termination_fn = termination_fn
+        self.compile = compile
+        self._move_once = CompiledStep(Imagination._move) if compile else Imagination._move
 
     def step(
         self,
@@ -138,7 +142,7 @@ class Imagination(nn.Module):
         member: Tensor | None,
         *,
         deterministic: bool,
-        propagate: Propagate | None = None,
+        rollout: Rollout | None = None,
     ) -> ImaginedStep:
         """Imagine ``H`` steps of ``N`` envs; the rewards of all steps are evaluated at once.
 
@@ -149,15 +153,15 @@ class Imagination(nn.Module):
             actions: ``[N, H, A]``, or indices ``[N, H]``.
             member: as in :meth:`step`.
             deterministic: as in :meth:`step`.
-            propagate: of the dynamics, see
-                :meth:`~layeredrl_trl.modules.DynamicsModel.propagator`.
+            rollout: from :meth:`fast_rollout`, if it was asked for before.
 
         Returns:
             An :class:`ImaginedStep` whose entries have a dim ``H`` behind ``N``.
         """
+        rollout = rollout or self.fast_rollout()
         given = latent, context, alive, actions, member, deterministic
-        if self._is_open_loop:
-            after = self._move_by_own_member(*given, propagate or self.dynamics.propagate)
+        if rollout is not None:
+            after = self._move_by_own_member(*given, rollout)
         else:
             after = self._move_step_by_step(*given)
         n, horizon = actions.shape[:2]
@@ -174,10 +178,17 @@ class Imagination(nn.Module):
             after = after._replace(epistemic_var=epistemic, aleatoric_var=aleatoric)
         return after
 
-    @property
-    def _is_open_loop(self) -> bool:
-        """Whether nothing but its own member moves a particle, or draws anything for it."""
-        return self.propagation == "fixed_model" and self.termination == "soft"
+    def fast_rollout(self) -> Rollout | None:
+        """Ask the dynamics for a faster rollout than step by step, for several rollouts.
+
+        Returns:
+            ``None`` where there is none, or where something else than its own member moves a
+            particle or ends it.
+        """
+        if self.propagation != "fixed_model" or self.termination != "soft":
+            return None
+        promise = promised(self.dynamics, "fast_rollout")
+        return None if promise is None else promise(compile=self.compile)
 
     def _move_by_own_member(
         self,
@@ -187,10 +198,10 @@ class Imagination(nn.Module):
         actions: Tensor,
         member: Tensor | None,
         deterministic: bool,
-        propagate: Propagate,
+        rollout: Rollout,
     ) -> ImaginedStep:
-        """All of a rollout that moves particles; what can be had for all steps at once is left."""
-        latents, term_logit = propagate(
+        """Everything of a rollout but rewards and variances, by the model's own fast rollout."""
+        latents, term_logit = rollout(
             latent,
             context,
             actions,
@@ -226,10 +237,9 @@ class Imagination(nn.Module):
         member: Tensor | None,
         deterministic: bool,
     ) -> ImaginedStep:
-        move = generated(Imagination._move)
         steps = []
         for action in actions.unbind(1):
-            after = move(self, latent, context, alive, action, member, deterministic)
+            after = self._move_once(self, latent, context, alive, action, member, deterministic)
             latent, alive, member = after.latent, after.alive, after.member
             steps.append(after)
         stacked = (
@@ -237,9 +247,11 @@ class Imagination(nn.Module):
             for entry in zip(*steps, strict=True)
         )
         after = ImaginedStep(*stacked)
-        may_be_wrong = self.termination_fn is not None and can_read(after.term_prob)
-        if may_be_wrong and after.term_prob.isnan().any():  # generated code cannot raise
-            raise ValueError("termination_fn: expected probabilities or bools, got others.")
+        if self.termination_fn is not None:  # compiled steps do not look at values
+            check_values(
+                ~after.term_prob.isnan(),
+                lambda: ValueError("termination_fn: expected probabilities or bools, got others."),
+            )
         return after
 
     def _move(
@@ -295,11 +307,13 @@ class Imagination(nn.Module):
     ) -> Tensor:
         prob = self._evaluate(self.termination_fn, latent, context, action, next_latent)
         possible = (prob >= 0) & (prob <= 1)
-        if can_read(prob) and not possible.all():
-            raise ValueError(
+        check_values(
+            possible,
+            lambda: ValueError(
                 "termination_fn: expected probabilities or bools, got values from "
                 f"{prob.min().item()} to {prob.max().item()}."
-            )
+            ),
+        )
         return torch.where(possible, prob, torch.nan)
 
     def _evaluate(

@@ -1,4 +1,4 @@
-"""What an imagined state looks like: its specs, and checks that the parts of the env fit."""
+"""The specs of an imagined env, and checks that encoder, dynamics, action and start fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,26 @@ from layeredrl_trl import keys
 from layeredrl_trl.modules import DynamicsModel, Encoder, check_parts, space_dim
 
 
+class Entry(NamedTuple):
+    """Shape without batch dims, and dtype, of an entry of a spec."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def entries_of(spec: Composite) -> dict[NestedKey, Entry]:
+    """Read shapes and dtypes of all entries of a spec."""
+    return {key: Entry(x.shape, x.dtype) for key, x in spec.items(True, True)}
+
+
 class ImaginedSpecs(NamedTuple):
-    """The specs of a ``PredictorEnv``, of one env.
+    """The specs of a ``PredictorEnv``, for one env without batch dims.
 
     Attributes:
-        observation: all that a step gives beside reward and flags.
-        state: the part of it that a step or a reset starts from.
-        action: under the key that the dynamics read.
-        reward: of one step.
+        observation: all entries that a step writes, except reward and flags.
+        state: those entries of ``observation`` from which a step or a reset starts.
+        action: the action, under the key that the dynamics read.
+        reward: the reward of one step.
         done: ``done``, ``terminated`` and ``truncated``.
     """
 
@@ -41,15 +53,15 @@ def imagined_specs(
     uncertainty: bool,
     device: torch.device,
 ) -> ImaginedSpecs:
-    """Make the specs of a ``PredictorEnv``; see there for the entries.
+    """Make the specs of a ``PredictorEnv``, whose docstring describes the entries.
 
     Args:
-        encoder: names observation, latent state and context.
-        dynamics: names the action.
-        action_spec: of one env.
-        layout: rows of particles and particles of a row, from :func:`particle_layout`.
-        uncertainty: whether a step gives variances.
-        device: of the specs.
+        encoder: its keys name the observation, the latent state and the context.
+        dynamics: its keys name the action.
+        action_spec: spec of the action of one env.
+        layout: number of rows of particles and of particles per row, from :func:`particle_layout`.
+        uncertainty: whether a step writes variances.
+        device: device of the specs.
     """
     rows, particles = layout
     latent_dim = dynamics.latent_state_dim
@@ -75,7 +87,8 @@ def imagined_specs(
         observation[keys.ALEATORIC_VAR] = free(latent_dim)
     if encoder.can_decode:
         observation[encoder.in_keys[0]] = free(*encoder.obs_shape)
-    # The observation is no state, but a TransformedEnv hides all else from `reset`.
+    # No step starts from the observation, but `reset` may, and a TransformedEnv passes only the
+    # entries of the state spec on to `reset`.
     state = (latent_key, context_key, keys.ALIVE, keys.MEMBER, encoder.in_keys[0])
     flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
     return ImaginedSpecs(
@@ -98,8 +111,8 @@ def check_sizes(
     """Check that encoder, dynamics, action and start of a ``PredictorEnv`` fit together.
 
     Raises:
-        TypeError: naming what is of an unknown kind.
-        ValueError: naming what does not fit.
+        TypeError: if one is of an unknown kind; the error names it.
+        ValueError: if one does not fit the others; the error names it.
     """
     check_parts("PredictorEnv", encoder, dynamics)
     action_dim = space_dim(action_spec, "action_spec")
@@ -134,10 +147,11 @@ def check_sizes(
 
 
 def particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple[int, int]:
-    """Say how many rows of particles an env carries, and how many particles each.
+    """Return how many rows of particles an env carries, and how many particles each row has.
 
     Raises:
-        ValueError: if ``num_particles`` does not divide, see ``PredictorEnv``.
+        ValueError: if ``num_particles`` is neither below the number of members nor a multiple of
+            it, or below 1.
     """
     n_models = dynamics.n_models
     if num_particles is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import Composite
 
 from layeredrl_trl import keys
-from layeredrl_trl.envs.spec_reader import Entry, entries_of
+from layeredrl_trl.envs.imagined_specs import Entry, entries_of
 from layeredrl_trl.modules import Encoder
 
 
@@ -43,9 +43,7 @@ class InitialState(TensorDictModuleBase):
         written = {key: x for key, x in entries.items() if key not in encoder.in_keys}
         self.out_keys = list(written)
         self._particles = written[encoder.out_keys[0]].shape[:-1]
-        self._around = {key: x for key, x in written.items() if key not in encoder.out_keys}
-        carried = (keys.ALIVE, keys.MEMBER)
-        self._carried = {key: x for key, x in written.items() if key in carried}
+        self._others = {key: x for key, x in written.items() if key not in encoder.out_keys}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the imagined state."""
@@ -55,43 +53,19 @@ class InitialState(TensorDictModuleBase):
                 f"initial_state reads {missing}, but the TensorDict has only "
                 f"{sorted(map(str, tensordict.keys(True, True)))}."
             )
-        observation = tensordict.get(self.in_keys[0])
-        state = self._start(observation, self._around)
-        latent_key, _ = self.encoder.out_keys
-        latent, batch = state[latent_key], tensordict.batch_size
-        if latent.shape[:-3] != batch:
+        observation, batch = tensordict.get(self.in_keys[0]), tensordict.batch_size
+        latent, context = self.encoder.encode(observation)
+        if latent.shape[:-1] != batch:
             raise ValueError(
                 f"observation: expected the batch size {list(batch)} of the TensorDict, got "
                 f"observations of shape {list(observation.shape)}."
             )
-        state[latent_key] = latent.clone()  # a state may be written to, particle by particle
-        return tensordict.update(state)
-
-    def particles(self, observation: Tensor) -> dict[NestedKey, Tensor]:
-        """Start from observations without a TensorDict.
-
-        Args:
-            observation: ``[..., O]``.
-
-        Returns:
-            what a step carries on to the next: ``latent`` (not to be written to), ``context``,
-            ``alive`` and, if there is one, ``member``.
-
-        Raises:
-            ValueError: if the last dims are not those of the encoder.
-        """
-        return self._start(observation, self._carried)
-
-    def _start(
-        self, observation: Tensor, others: Mapping[NestedKey, Entry]
-    ) -> dict[NestedKey, Tensor]:
-        latent, context = self.encoder.encode(observation)
-        batch = latent.shape[:-1]
-        state = blank_state(others, batch, self.n_models, latent.device)
+        state = blank_state(self._others, batch, self.n_models, latent.device)
         latent_key, context_key = self.encoder.out_keys
-        state[latent_key] = latent[..., None, None, :].expand(*batch, *self._particles, -1)
+        particles = latent[..., None, None, :].expand(*batch, *self._particles, -1)
+        state[latent_key] = particles.clone()  # a state may be written to, particle by particle
         state[context_key] = context
-        return state
+        return tensordict.update(state)
 
 
 def blank_state(
@@ -125,3 +99,32 @@ def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Te
     """
     first = torch.randint(n_models, (), device=device)
     return ((torch.arange(batch.numel(), device=device) + first) % n_models).reshape(*batch, 1)
+
+
+def draw_start(
+    start: Tensor | Callable[[torch.Size], Tensor], batch: torch.Size, obs_shape: torch.Size
+) -> Tensor:
+    """Draw observations to start from.
+
+    Args:
+        start: observations ``[N, *obs_shape]``, or a function of a batch shape that returns them.
+        batch: how many.
+        obs_shape: of one observation.
+
+    Returns:
+        ``[*batch, *obs_shape]``.
+
+    Raises:
+        ValueError: if the function returns something else.
+    """
+    if isinstance(start, Tensor):
+        return start[torch.randint(start.shape[0], batch, device=start.device)]
+    drawn = start(batch)
+    expected = (*batch, *obs_shape)
+    if not isinstance(drawn, Tensor) or drawn.shape != expected:
+        got = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+        raise ValueError(
+            f"PredictorEnv: start must return observations {list(expected)} for the batch shape "
+            f"{list(batch)}, got {got}."
+        )
+    return drawn

@@ -12,21 +12,26 @@ from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
+from layeredrl_trl.acceleration import GraphReplay
 from layeredrl_trl.envs.imagination import (
     Imagination,
     ImaginedStep,
-    Propagate,
     Propagation,
+    Rollout,
     Termination,
 )
-from layeredrl_trl.envs.imagined_specs import check_sizes, imagined_specs, particle_layout
-from layeredrl_trl.envs.initial_state import InitialState, blank_state, spread_members
-from layeredrl_trl.envs.spec_reader import Entry, SpecReader
+from layeredrl_trl.envs.imagined_specs import (
+    Entry,
+    check_sizes,
+    entries_of,
+    imagined_specs,
+    particle_layout,
+)
+from layeredrl_trl.envs.initial_state import InitialState, blank_state, draw_start, spread_members
+from layeredrl_trl.envs.rollout_layout import as_rollout
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
-    Generating,
-    Recorded,
     as_reward_module,
     as_termination_module,
     check_heads,
@@ -84,14 +89,11 @@ class PredictorEnv(ModelBasedEnvBase):
             that ``torch.compile`` makes of them. The numbers are the same but for rounding.
             Compiling takes some seconds at the first number of envs and at the second (once more
             for a single env, and for all particles of ``"expectation"``), whatever the horizon is;
-            it is said once, by TorchRL's logger. ``None``: on CUDA, if it can be done there, else
-            not (on a CPU it gives little). True: or raise where it cannot be done. Behind 64 kinds
-            of models in one process torch goes on without, and logs that. (``compile``, which
+            it is said once, by TorchRL's logger. On a CPU it gives little. (``compile``, which
             TorchRL gives all its envs, is for :meth:`step`.)
-        cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay what it did
-            when it was last asked for as many envs and steps, without Python in between: see
-            :class:`~layeredrl_trl.modules.Recorded`. ``None``: if it can be done and all parts are
-            of this library or torch's; True: whatever the parts.
+        cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay a CUDA graph of
+            what it did when it was last asked for as many envs and steps: see
+            :class:`~layeredrl_trl.acceleration.GraphReplay`. Not yet run on a GPU.
 
     Reads:
         ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``,
@@ -139,8 +141,8 @@ class PredictorEnv(ModelBasedEnvBase):
         uncertainty: bool = False,
         termination_fn: nn.Module | Callable[..., Tensor] | None = None,
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
-        compile_imagine: bool | None = None,
-        cudagraphs: bool | None = None,
+        compile_imagine: bool = False,
+        cudagraphs: bool = False,
     ) -> None:
         check_sizes(encoder, dynamics, action_spec, start)
         reward = as_reward_module(reward, dynamics.in_keys)
@@ -155,6 +157,7 @@ class PredictorEnv(ModelBasedEnvBase):
             propagation=propagation,
             uncertainty=uncertainty,
             termination_fn=termination_fn,
+            compile=compile_imagine,
         )
         super().__init__(imagination, device=device)
         self.latent_key, self.context_key = encoder.out_keys
@@ -171,12 +174,10 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = specs.reward
         self.done_spec = specs.done
         self._action_shape = action_spec.shape
-        self._read_specs = SpecReader()
         self.initial_state = InitialState(encoder, self.observation_spec, dynamics.n_models)
-        self._generating = Generating("PredictorEnv: a step of imagination", compile_imagine)
-        self._recorded = Recorded(
-            self._roll, [imagination], cudagraphs=cudagraphs, also=self._is_deterministic
-        )
+        self._replay = None
+        if cudagraphs:
+            self._replay = GraphReplay(self._roll, [imagination], also=self._is_deterministic)
 
     @property
     def one_particle_keys(self) -> list[NestedKey]:
@@ -218,97 +219,41 @@ class PredictorEnv(ModelBasedEnvBase):
         self._check_actions(actions, batch)
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
-        return self._imagine(state, self._read_others(flat), batch, actions, set_truncated)
-
-    def imagine_from(
-        self, observation: Tensor, actions: Tensor, *, set_truncated: bool = False
-    ) -> TensorDictBase:
-        """Roll out given actions from observations.
-
-        What :meth:`imagine` gives from the :attr:`initial_state` of a TensorDict of these, without
-        making one.
-
-        Args:
-            observation: ``[..., O]``.
-            actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
-            set_truncated: as in :meth:`imagine`.
-
-        Returns:
-            as :meth:`imagine`.
-
-        Raises:
-            ValueError: if a shape does not fit.
-        """
-        n_dims = len(self.initial_state.encoder.obs_shape)
-        batch = observation.shape[: observation.ndim - n_dims]
-        self._check_actions(actions, batch)
-        flat = observation.reshape(-1, *observation.shape[len(batch) :])
-        state = self.initial_state.particles(flat)
-        others = {self.initial_state.in_keys[0]: flat}
-        return self._imagine(state, others, batch, actions, set_truncated)
-
-    def _imagine(
-        self,
-        state: dict[NestedKey, Tensor],
-        others: dict[NestedKey, Tensor],
-        batch: torch.Size,
-        actions: Tensor,
-        set_truncated: bool,
-    ) -> TensorDictBase:
-        """:meth:`imagine` from a ``state`` of batch ``[N]`` and what else was found beside it."""
-        horizon = actions.shape[len(batch)]
-        flat_actions = actions.reshape(-1, *actions.shape[len(batch) :])
-        roll = self._roll if torch.is_grad_enabled() else self._recorded
+        actions = actions.reshape(-1, *actions.shape[len(batch) :])
+        roll = self._roll if torch.is_grad_enabled() else self._replay or self._roll
         outcome: ImaginedStep = roll(
             state[self.latent_key],
             state[self.context_key],
             state[keys.ALIVE],
-            flat_actions,
+            actions,
             state.get(keys.MEMBER),
         )
-        context = state[self.context_key].unsqueeze(1).expand(-1, horizon, -1)
-        following = self._entries(outcome, context)
-        known = state | others
-        both = {
-            key: _with_first(known.get(key), x)
-            for key, x in following.items()
-            if key != keys.REWARD
-        }
-        following |= {key: x[:, 1:] for key, x in both.items()}
-        steps = {key: x[:, :-1] for key, x in both.items()}
-        steps[self.imagined_action_key] = flat_actions
-        if set_truncated:  # no view of these is a root: those end one step earlier
-            for key in (keys.TRUNCATED, keys.DONE):
-                following[key][:, -1] = True
-        batch_size = torch.Size([*batch, horizon])
-        names = [None] * len(batch) + ["time"]
-
-        def shaped(entries: dict[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-            if len(batch) == 1:
-                return entries
-            return {key: x.reshape(*batch, *x.shape[1:]) for key, x in entries.items()}
-
-        after = TensorDict(shaped(following), batch_size, device=self.device, names=names)
-        return TensorDict(
-            {**shaped(steps), "next": after}, batch_size, device=self.device, names=names
+        context = state[self.context_key].unsqueeze(1).expand(-1, actions.shape[1], -1)
+        return as_rollout(
+            self._entries(outcome, context),
+            state | self._read_others(flat),
+            (self.imagined_action_key, actions),
+            batch,
+            device=self.device,
+            set_truncated=set_truncated,
         )
 
     def imaginer(
         self, tensordict: TensorDictBase, names: Iterable[NestedKey]
     ) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
-        """Prepare to roll several action sequences out, in between which the model does not change.
+        """Prepare to imagine several rounds of actions, between which the model does not change.
 
-        What a planner needs in each of its rounds, with nothing around it: the state is read and
-        the layers of the model are folded once, and there is no TensorDict.
+        A planner asks for it: the state is read and the layers of the model are folded once, and
+        no TensorDict is made in a round.
 
         Args:
             tensordict: imagined state, batch ``[...]``.
             names: what is asked for, ``("next", ...)``.
 
         Returns:
-            a function of actions ``[..., H, A]``, for as many of the last batch dim as there are,
-            the first. It returns what :meth:`imagine` gives under those names, not to be written
-            to. What there is not is left out, and so are flags that are never raised
+            a function of actions ``[..., H, A]`` for the states, or for the first of the last batch
+            dim if there are fewer. It returns what :meth:`imagine` gives under those names, not to
+            be written to, without names that do not exist and flags that are never raised
             (``termination="soft"``).
 
         Raises:
@@ -318,7 +263,7 @@ class PredictorEnv(ModelBasedEnvBase):
         batch = tensordict.batch_size
         flat = self._read_state(tensordict.reshape(-1))
         everyone = [flat.get(name) for name in self._parts]
-        propagate = self.world_model.dynamics.propagator()
+        rollout = self.world_model.fast_rollout()
         asked = {name: unravel_key(name[1:]) for name in names if name[0] == "next"}
         if self.world_model.termination == "soft":
             never = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
@@ -337,7 +282,7 @@ class PredictorEnv(ModelBasedEnvBase):
             self._check_actions(actions, envs)
             latent, context, alive, member = some
             actions = actions.reshape(-1, *actions.shape[len(envs) :])
-            outcome = self._roll(latent, context, alive, actions, member, propagate)
+            outcome = self._roll(latent, context, alive, actions, member, rollout)
             context = context.unsqueeze(1).expand(-1, actions.shape[1], -1)
             entries = self._entries(outcome, context)
             return {
@@ -372,17 +317,16 @@ class PredictorEnv(ModelBasedEnvBase):
         alive: Tensor,
         actions: Tensor,
         member: Tensor | None,
-        propagate: Propagate | None = None,
+        rollout: Rollout | None = None,
     ) -> ImaginedStep:
-        return self._generating(
-            self.world_model.rollout,
+        return self.world_model.rollout(
             latent,
             context,
             alive,
             actions,
             member,
             deterministic=self._is_deterministic(),
-            propagate=propagate,
+            rollout=rollout,
         )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -403,8 +347,8 @@ class PredictorEnv(ModelBasedEnvBase):
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: object) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
         observation_key = self.initial_state.in_keys[0]
-        # "_reset" marks the automatic reset of an episode that ended: what stands in the
-        # TensorDict then is its last state, not one to start from.
+        # "_reset" marks the automatic reset after an episode's end: the TensorDict then holds the
+        # last state, which is not one to start from.
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
@@ -419,7 +363,8 @@ class PredictorEnv(ModelBasedEnvBase):
             }
             return TensorDict(state, flat.shape, device=self.device).reshape(batch)
         if self.start is not None:
-            return self._start_at(self._draw_start(batch), batch)
+            obs_shape = self.initial_state.encoder.obs_shape
+            return self._start_at(draw_start(self.start, batch, obs_shape).to(self.device), batch)
         shape = (*batch, *self._observed[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
         n_models = self.world_model.dynamics.n_models
@@ -439,41 +384,18 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.initial_state(out).select(*self._observed)
 
     def set_spec_lock_(self, mode: bool = True) -> PredictorEnv:
-        """Lock the specs, or allow changes to them, after which they are read again."""
-        self._read_specs = SpecReader()
+        """Lock the specs, or allow changes to them; locked ones are read anew."""
         super().set_spec_lock_(mode)
+        # to look an entry up in a spec takes as long as a small operation
+        self._observed: dict[NestedKey, Entry] = entries_of(self.observation_spec)
+        self._rooted: set[NestedKey] = {*self._observed, *self.full_done_spec.keys(True, True)}
         return self
-
-    @property
-    def _observed(self) -> dict[NestedKey, Entry]:
-        """Entries of the ``observation_spec``."""
-        return self._read_specs(self.observation_spec, self.full_done_spec)[0]
-
-    @property
-    def _rooted(self) -> dict[NestedKey, Entry]:
-        """Those and the done flags: what a rollout holds outside of ``"next"``."""
-        observed, done = self._read_specs(self.observation_spec, self.full_done_spec)
-        return observed | done
 
     @property
     def _state_keys(self) -> list[NestedKey]:
         """Entries that make an imagined state."""
         observed = self._observed
         return [name for name in self._parts if name in observed]
-
-    def _draw_start(self, batch: torch.Size) -> Tensor:
-        if callable(self.start):
-            start = self.start(batch)
-            expected = (*batch, *self.initial_state.encoder.obs_shape)
-            if not isinstance(start, Tensor) or start.shape != expected:
-                got = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
-                raise ValueError(
-                    f"PredictorEnv: start must return observations {list(expected)} for the batch "
-                    f"shape {list(batch)}, got {got}."
-                )
-            return start.to(self.device)
-        index = torch.randint(self.start.shape[0], batch, device=self.start.device)
-        return self.start[index].to(self.device)
 
     @property
     def _decodes(self) -> bool:
@@ -511,7 +433,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return state
 
     def _read_others(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
-        """What there is of the entries of a rollout that are no part of the state."""
+        """Read those entries of a rollout that are there and are no part of the state."""
         found = {key: flat.get(key, None) for key in self._rooted if key not in self._parts}
         return {key: x for key, x in found.items() if x is not None}
 
@@ -539,13 +461,3 @@ class PredictorEnv(ModelBasedEnvBase):
         if self._decodes:
             out[self.initial_state.in_keys[0]] = self._decode(outcome.latent, context)
         return {key: x for key, x in out.items() if x is not None}
-
-
-def _with_first(first: Tensor | None, following: Tensor) -> Tensor:
-    """Put what was there before the first step ``[N, ...]`` before ``[N, H, ...]``.
-
-    Zeros if that is not known.
-    """
-    if first is None:
-        return torch.constant_pad_nd(following, [0, 0] * (following.ndim - 2) + [1, 0])
-    return torch.cat([first.unsqueeze(1).to(following.dtype), following], 1)

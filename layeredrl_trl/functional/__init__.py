@@ -30,9 +30,9 @@ from layeredrl_trl.functional.mixtures import (
     mixture_noise_of_steps,
     sample_gaussian_mixture,
 )
-from layeredrl_trl.functional.reading import can_read, known_to_hold, without_reading
 from layeredrl_trl.functional.returns import (
     NStepWindow,
+    add_bootstrap,
     discounted_window_sum,
     n_step_sums,
     n_step_targets,
@@ -58,10 +58,10 @@ __all__ = [
     "EventScores",
     "MixtureNoise",
     "NStepWindow",
+    "add_bootstrap",
     "aleatoric_variance",
     "bin_mean",
     "bootstrap_weights",
-    "can_read",
     "colour",
     "coloured_noise",
     "colouring_matrix",
@@ -81,7 +81,6 @@ __all__ = [
     "gaussian_mixture_mean",
     "gaussian_mixture_variance",
     "interval_coverage",
-    "known_to_hold",
     "mixture_noise",
     "mixture_noise_of_steps",
     "n_step_sums",
@@ -97,6 +96,5 @@ __all__ = [
     "varies",
     "weighted_moments",
     "whitening_residual",
-    "without_reading",
     "zero_where_not",
 ]

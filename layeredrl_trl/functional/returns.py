@@ -1,7 +1,7 @@
 """N-step returns on rectangular, masked slices.
 
 A slice is a window of consecutive steps of one episode. Its mask is True on real steps
-and False on the padding behind the episode's end, so ``mask.sum(-1)`` is the number of
+and False on the padding after the episode's end, so ``mask.sum(-1)`` is the number of
 steps of the episode that the slice holds.
 """
 
@@ -18,7 +18,8 @@ class NStepWindow(NamedTuple):
 
     Attributes:
         steps: number of rewards that are summed, in ``0..n``, shape ``[..., k]``.
-        bootstrap: whether a value is added behind the last reward, bool ``[..., k]``.
+        bootstrap: whether the target bootstraps with a value after its last reward, bool
+            ``[..., k]``.
         valid: whether the step has a target at all, bool ``[..., k]``.
         summable: which rewards of the slice may be summed, bool ``[..., T]``.
     """
@@ -32,24 +33,24 @@ class NStepWindow(NamedTuple):
 def n_step_window(
     terminated: Tensor, mask: Tensor, k_steps: int, n_steps: int, *, next_action: bool = False
 ) -> NStepWindow:
-    """Find where each n-step target ends: at a value ``n`` steps on, or at the episode's end.
+    """Find where each n-step target ends: ``n`` steps later, or at the episode's end if earlier.
 
-    A terminated end adds no value. A truncated or unfinished end adds the value of the state
-    after the last step. If the value needs an action (``next_action``, a Q-function), that
-    state has none stored: the sum ends one step earlier, at the last stored pair, and the last
-    step itself has no target.
+    A target that ends in a termination does not bootstrap. One that ends at a truncation or in an
+    unfinished episode bootstraps with the value of the state after the last step. No action is
+    stored for that state, so a Q-function (``next_action``) bootstraps one step earlier, at the
+    last stored pair, and the last step itself has no target.
 
     Args:
         terminated: bool ``[..., T]``; read at the last real step of each slice.
         mask: bool ``[..., T]``, True on real steps, which come first.
         k_steps: number of steps that get a target, from the first.
-        n_steps: most rewards in a target. ``T`` must be at least ``k_steps + n_steps - 1``,
-            with ``next_action`` ``k_steps + n_steps``.
-        next_action: whether the value added is that of the next stored (state, action) pair.
+        n_steps: largest number of rewards in a target. ``T`` must be at least
+            ``k_steps + n_steps - 1``, with ``next_action`` at least ``k_steps + n_steps``.
+        next_action: whether the bootstrap value is that of the next stored (state, action) pair.
 
     Returns:
-        An :class:`NStepWindow`. The value belongs behind step ``j + steps - 1``; with
-        ``next_action`` it is that of the pair at step ``j + steps``.
+        An :class:`NStepWindow`. The bootstrap value of step ``j`` is that of the state after step
+        ``j + steps - 1``; with ``next_action`` it is that of the pair at step ``j + steps``.
 
     Raises:
         ValueError: if ``k_steps`` or ``n_steps`` is below 1, or the slice is too short.
@@ -83,13 +84,13 @@ def n_step_window(
 def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
     r"""Sum the next ``n_steps`` rewards of every step: ``G_t = sum_{i<n} gamma^i r_{t+i}``.
 
-    Windows of 1, 2, 4, ... rewards are built from one another and put together by the binary
-    digits of ``n_steps``: ``O(T log n)``, no loop over time. Taking differences of one
-    discounted cumulative sum would be ``O(T)``, but divides by ``gamma^t`` and so loses every
-    digit for small ``gamma``.
+    Sums over 1, 2, 4, ... rewards are built from one another and combined by the binary digits of
+    ``n_steps``, in ``O(T log n)`` and without a loop over time. Differences of one discounted
+    cumulative sum would cost ``O(T)``, but they divide by ``gamma^t`` and so lose every digit for
+    small ``gamma``.
 
     Args:
-        reward: ``[..., T]``; rewards behind the last count as 0.
+        reward: ``[..., T]``; rewards after the last step count as 0.
         gamma: discount, in [0, 1].
         n_steps: number of rewards in a sum, at least 1.
 
@@ -115,7 +116,7 @@ def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
 def n_step_sums(
     reward: Tensor, window: NStepWindow, *, gamma: float, n_steps: int
 ) -> tuple[Tensor, Tensor]:
-    r"""Compute what n-step targets are made of, apart from the value: the sum, and its discount.
+    r"""Compute the sum of rewards of each n-step target, and the discount of its bootstrap value.
 
     Rewards that do not count may hold anything, NaN included.
 
@@ -123,7 +124,7 @@ def n_step_sums(
         reward: ``[..., T]``.
         window: from :func:`n_step_window`, for the same ``n_steps``.
         gamma: discount, in [0, 1].
-        n_steps: most rewards in a target.
+        n_steps: largest number of rewards in a target.
 
     Returns:
         ``sum_{i<l} gamma^i r_{j+i}`` and ``gamma^l`` with ``l = window.steps``, float64
@@ -140,19 +141,19 @@ def n_step_targets(
 ) -> Tensor:
     r"""Compute ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l V`` for the first ``k`` steps of slices.
 
-    ``l = window.steps``; the value counts where ``window.bootstrap``. Rewards and values that do
-    not count may hold anything, NaN included. Sums are taken in float64. Steps without a
-    target (``window.valid`` False) get 0.
+    ``l = window.steps``; the value ``V`` counts where ``window.bootstrap`` is True. Rewards and
+    values that do not count may hold anything, NaN included. Sums are taken in float64. Steps
+    without a target (``window.valid`` False) get 0.
 
     Args:
         reward: ``[..., T]``.
         window: from :func:`n_step_window`, for the same ``n_steps``.
-        value: bootstrap value behind each target's last reward, ``[..., k]``.
+        value: bootstrap value after each target's last reward, ``[..., k]``.
         gamma: discount, in [0, 1].
-        n_steps: most rewards in a target.
+        n_steps: largest number of rewards in a target.
 
     Returns:
-        ``[..., k]``, of the reward's dtype, or float32 if that is no float.
+        ``[..., k]``, of the reward's dtype, or float32 if the reward is not floating point.
 
     Example:
         >>> mask, terminated = torch.tensor([[True, True, False]]), torch.zeros(1, 3).bool()
@@ -162,13 +163,27 @@ def n_step_targets(
         tensor([[3.5000, 5.0000]])
     """
     total, discount = n_step_sums(reward, window, gamma=gamma, n_steps=n_steps)
-    target = total + torch.where(window.bootstrap, value.double() * discount, 0.0)
+    target = add_bootstrap(total, discount, torch.where(window.bootstrap, value, 0.0))
     dtype = reward.dtype if reward.is_floating_point() else torch.float32
     return torch.where(window.valid, target, 0.0).to(dtype)
 
 
+def add_bootstrap(total: Tensor, discount: Tensor, value: Tensor) -> Tensor:
+    r"""Compute ``total + discount * value``, the last step of :func:`n_step_targets`.
+
+    Args:
+        total: discounted sum of rewards, float64 ``[...]``.
+        discount: of the value, float64 ``[...]``.
+        value: bootstrap value, 0 where none counts, ``[...]``.
+
+    Returns:
+        float64 ``[...]``.
+    """
+    return torch.addcmul(total, discount, value.double())
+
+
 def _ahead(x: Tensor, steps: int) -> Tensor:
-    """Shift ``x`` so that entry ``t`` of time holds ``x[t + steps]``, 0 at the end."""
+    """Shift ``x`` in time so that entry ``t`` holds ``x[t + steps]``, with 0 at the end."""
     if steps == 0:
         return x
     return torch.nn.functional.pad(x[..., steps:], (0, min(steps, x.shape[-1])))

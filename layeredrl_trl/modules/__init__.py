@@ -5,12 +5,9 @@ latent state and termination, reward and value are functions of the latent state
 named entries (:mod:`layeredrl_trl.keys`), so any of them can be replaced by one of your own.
 """
 
-from layeredrl_trl.modules.cuda_graph import can_record
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.encoders import Encoder, IdentityEncoder
 from layeredrl_trl.modules.ensemble import ProbabilisticEnsemble
-from layeredrl_trl.modules.fingerprint import fingerprint, is_known
-from layeredrl_trl.modules.generating import Generating, generated
 from layeredrl_trl.modules.heads import (
     LatentFunction,
     RewardNet,
@@ -28,7 +25,6 @@ from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
 from layeredrl_trl.modules.mlp_encoder import MLPEncoder
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.parts import check_heads, check_kinds, check_parts
-from layeredrl_trl.modules.recorded import Recorded, is_recording
 from layeredrl_trl.modules.select_encoder import SelectEncoder
 from layeredrl_trl.modules.spaces import action_features, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
@@ -41,7 +37,6 @@ __all__ = [
     "DynamicsModel",
     "Encoder",
     "EnsembleMLP",
-    "Generating",
     "IdentityEncoder",
     "LatentFunction",
     "LearnedEncoder",
@@ -49,7 +44,6 @@ __all__ = [
     "MLPEncoder",
     "ParticlePrediction",
     "ProbabilisticEnsemble",
-    "Recorded",
     "RewardNet",
     "RunningMoments",
     "SelectEncoder",
@@ -60,16 +54,11 @@ __all__ = [
     "as_reward_module",
     "as_termination_module",
     "as_value_module",
-    "can_record",
     "check_heads",
     "check_kinds",
     "check_parts",
     "evaluate",
-    "fingerprint",
-    "generated",
     "head_entries",
-    "is_known",
-    "is_recording",
     "reads_action",
     "space_dim",
 ]

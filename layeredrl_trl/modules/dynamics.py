@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
+from layeredrl_trl.acceleration import promised
 from layeredrl_trl.functional import (
     fold_index,
     gaussian_mixture_log_prob,
@@ -22,7 +23,6 @@ from layeredrl_trl.functional import (
     sample_gaussian_mixture,
     zero_where_not,
 )
-from layeredrl_trl.modules.generating import generated
 
 
 class ParticlePrediction(NamedTuple):
@@ -135,31 +135,37 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             actions: ``[N, H, A]``, or indices ``[N, H]`` of discrete actions.
             member: long ``[N, 1]``, the member that all particles of an env belong to.
             deterministic: move particles to the mean of their mixture instead of drawing.
-            terminations: whether the probabilities that steps terminate are asked for.
+            terminations: whether to return the probabilities that steps terminate.
 
         Returns:
             latent states after each step ``[N, H, E, P, D]``, and the logits of the probabilities
-            that it terminates ``[N, H, E, P, 1]``, or ``None``; what as many calls of
-            :meth:`predict_particles` lead to.
+            that it terminates ``[N, H, E, P, 1]``, or ``None``.
 
         Raises:
             ValueError: if a last dim or a leading shape does not fit.
         """
-        move = generated(_move)
         latents, term_logits = [], []
         for action in actions.unbind(1):
-            latent, term_logit = move(self, latent, context, action, member, deterministic)
+            prediction = self.predict_particles(latent, context, action, member)
+            latent = prediction.next_latent(deterministic)
             latents.append(latent)
-            term_logits.append(term_logit)
+            term_logits.append(prediction.term_logit)
         return torch.stack(latents, 1), torch.stack(term_logits, 1) if terminations else None
 
-    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Give :meth:`propagate` for several calls, in between which the model does not change.
+    def fast_rollout(self, *, compile: bool = False) -> Callable[..., Any] | None:
+        """Promise a faster way to do what :meth:`propagate` does, for several calls.
 
-        What they share may be computed once, and is then one graph to differentiate; by default
-        nothing is.
+        What these share may be computed once; the model does not change in between. Only the class
+        that defines this method makes the promise, see
+        :func:`~layeredrl_trl.acceleration.promised`.
+
+        Args:
+            compile: take steps in compiled code where no gradient is asked for.
+
+        Returns:
+            a function of the arguments of :meth:`propagate`; ``None``: there is no faster way.
         """
-        return self.propagate
+        return None
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
@@ -217,7 +223,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
         if weight is not None:
             self._check_weight(weight, latent.shape[:-1])
-        nll, bce = self._score_members(latent, context, action, next_latent, terminated)
+        score = promised(self, "score_members") or self._score_members
+        nll, bce = score(latent, context, action, next_latent, terminated)
         if weight is not None:
             nll, bce = weight * nll, weight * bce
         if nll.shape[-1] == 1:  # of one member there is no mean
@@ -337,7 +344,10 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             ValueError: if a shape does not fit.
         """
         entries = [batch[name] for name in (*self.in_keys, self.out_keys[0], keys.NEXT_TERMINATED)]
-        weight = self.batch_weight(batch)
+        mask, weight, index = (
+            batch.get(key, default=None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
+        )
+        weight = self.joint_weight(batch.shape, mask=mask, weight=weight, index=index)
         if weight is None:
             nll, bce = self.negative_log_likelihood(*entries)
             return (nll + bce).mean() + self.regularization()
@@ -363,34 +373,40 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         tensordict.set(self.out_keys[1], term_logit.sigmoid().mean(-2))
         return tensordict
 
-    def batch_weight(self, batch: TensorDictBase) -> Tensor | None:
+    def joint_weight(
+        self,
+        batch: Sequence[int],
+        *,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor | None:
         """Multiply all that weighs the transitions of a batch.
 
         Args:
-            batch: optionally with ``weight``, ``index`` and ``("collector", "mask")``, as for
-                :meth:`loss`.
+            batch: shape ``[...]`` of the batch.
+            mask: False on padding, bool ``[..., 1]``.
+            weight: at least 0, ``[..., 1]`` or ``[..., E]``.
+            index: storage positions ``[...]`` or ``[..., ndim]``, for :meth:`transition_weights`.
 
         Returns:
             ``[..., 1]`` or ``[..., E]``, a ``weight`` for :meth:`negative_log_likelihood`; ``None``
-            if nothing weighs.
+            if all transitions weigh alike.
 
         Raises:
             ValueError: if a shape does not fit.
         """
         factors = []
-        mask, weight, index = (
-            batch.get(key, default=None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
-        )
         if weight is not None:
-            self._check_weight(weight, batch.shape)
+            self._check_weight(weight, batch)
             factors.append(weight.to(torch.float32))
         if index is not None:
-            index = index if index.shape == batch.shape else fold_index(index)
-            _check_shape("index", index, batch.shape)
+            index = index if index.shape == batch else fold_index(index)
+            _check_shape("index", index, batch)
             own = self.transition_weights(index)
             factors += [] if own is None else [own]
         if mask is not None:
-            mask = mask.reshape(*batch.shape, 1)
+            mask = mask.reshape(*batch, 1)
             factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
         return math.prod(factors[1:], start=factors[0]) if factors else None
 
@@ -420,31 +436,16 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     def _predict_members(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
     ) -> ParticlePrediction:
-        """Let every member predict for the same latent states; the particle dim is dropped."""
+        """Let every member predict for the same latent states, ``[..., E, M, D]``."""
         particles = latent[..., None, None, :].expand(
             *latent.shape[:-1], self.n_models, 1, latent.shape[-1]
         )
         mean, own_std, log_weights, term_logit = self.predict_particles(particles, context, action)
         mean = mean.squeeze(-3)
-        own_std = (
-            own_std.squeeze(-3) if std is None else torch.as_tensor(std).to(mean).expand_as(mean)
-        )
-        return ParticlePrediction(mean, own_std, log_weights.squeeze(-2), term_logit.squeeze(-2))
+        std = own_std.squeeze(-3) if std is None else torch.as_tensor(std).to(mean).expand_as(mean)
+        return ParticlePrediction(mean, std, log_weights.squeeze(-2), term_logit.squeeze(-2))
 
 
 def _check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
     if x.shape != tuple(shape):
         raise ValueError(f"{name}: expected shape {[*shape]}, got {list(x.shape)}.")
-
-
-def _move(
-    model: DynamicsModel,
-    latent: Tensor,
-    context: Tensor,
-    action: Tensor,
-    member: Tensor | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """One step of :meth:`DynamicsModel.propagate`: latent state after it, and termination logit."""
-    prediction = model.predict_particles(latent, context, action, member)
-    return prediction.next_latent(deterministic), prediction.term_logit

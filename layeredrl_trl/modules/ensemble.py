@@ -13,28 +13,21 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from layeredrl_trl import keys
+from layeredrl_trl.acceleration import EnsembleRollout, MemberGroups
 from layeredrl_trl.checks import check_count
 from layeredrl_trl.functional import (
     bootstrap_weights,
-    can_read,
     gaussian_mixture_log_prob,
     spread_modes,
 )
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
-from layeredrl_trl.modules.open_loop import MemberRows, OpenLoop
 from layeredrl_trl.modules.spaces import action_features, is_continuous, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
 
 _BOUNDS_PENALTY = 0.01
 """Weight of the distance between learned bounds of the log standard deviation, as in PETS."""
-
-_PREDICTING = (
-    *("predict_particles", "target_scale", "_inputs", "_by_member", "_run", "_parse"),
-    "_gaussians",
-)
-"""What a subclass may change of a prediction; the fast paths are for those that do not."""
 
 _TERMINATION_WIDTH = 64
 """Most width of a hidden layer of the default network that predicts termination."""
@@ -182,154 +175,55 @@ class ProbabilisticEnsemble(DynamicsModel):
         member: Tensor | None = None,
     ) -> ParticlePrediction:
         """Predict one step of every particle; see :class:`DynamicsModel` for the shapes."""
-        self._check(latent, context, member)
+        self.check_particles(latent, context, member)
         latent = latent.to(self.target_moments.mean.dtype)
         inputs = self._inputs(latent, context, action)
-        return self._parse(self._by_member(inputs, member), latent)
+        return self._parse(*self._by_member(inputs, member), latent)
 
-    def propagate(
+    def score_members(
         self,
         latent: Tensor,
         context: Tensor,
-        actions: Tensor,
-        member: Tensor | None = None,
-        *,
-        deterministic: bool = False,
-        terminations: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
-        propagate = self._folded() or super().propagate
-        return propagate(
-            latent,
-            context,
-            actions,
-            member,
-            deterministic=deterministic,
-            terminations=terminations,
-        )
-
-    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Give :meth:`propagate` with layers that are folded once."""
-        propagates_as_here = type(self).propagate is ProbabilisticEnsemble.propagate
-        return (propagates_as_here and self._folded()) or super().propagator()
-
-    def _folded(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-        """The fast path with its layers, where it predicts what this model does, unwatched."""
-        is_watched = bool(self.net._forward_hooks or self.net._forward_pre_hooks)
-        if self.termination_net is None or not self._predicts_as_here or is_watched:
-            return None
-        return partial(self._propagate, self._open_loop(), self.termination_net)
-
-    def _propagate(
-        self,
-        open_loop: OpenLoop,
-        termination_net: EnsembleMLP,
-        latent: Tensor,
-        context: Tensor,
-        actions: Tensor,
-        member: Tensor | None = None,
-        *,
-        deterministic: bool = False,
-        terminations: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        self._check(latent, context, member)
-        n_envs, _, n_particles, dim = latent.shape
-        horizon = actions.shape[1]
-        centre, width = open_loop.centre, open_loop.width
-        rows = MemberRows(n_envs, n_particles, self.n_models, member)
-        start = rows.gather((latent.to(centre.dtype) - centre[:dim]) / width[:dim])
-        others = self._features(actions, actions.shape[:2])
-        if self.condition_on_context:
-            others = torch.cat([context.unsqueeze(1).expand(-1, horizon, -1), others], -1)
-        others = ((others - centre[dim:]) / width[dim:]).transpose(0, 1)[:, :, None, None]
-        others = rows.gather(others.expand(-1, -1, latent.shape[1], n_particles, -1))
-        inputs, after = open_loop.run(start, others, rows, deterministic=deterministic)
-        after = torch.addcmul(centre[:dim], width[:dim], after)
-
-        def by_env(x: Tensor) -> Tensor:
-            return rows.scatter(x.flatten(2)).unflatten(-1, (horizon, -1)).movedim(-2, 1)
-
-        if not terminations:
-            return by_env(after), None
-        term_logit = (
-            termination_net(inputs, rows.group_member).unflatten(1, (horizon, -1)).transpose(1, 2)
-        )
-        return by_env(after), by_env(term_logit)
-
-    def _score_members(
-        self, latent: Tensor, context: Tensor, action: Tensor, *outcome: Tensor
+        action: Tensor,
+        next_latent: Tensor,
+        terminated: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The same in units of the networks' outputs, of inputs standardised once for all."""
-        if self.termination_net is None or not self._predicts_as_here:
-            return super()._score_members(latent, context, action, *outcome)
-        next_latent, terminated = outcome
+        """Promise a faster way to score transitions by every member.
+
+        Inputs are standardised once for all members, and the next latent state is brought to the
+        units of the networks' outputs instead of these to its.
+
+        Args:
+            latent: ``[..., D]``.
+            context: ``[..., C]``.
+            action: ``[..., A]``.
+            next_latent: ``[..., D]``.
+            terminated: bool ``[..., 1]``.
+
+        Returns:
+            Negative log-likelihood and cross-entropy of termination in nats, ``[..., E]``.
+        """
         batch = latent.shape[:-1]
         self._check_dims(latent, context, batch)
-        target_moments = self.target_moments
-        dtype = target_moments.mean.dtype
-        inputs = self._concatenate(latent, context, action).to(dtype)
+        moments, scale = self.target_moments, self.target_scale
+        inputs = self._concatenate(latent, context, action).to(moments.mean.dtype)
         inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
-        inputs = inputs.expand(self.n_models, -1, -1)
-        scale = self.target_scale
-        target = self._target(latent, next_latent).to(dtype)
-        target = ((target - target_moments.mean) / scale).reshape(-1, self.latent_state_dim)
-        parts = self._gaussians(self.net(inputs))
-        nll = scale.log().sum() - gaussian_mixture_log_prob(target, *parts)
-        term_logit = self.termination_net(inputs).squeeze(-1)
-        happened = terminated.to(dtype).reshape(-1).expand_as(term_logit)
-        bce = binary_cross_entropy_with_logits(term_logit, happened, reduction="none")
-        nll, bce = nll.mT, bce.mT
-        if len(batch) != 1:
-            nll, bce = nll.reshape(*batch, -1), bce.reshape(*batch, -1)
+        raw, term_logit = self._run(inputs.expand(self.n_models, -1, -1))
+        target = (self._target(latent, next_latent) - moments.mean) / scale
+        target = target.reshape(-1, self.latent_state_dim)
+        nll = scale.log().sum() - gaussian_mixture_log_prob(target, *self._gaussians(raw))
+        happened = terminated.reshape(-1, 1).to(term_logit.dtype).expand_as(term_logit)
+        bce = binary_cross_entropy_with_logits(term_logit, happened, reduction="none").squeeze(-1)
+        nll, bce = (x.mT.reshape(*batch, self.n_models) for x in (nll, bce))
         return nll, bce
 
-    @property
-    def _predicts_as_here(self) -> bool:
-        """Whether no subclass changes what is predicted."""
-        return type(self) is ProbabilisticEnsemble or all(
-            getattr(type(self), name) is getattr(ProbabilisticEnsemble, name)
-            for name in _PREDICTING
-        )
+    def fast_rollout(self, *, compile: bool = False) -> EnsembleRollout | None:
+        """Promise :class:`~layeredrl_trl.acceleration.EnsembleRollout` for the default network.
 
-    def _by_mode(self, x: Tensor) -> list[Tensor]:
-        """Outputs ``[..., 2 M D + M]`` as means, log stds ``[..., M, D]``, logits ``[..., M, 1]``.
-
-        A single mode has no logit.
+        Forward hooks of the networks are not called by it. A subclass that predicts otherwise
+        rolls out step by step.
         """
-        gaussians, logits = self._split(x)
-        parts = gaussians.unbind(-3)
-        return [*parts, logits.unsqueeze(-1)] if self.n_modes > 1 else [*parts]
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs ``[..., 2 M D + M]`` as Gaussians ``[..., 2, M, D]`` and logits ``[..., M]``."""
-        shape = (2, self.n_modes, self.latent_state_dim)
-        return x[..., : math.prod(shape)].unflatten(-1, shape), x[..., math.prod(shape) :]
-
-    def _open_loop(self) -> OpenLoop:
-        """Fold standardisation and the scale of targets into the last layer of the network."""
-        dim = self.latent_state_dim
-        centre, width = self.input_moments.mean, self.input_moments.divisor()
-        low, high = self.log_std_bounds.exp()
-        shift = self.target_moments.mean
-        if not self.predict_delta:
-            shift = shift - centre[:dim]
-        shift, scale = shift / width[:dim], self.target_scale / width[:dim]
-        *hidden, last = self.net.layers
-        (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._by_mode, last)
-        bias = scale * (bias + self.mode_start[0]) + shift
-        log_std_bias = log_std_bias + self.mode_start[1] - self.log_std_bounds[1]
-        weight = torch.cat([scale * mean, log_std, *logit], -1).flatten(-2)
-        bias = torch.cat([bias, log_std_bias, *logit_bias], -1).flatten(-2)
-        return OpenLoop(
-            [*hidden, (weight, bias)],
-            self.net.activation,
-            centre,
-            width,
-            scale * low,
-            scale * high,
-            n_modes=self.n_modes,
-            is_change=self.predict_delta,
-        )
+        return None if self.termination_net is None else EnsembleRollout(self, compile=compile)
 
     def update_statistics(
         self,
@@ -346,16 +240,13 @@ class ProbabilisticEnsemble(DynamicsModel):
             )
         inputs = self._concatenate(latent, context, action)
         target = self._target(latent, next_latent)
-        is_first = self.target_moments.count == 0 if self.n_modes > 1 else None
+        if self.n_modes > 1 and not self._modes_have_started:
+            self._modes_have_started = bool(self.target_moments.count > 0)
         self.input_moments.update(inputs, mask)
         self.target_moments.update(target, mask)
-        if is_first is None or (self._modes_have_started and not can_read(is_first)):
-            return
-        # The host waits for a GPU until it knows that there has been a batch; a graph cannot.
-        if torch.compiler.is_compiling() or is_first:
-            self._spread_modes(target, mask, is_first & (self.target_moments.count > 0))
-        else:  # only now, as the first batch may have been taken back
-            self._modes_have_started = True
+        # as long as no batch has stayed: the first one may have been undone
+        if self.n_modes > 1 and not self._modes_have_started:
+            self._spread_modes(target, mask)
 
     def regularization(self) -> Tensor:
         """Return ``0.01 sum_d (log high_d - log low_d)`` of learned bounds; 0 of given ones.
@@ -392,14 +283,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         return self.target_moments.std(floor=1e-4)
 
     @torch.no_grad()
-    def _spread_modes(self, target: Tensor, mask: Tensor | None, now: Tensor) -> None:
-        """Start the modes of every member at clusters of ``target`` ``[..., D]``, where ``now``."""
+    def _spread_modes(self, target: Tensor, mask: Tensor | None) -> None:
+        """Start the modes of every member at clusters of ``target`` ``[..., D]``."""
         target = (target - self.target_moments.mean) / self.target_scale
         target = target.to(self.mode_start.dtype).reshape(-1, self.latent_state_dim)
-        mask = None if mask is None else mask.reshape(-1)
-        mean, std = spread_modes(target, self.n_modes, mask)
+        mean, std = spread_modes(target, self.n_modes, None if mask is None else mask.reshape(-1))
         start = torch.stack([mean, std.log().maximum(self.log_std_bounds[0])])
-        self.mode_start.copy_(torch.where(now, start, self.mode_start))
+        # nothing has started if the batch was not usable
+        is_usable = self.target_moments.count > 0
+        self.mode_start.copy_(torch.where(is_usable, start, self.mode_start))
 
     def _target(self, latent: Tensor, next_latent: Tensor) -> Tensor:
         return next_latent - latent if self.predict_delta else next_latent
@@ -421,41 +313,43 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs = torch.cat([*seen, action], -1).to(latent.dtype)
         return self.input_moments.standardize(inputs)
 
-    def _run(self, inputs: Tensor, *member: Tensor) -> Tensor:
-        """All outputs ``[E, N, out]`` for ``[E, N, in]``; the last is the termination logit.
+    def _run(self, inputs: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gaussians ``[E, N, 2 M D + M]`` and termination logits ``[E, N, 1]`` for ``[E, N, in]``.
 
-        With ``member`` ``[G]`` ``[G, N, in]``, row ``g`` through that member.
+        With ``member`` ``[G]`` for ``[G, N, in]``, row ``g`` by that member.
         """
-        out = self.net(inputs, *member)
-        if self.termination_net is None:
-            return out
-        return torch.cat([out, self.termination_net(inputs, *member)], -1)
+        out = self.net(inputs, member)
+        n_out = self.n_modes * (2 * self.latent_state_dim + 1)
+        if self.termination_net is not None:
+            return out, self.termination_net(inputs, member)
+        if out.shape[-1] != n_out + 1:
+            raise ValueError(
+                f"network: expected networks of {n_out + 1} outputs, got {out.shape[-1]}."
+            )
+        return out[..., :-1], out[..., -1:]
 
-    def _by_member(self, inputs: Tensor, member: Tensor | None) -> Tensor:
+    def _by_member(self, inputs: Tensor, member: Tensor | None) -> tuple[Tensor, Tensor]:
         """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``.
 
         With ``member`` ``[..., 1]`` ``[..., 1, P, in]`` through the network of each env's.
         """
         flat = inputs.reshape(-1, *inputs.shape[-3:])
         member = None if member is None else member.reshape(-1, 1)
-        runs_here = type(self)._run is ProbabilisticEnsemble._run
-        rows = MemberRows(len(flat), flat.shape[2], self.n_models, member, in_blocks=runs_here)
-        group = () if rows.group_member is None else (rows.group_member,)
-        out = rows.scatter(self._run(rows.gather(flat), *group))
-        return out.reshape(*inputs.shape[:-1], out.shape[-1])
+        groups = MemberGroups(len(flat), flat.shape[2], self.n_models, member)
+        outputs = self._run(groups.gather(flat), groups.group_member)
+        raw, term_logit = (
+            x.reshape(*inputs.shape[:-1], x.shape[-1]) for x in map(groups.scatter, outputs)
+        )
+        return raw, term_logit
 
-    def _parse(self, raw: Tensor, latent: Tensor) -> ParticlePrediction:
-        parts = (2 * self.n_modes * self.latent_state_dim, self.n_modes, 1)
-        if raw.shape[-1] != sum(parts):
-            raise ValueError(
-                f"network: expected networks of {sum(parts)} outputs, got {raw.shape[-1]}."
-            )
-        mean, std, log_weights = self._gaussians(raw[..., :-1])
+    def _parse(self, raw: Tensor, term_logit: Tensor, latent: Tensor) -> ParticlePrediction:
+        """Bring mixtures to the units of the latent state."""
+        mean, std, log_weights = self._gaussians(raw)
         scale = self.target_scale
         mean = self.target_moments.mean + scale * mean
         if self.predict_delta:
             mean = latent.unsqueeze(-2) + mean
-        return ParticlePrediction(mean, scale * std, log_weights, raw[..., -1:])
+        return ParticlePrediction(mean, scale * std, log_weights, term_logit)
 
     def _gaussians(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read a mixture out of what a network returns, in units of the target scale.
@@ -466,7 +360,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         Returns:
             means and standard deviations ``[..., M, D]``, log weights ``[..., M]``.
         """
-        gaussians, logits = self._split(raw)
+        gaussians, logits = self.split_output(raw)
         if self.n_modes > 1:  # one mode starts at 0
             gaussians = gaussians + self.mode_start
         mean, log_std = gaussians.unbind(-3)
@@ -476,7 +370,38 @@ class ProbabilisticEnsemble(DynamicsModel):
             return mean, std, raw.new_zeros(()).expand(mean.shape[:-1])
         return mean, std, torch.log_softmax(logits, -1)
 
-    def _check(self, latent: Tensor, context: Tensor, member: Tensor | None = None) -> None:
+    def split_output(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split outputs ``[..., 2 M D + M]`` into Gaussians and modes.
+
+        Returns:
+            means and log standard deviations ``[..., 2, M, D]``, logits of the modes ``[..., M]``.
+        """
+        shape = (2, self.n_modes, self.latent_state_dim)
+        return x[..., : math.prod(shape)].unflatten(-1, shape), x[..., math.prod(shape) :]
+
+    def known_inputs(self, context: Tensor, actions: Tensor) -> Tensor:
+        """Return what the networks read beside the latent state, for a sequence of actions.
+
+        Args:
+            context: ``[N, C]``.
+            actions: ``[N, H, A]``, or indices ``[N, H]``.
+
+        Returns:
+            ``[N, H, K]``, not standardised.
+        """
+        features = self._features(actions, actions.shape[:2])
+        if not self.condition_on_context:
+            return features
+        return torch.cat([context.unsqueeze(1).expand(-1, actions.shape[1], -1), features], -1)
+
+    def check_particles(
+        self, latent: Tensor, context: Tensor, member: Tensor | None = None
+    ) -> None:
+        """Check the shapes that :meth:`predict_particles` is given.
+
+        Raises:
+            ValueError: if one does not fit.
+        """
         n_rows = self.n_models if member is None else 1
         if latent.ndim < 3 or latent.shape[-3] != n_rows:
             raise ValueError(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.nn.modules.module import _has_any_global_hook
 
+from layeredrl_trl.acceleration import in_pieces, run_layers
 from layeredrl_trl.checks import check_sizes
-
-_PIECE = 2048
-"""Rows that go through all layers at once on a CPU, where no gradient is asked for; measured."""
 
 
 class ConcatMLP(nn.Module):
@@ -63,26 +58,9 @@ class ConcatMLP(nn.Module):
         parts = [x.to(torch.float32) for x in inputs]
         parts = [x for x in parts if x.shape[-1] > 0] or parts[:1]  # a context is often empty
         x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        # rows [N, in], else every layer would make them so, and undo it, backward too
-        rows = x.reshape(batch.numel(), x.shape[-1])
-        if not pays_in_pieces(rows):
-            out = self._run(rows)
-        else:
-            out = torch.cat([self._run(piece) for piece in rows.split(_PIECE)])
+        # as rows [N, in]: every layer would flatten them by itself, and undo it, backward too
+        out = in_pieces(self.layers, x.reshape(batch.numel(), x.shape[-1]))
         return out.reshape(*batch, out.shape[-1])
-
-    def _run(self, rows: Tensor) -> Tensor:
-        layers = self.layers
-        if torch.compiler.is_compiling() or type(layers) is not nn.Sequential or _is_hooked(layers):
-            return layers(rows)
-        before = None
-        for layer in layers:  # to call a module takes a third of the time of a small layer
-            if type(layer) is nn.Linear:
-                rows = linear(rows, layer.weight, layer.bias)
-            else:  # what a linear layer gave, nobody else has
-                rows = (in_place(layer) if type(before) is nn.Linear else layer)(rows)
-            before = layer
-        return rows
 
 
 class EnsembleMLP(nn.Module):
@@ -130,111 +108,12 @@ class EnsembleMLP(nn.Module):
 
         With ``member`` ``[G]`` ``[G, N, in_dim]``, row ``g`` through that member.
         """
-        return run_layers(x, layers_of(self.layers, member), in_place(self.activation))
+        layers = self.layers
+        if member is not None:
+            layers = [(w.index_select(0, member), b.index_select(0, member)) for w, b in layers]
+        return run_layers(x, layers, self.activation)
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Weight ``[E, in, out]`` and bias ``[E, 1, out]`` of each layer."""
-        # a ParameterList asks each of its entries for by name
-        weights, biases = self.weights._parameters.values(), self.biases._parameters.values()
-        layers: list[Any] = list(zip(weights, biases, strict=True))
-        return layers
-
-
-def layers_of(
-    layers: Sequence[tuple[Tensor, Tensor]], member: Tensor | None
-) -> Sequence[tuple[Tensor, Tensor]]:
-    """Give the layers ``[E, ...]`` of each of the members ``[G]``; ``None``: as they are."""
-    if member is None:
-        return layers
-    return [(w.index_select(0, member), b.index_select(0, member)) for w, b in layers]
-
-
-def run_layers(
-    x: Tensor,
-    layers: Sequence[tuple[Tensor, Tensor]],
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Send rows through the layers of their member.
-
-    Many rows without gradient on a CPU go member by member, in pieces whose hidden layers stay in
-    the cache: several times faster than batched products of all rows, which there are bound by
-    memory.
-
-    Args:
-        x: ``[E, N, in]``.
-        layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``.
-        activation: between them, see :func:`in_place`.
-
-    Returns:
-        ``[E, N, out]``.
-    """
-    if torch.compiler.is_compiling():
-        return _run(x, layers, activation, _product)
-    if not pays_in_pieces(x) or (len(x) == 1 and x.shape[1] <= _PIECE):
-        return _run(x, layers, activation, _batched_product)
-    pieces = []
-    for e, rows in enumerate(x.unbind(0)):
-        own = [(weight[e], bias[e]) for weight, bias in layers]
-        pieces += [_run(piece, own, activation, torch.addmm) for piece in rows.split(_PIECE)]
-    return torch.cat(pieces).reshape(*x.shape[:2], -1)
-
-
-def _run(
-    x: Tensor,
-    layers: Sequence[tuple[Tensor, Tensor]],
-    activation: Callable[[Tensor], Tensor],
-    product: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    *hidden, (weight, bias) = layers
-    for hidden_weight, hidden_bias in hidden:
-        x = activation(product(hidden_bias, x, hidden_weight))
-    return product(bias, x, weight)
-
-
-def _batched_product(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``baddbmm``; to one output per member a sum takes a CPU a fifth of its time, backward too."""
-    if weight.shape[-1] > 1 or len(weight) == 1 or x.is_cuda:
-        return torch.baddbmm(bias, x, weight)
-    return (x * weight.mT).sum(-1, keepdim=True) + bias
-
-
-def _product(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``baddbmm``, which generated code would call; this it joins with the nonlinearity."""
-    return torch.bmm(x, weight) + bias
-
-
-def pays_in_pieces(x: Tensor) -> bool:
-    """Whether rows ``[..., N, in]`` are many, on a CPU, and no gradient is asked for."""
-    if x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return x.shape[-2] > _PIECE // 2
-
-
-def _is_hooked(layers: nn.Sequential) -> bool:
-    """Whether somebody looks at what goes in or comes out of layers, or has changed one."""
-    return bool(_has_any_global_hook()) or any(
-        x._forward_hooks
-        or x._forward_pre_hooks
-        or x._backward_hooks
-        or x._backward_pre_hooks
-        or "forward" in vars(x)
-        for x in (layers, *layers)
-    )
-
-
-def in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Give the same nonlinearity, but overwriting what it gets, where torch has such a one.
-
-    Only where no gradient is asked for. It saves a CPU a third of the time of the nonlinearity.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return activation
-    is_plain = type(activation).__module__.startswith("torch.nn.") and not (
-        activation._forward_hooks or activation._forward_pre_hooks
-    )
-    if not is_plain or not hasattr(activation, "inplace"):
-        return activation
-    twin = activation.__new__(type(activation))
-    twin.__dict__.update(activation.__dict__, inplace=True)  # a tenth of the time of copy.copy
-    return twin.forward
+        return list(zip(self.weights, self.biases, strict=True))

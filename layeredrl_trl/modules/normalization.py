@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-
-from layeredrl_trl.functional import can_read
 
 
 class RunningMoments(nn.Module):
@@ -51,7 +47,6 @@ class RunningMoments(nn.Module):
         Raises:
             ValueError: if a shape does not fit.
         """
-        # once: a module finds its buffers only after an ordinary look-up has failed
         mean, var, count = self.mean, self.var, self.count
         batch = samples.shape[:-1]
         if samples.shape[-1:] != mean.shape:
@@ -67,21 +62,15 @@ class RunningMoments(nn.Module):
             batch_mean, batch_var = _moments(samples, counts)
         if samples.dtype is not mean.dtype:
             batch_var, batch_mean = batch_var.to(var.dtype), batch_mean.to(mean.dtype)
+        # the variance is finite only if the mean is; a batch that is not changes nothing
+        usable = batch_var.max() < torch.inf
+        batch_mean, batch_var = (
+            torch.where(usable, x, now) for x, now in ((batch_mean, mean), (batch_var, var))
+        )
+        rate = (count + 1).reciprocal().clamp_min(self.rate)
         shift = batch_mean - mean
-        # if the variances are finite, so are the means: they are part of them
-        if can_read(batch_var):
-            if not math.isfinite(batch_var.max().item()):
-                return
-            rate = max(1 / (count.item() + 1), self.rate)
-            var.lerp_(batch_var.addcmul_(shift, shift, value=1 - rate), rate)
-            mean.lerp_(batch_mean, rate)
-            count.add_(1)
-            return
-        usable = torch.isfinite(batch_var).all()
-        rate = (1 / (count + 1)).clamp_min(self.rate)
-        batch_var = torch.addcmul(batch_var, shift, shift * (1 - rate))
-        var.copy_(torch.where(usable, var.lerp(batch_var, rate), var))
-        mean.copy_(torch.where(usable, mean.lerp(batch_mean, rate), mean))
+        var.lerp_(torch.addcmul(batch_var, shift, shift * (1 - rate)), rate)
+        mean.lerp_(batch_mean, rate)
         count.add_(usable)
 
     def std(self, *, floor: float) -> Tensor:

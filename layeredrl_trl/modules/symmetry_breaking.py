@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layeredrl_trl.acceleration import promised
 from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
 from layeredrl_trl.modules.spaces import action_features
 
@@ -22,9 +23,8 @@ class SymmetryBreakingStart(DynamicsModel):
     dims), ``W^{-1}`` the inverse of the predictor's delta standardizer, no termination, and even
     modes. From half of the duration on they are blended linearly into those of ``model``.
 
-    The loss is always that of ``model``, so it learns from the first step. How far the start is is
-    held in memory, so that what was recorded as a CUDA graph goes along
-    (:func:`~layeredrl_trl.modules.fingerprint`).
+    The loss is always that of ``model``, so it learns from the first step. The progress of the
+    start is held in a buffer, where a recorded CUDA graph reads it.
 
     Args:
         model: learns meanwhile, and predicts afterwards.
@@ -52,7 +52,7 @@ class SymmetryBreakingStart(DynamicsModel):
         1.0
     """
 
-    unprinted = frozenset({"_n_total_env_steps"})
+    fingerprint_ignores = frozenset({"_n_total_env_steps"})
 
     def __init__(
         self,
@@ -147,38 +147,10 @@ class SymmetryBreakingStart(DynamicsModel):
             term_logit=torch.logit(term_prob, eps=1e-6),
         )
 
-    def propagate(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        actions: Tensor,
-        member: Tensor | None = None,
-        *,
-        deterministic: bool = False,
-        terminations: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Roll particles out under given actions; see :class:`DynamicsModel` for the shapes."""
-        propagate = self.model.propagate if self._only_passes_on else super().propagate
-        return propagate(
-            latent,
-            context,
-            actions,
-            member,
-            deterministic=deterministic,
-            terminations=terminations,
-        )
-
-    def propagator(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Give the learned model's once the start is over; until then nothing is shared."""
-        propagates_as_here = type(self).propagate is SymmetryBreakingStart.propagate
-        passes_on = propagates_as_here and self._only_passes_on
-        return self.model.propagator() if passes_on else self.propagate
-
-    @property
-    def _only_passes_on(self) -> bool:
-        """Whether predictions are the learned model's, unless a subclass changes them."""
-        predicts = type(self).predict_particles
-        return self._is_over and predicts is SymmetryBreakingStart.predict_particles
+    def fast_rollout(self, *, compile: bool = False) -> Callable[..., Any] | None:
+        """Promise that of the learned model, once the start is over."""
+        promise = promised(self.model, "fast_rollout") if self._is_over else None
+        return None if promise is None else promise(compile=compile)
 
     def negative_log_likelihood(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Score real transitions by the learned model; see :class:`DynamicsModel`."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_counts
-from layeredrl_trl.functional import known_to_hold, zero_where_not
+from layeredrl_trl.functional import zero_where_not
 from layeredrl_trl.modules import (
     DeltaStandardizer,
     DynamicsModel,
@@ -25,32 +21,15 @@ from layeredrl_trl.modules import (
     check_kinds,
     check_parts,
     evaluate,
-    head_entries,
-    reads_action,
 )
-from layeredrl_trl.objectives.columns import (
-    SliceParts,
-    Targets,
-    TransitionParts,
-    Transitions,
-)
-from layeredrl_trl.objectives.slices import (
-    Reader,
-    SliceKeys,
-    as_slices,
-    per_step,
-    read_steps,
-    rows_with_data,
-)
-from layeredrl_trl.objectives.target_network import with_parameters
-from layeredrl_trl.objectives.value_targets import (
-    Bootstrap,
-    bootstrapped_return,
-    read_target_parts,
-)
+from layeredrl_trl.objectives.batch import Slices, check_keys, flag, per_step
+from layeredrl_trl.objectives.slice_loss import SliceLoss, next_key
+
+Entries = Mapping[NestedKey, Tensor] | TensorDictBase
+"""Tensors of one batch by name."""
 
 
-class RewardPredictorLoss(LossModule):
+class RewardPredictorLoss(SliceLoss):
     """Train encoder, reward, value and dynamics together from slices of transitions.
 
     A slice is ``T = k_steps + n_steps - 1`` consecutive steps (one more for a Q-function), as
@@ -58,9 +37,9 @@ class RewardPredictorLoss(LossModule):
     first step is a uniform transition and trains the dynamics, unless separate transitions are
     given. The context of a slice is that of its first step, so that state cannot leak into it.
 
-    Terms, each already weighted: ``loss_reward`` (squared error; its gradient reaches the encoder
-    if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from the
-    encoder, only where ``planned``), ``loss_consistency`` (negative log-likelihood of the next
+    Loss terms, each already weighted: ``loss_reward`` (squared error; its gradient reaches the
+    encoder if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from
+    the encoder, only where ``planned``), ``loss_consistency`` (negative log-likelihood of the next
     latent state plus cross-entropy of termination, latents detached) and ``loss_standardizer``
     (``||cov(W delta) - I||_F``).
 
@@ -134,15 +113,6 @@ class RewardPredictorLoss(LossModule):
         ['loss_consistency', 'loss_reward', 'loss_value']
     """
 
-    class _AcceptedKeys(SliceKeys):
-        """Names of the entries that the loss reads; see ``set_keys``."""
-
-    default_keys = _AcceptedKeys
-    tensor_keys: _AcceptedKeys
-    value_network: TensorDictModuleBase
-    value_network_params: TensorDictParams
-    target_value_network_params: TensorDictParams
-
     def __init__(
         self,
         encoder: Encoder,
@@ -160,13 +130,12 @@ class RewardPredictorLoss(LossModule):
         rew_loss_weight: float = 1.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        _check_options(gamma, k_steps, n_steps, reduction)
-        for name, weight in (
-            ("consistency_loss_weight", consistency_loss_weight),
-            ("value_loss_weight", value_loss_weight),
-            ("rew_loss_weight", rew_loss_weight),
-        ):
+        weights = {
+            "consistency_loss_weight": consistency_loss_weight,
+            "value_loss_weight": value_loss_weight,
+            "rew_loss_weight": rew_loss_weight,
+        }
+        for name, weight in weights.items():
             if not weight >= 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}.")
         owner = type(self).__name__
@@ -179,55 +148,25 @@ class RewardPredictorLoss(LossModule):
                     f"{owner}: standardizer has {dim} latent dims, the dynamics have "
                     f"{dynamics.latent_state_dim}."
                 )
-        self.encoder = encoder
-        self.dynamics = dynamics
         names = (*encoder.out_keys, dynamics.in_keys[2])
-        self.reward = as_reward_module(reward, names)
-        self.standardizer = standardizer
+        reward = as_reward_module(reward, names)
         value = as_value_module(value, names, argument="value")
-        check_heads(owner, encoder, dynamics, reward=self.reward, value=value)
-        self.has_value = value is not None
-        if value is not None:
-            self.convert_to_functional(value, "value_network", create_target_params=True)
-            if not any(True for _ in value.parameters()):  # no target to be warned of
-                self._has_update_associated["value_network"] = True
-        self.gamma = gamma
-        self.k_steps = k_steps
-        self.n_steps = n_steps
-        self.learn_encoder = learn_encoder
+        check_heads(owner, encoder, dynamics, reward=reward, value=value)
+        super().__init__(
+            encoder,
+            dynamics,
+            value,
+            gamma=gamma,
+            k_steps=k_steps,
+            n_steps=n_steps,
+            learn_encoder=learn_encoder,
+            reduction=reduction,
+        )
+        self.reward = reward
+        self.standardizer = standardizer
         self.consistency_loss_weight = consistency_loss_weight
         self.value_loss_weight = value_loss_weight
         self.rew_loss_weight = rew_loss_weight
-        self.reduction = reduction
-
-    @property
-    def bootstraps_action(self) -> bool:
-        """Whether the value is a Q-function."""
-        return self.has_value and reads_action(self.value_network, self.tensor_keys.action)
-
-    @property
-    def _bootstrap(self) -> Bootstrap | None:
-        if not self.has_value:
-            return None
-        return "action" if self.bootstraps_action else "state"
-
-    @property
-    def slice_len(self) -> int:
-        """``T``, the steps of a slice that the loss reads."""
-        return self.k_steps + self.n_steps - (0 if self.bootstraps_action else 1)
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries that :meth:`forward` reads from slices; ``planned`` is optional."""
-        names = self.tensor_keys
-        return [
-            names.observation,
-            names.action,
-            names.next_observation,
-            names.next_reward,
-            names.next_terminated,
-            names.mask,
-        ]
 
     @property
     def out_keys(self) -> list[str]:
@@ -245,323 +184,147 @@ class RewardPredictorLoss(LossModule):
 
     def forward(
         self,
-        tensordict: TensorDictBase | Targets,
-        transitions: TensorDictBase | Transitions | None = None,
+        tensordict: TensorDictBase | Slices,
+        transitions: TensorDictBase | Slices | None = None,
     ) -> TensorDict:
-        """Compute every term.
+        """Compute every loss term.
 
         The running statistics of dynamics, standardizer and encoder take the transitions in first,
         unless both the loss and the part are in evaluation mode.
 
         Args:
-            tensordict: slices as ``Reads`` says, flat or ``[B, T]``; or targets ``[B, k]`` from
-                :meth:`compute_targets`, or as plain tensors from :meth:`encode_slices`, which then
-                need ``transitions``.
-            transitions: separate transitions ``[N]`` for the dynamics, from
-                :meth:`encode_transitions` or, as plain tensors, :meth:`encode_parts`. ``None``: the
-                first steps of the slices.
+            tensordict: slices as ``Reads`` says, flat or ``[B, T]``.
+            transitions: separate transitions ``[N]`` for the dynamics, as
+                :meth:`encode_transitions` takes them. ``None``: the first steps of the slices.
 
         Returns:
             A TensorDict without batch dims (with ``reduction="none"`` each term keeps its shape).
-        """
-        targets = tensordict
-        if not isinstance(targets, Targets):
-            targets, own_transitions = self._read(targets, transitions is None)
-            transitions = own_transitions if transitions is None else transitions
-        if transitions is None:
-            raise ValueError(
-                "RewardPredictorLoss: targets hold no next observations, so the dynamics need "
-                "transitions as second argument; or pass slices alone."
-            )
-        if not isinstance(transitions, Transitions):
-            names = self.tensor_keys
-            transitions = Transitions.read(transitions, self.encoder.out_keys, names)
-        terms = {**self._head_terms(targets), **self._dynamics_terms(transitions)}
-        return TensorDict(terms, batch_size=[])
-
-    def compute_targets(
-        self,
-        read: Reader,
-        mask: Tensor,
-        *,
-        k_steps: int | None = None,
-        n_steps: int | None = None,
-        gamma: float | None = None,
-    ) -> TensorDict:
-        r"""Encode the first ``k`` steps of slices and compute their n-step value targets.
-
-        ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l (1 - terminated) V_target`` with ``l`` the
-        smaller of ``n`` and the steps left in the episode.
-
-        Args:
-            read: reads named entries at given steps of the slices; only what is needed is read.
-            mask: bool ``[B, T]``, False on padding.
-            k_steps: instead of the loss's own.
-            n_steps: instead of the loss's own.
-            gamma: instead of the loss's own.
-
-        Returns:
-            TensorDict ``[B, k]``: ``latent``, ``context`` (with gradient if ``learn_encoder``),
-            ``action``, ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
-            ``("collector", "mask")`` and ``planned``. For a Q-function the mask is also False on
-            the last step of an episode that has no action to bootstrap with.
-
-        Raises:
-            ValueError: if a number is out of its range or a shape does not fit.
-        """
-        targets = self.encode_slices(
-            self.read_slices(read, mask, k_steps=k_steps, n_steps=n_steps, gamma=gamma)
-        )
-        return targets.to_tensordict(self.encoder.out_keys, self.tensor_keys)
-
-    def read_slices(
-        self,
-        read: Reader,
-        mask: Tensor,
-        *,
-        k_steps: int | None = None,
-        n_steps: int | None = None,
-        gamma: float | None = None,
-    ) -> SliceParts:
-        """Read all that :meth:`encode_slices` makes targets of; no network is asked yet.
-
-        So the slices of many optimisation steps can be read at once. The arguments are those of
-        :meth:`compute_targets`.
-        """
-        k_steps = self.k_steps if k_steps is None else k_steps
-        n_steps = self.n_steps if n_steps is None else n_steps
-        gamma = self.gamma if gamma is None else gamma
-        _check_options(gamma, k_steps, n_steps, self.reduction)
-        return read_target_parts(
-            read,
-            mask,
-            self.tensor_keys,
-            k_steps=k_steps,
-            n_steps=n_steps,
-            gamma=gamma,
-            bootstrap=self._bootstrap,
-        )
-
-    def encode_slices(self, parts: SliceParts) -> Targets:
-        """Make targets of what :meth:`read_slices` has read: encode, and value what lies behind."""
-        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            latent, context = self.encoder.encode(parts.observation)
-        context = context[:, :1].expand_as(context)
-        value = self._bootstrap_value(parts, context.detach()) if self.has_value else None
-        return Targets(
-            latent=latent,
-            context=context,
-            action=parts.action,
-            reward=parts.reward,
-            terminated=parts.terminated,
-            value_target=bootstrapped_return(parts, value),
-            valid=parts.valid,
-            planned=parts.planned,
-            index=parts.index,
-        )
-
-    def encode_transitions(self, transitions: TensorDictBase) -> TensorDict:
-        """Encode single transitions for the dynamics, without gradient.
-
-        Args:
-            transitions: ``[N]``: ``observation``, ``action``, ``("next", "observation")``,
-                ``("next", "terminated")``, and optionally ``weight`` ``[N, 1]`` and ``index``.
-
-        Returns:
-            TensorDict ``[N]``: ``latent``, ``context``, ``action``, ``("next", "latent")``,
-            ``("next", "terminated")``, and those of ``weight``, ``index`` that were there. For an
-            encoder with running statistics also both observations.
 
         Raises:
             KeyError: if an entry is missing.
             ValueError: if a shape does not fit.
         """
-        names = self.tensor_keys
-        encoded = self.encode_parts(TransitionParts.read(transitions, names))
-        return encoded.to_tensordict(self.encoder.out_keys, names)
+        slices = self._read_slices(tensordict)
+        single = slices.first if transitions is None else self._read_transitions(transitions)
+        if slices.returns is None:
+            slices = self.with_returns(slices)
+        terms = self._head_terms(self._targets(slices))
+        return TensorDict(terms | self._dynamics_terms(self._encode(single)), batch_size=[])
 
-    @torch.no_grad()
-    def encode_parts(self, parts: TransitionParts) -> Transitions:
-        """Do the same with plain tensors."""
-        encoder = self.encoder
-        latent, context = encoder.encode(parts.observation)
-        next_latent, _ = encoder.encode(parts.next_observation)
-        observations = {}
-        if encoder.has_statistics:
-            observations = {
-                "observation": parts.observation,
-                "next_observation": parts.next_observation,
-            }
-        return Transitions(
-            latent=latent,
-            context=context,
-            action=parts.action,
-            next_latent=next_latent,
-            terminated=parts.terminated,
-            weight=parts.weight,
-            index=parts.index,
-            **observations,
-        )
+    def terms(self, targets: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
+        """Compute every loss term of what was encoded before.
 
-    @torch.no_grad()
-    def _bootstrap_value(self, parts: SliceParts, context: Tensor) -> Tensor:
-        """Target value ``[B, k, 1]`` of what lies behind each target's last reward."""
-        latent, _ = self.encoder.encode(parts.observation_behind)
-        entries = self._entries(latent, context, parts.action_behind)
-        network, params = self.value_network, self.target_value_network_params
-        return with_parameters(network, params, lambda: evaluate(network, entries))
+        Args:
+            targets: ``[B, k]`` from :meth:`compute_targets`. What it holds at masked steps does not
+                matter.
+            transitions: ``[N]`` from :meth:`encode_transitions`.
 
-    def _read(
-        self, tensordict: TensorDictBase, with_transitions: bool
-    ) -> tuple[Targets, Transitions | None]:
-        """Take targets from a TensorDict, or make them of slices; these hold transitions too."""
-        names, encoded = self.tensor_keys, self.encoder.out_keys
-        there = tensordict.keys(True)
-        if keys.VALUE_TARGET in there and encoded[0] in there:
-            learned = {"has_reward": self.reward is not None, "has_value": self.has_value}
-            return Targets.read(tensordict, encoded, names, **learned), None
-        slices = as_slices(tensordict, self.slice_len, self.in_keys, names.mask)
-        mask = per_step(slices, names.mask, slices.batch_size, flag=True).squeeze(-1)
-        row = rows_with_data(mask)
-        targets = self.encode_slices(
-            self.read_slices(lambda names, steps: read_steps(slices, row, names, steps), mask)
-        )
-        if not with_transitions:
-            return targets, None
-        parts = TransitionParts.read(slices[row, 0], names)
-        return targets, self.encode_parts(parts)._replace(mask=mask[:, :1])
+        Returns:
+            What :meth:`forward` returns.
 
-    def _head_terms(self, targets: Targets) -> dict[str, Tensor]:
-        latent, context, action = targets.latent, targets.context, targets.action
-        if not self.learn_encoder:
-            latent, context = latent.detach(), context.detach()
-        valid = targets.valid
-        all_valid = known_to_hold(valid)
-        if not all_valid:
-            latent, context, action = (
-                zero_where_not(valid.squeeze(-1), x) for x in (latent, context, action)
-            )
-        terms = {}
-        reward = self.reward
-        if reward is not None:
-            predicted = evaluate(reward, self._entries(latent, context, action))
-            error = self._mean_square(predicted, targets.reward, None if all_valid else valid)
-            terms["loss_reward"] = _times(self.rew_loss_weight, error)
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a per-step entry has another shape.
+        """
+        names, (latent, context) = self.tensor_keys, self.encoder.out_keys
+        check_keys(targets, (latent, context, names.action))
+        check_keys(transitions, (latent, context, names.action, next_key(latent)))
+        valid = flag(targets, names.mask)
+        real = {key: targets.get(key) for key in (latent, context, names.action)}
+        if self.reward is not None:
+            real[names.next_reward] = per_step(targets, names.next_reward)
         if self.has_value:
-            counts = None if all_valid else valid
-            if targets.planned is not None:
-                counts = valid & targets.planned
-                counts = None if known_to_hold(counts) else counts
-            entries = self._entries(latent.detach(), context.detach(), action)
-            predicted = evaluate(self.value_network, entries)
-            error = self._mean_square(predicted, targets.value_target, counts)
-            terms["loss_value"] = _times(self.value_loss_weight, error)
-            mean = self._reduce_where(targets.value_target.detach(), counts, "mean")
-            terms["value_target_mean"] = mean
+            real[keys.VALUE_TARGET] = per_step(targets, keys.VALUE_TARGET)
+        real = {key: zero_where_not(valid.squeeze(-1), x) for key, x in real.items()}
+        real[names.mask] = valid
+        if self.has_value and names.planned in targets.keys(True):
+            real[names.planned] = flag(targets, names.planned)
+        encoded = dict(transitions.items(True, True))
+        encoded[names.next_terminated] = flag(transitions, names.next_terminated)
+        return TensorDict(self._head_terms(real) | self._dynamics_terms(encoded), batch_size=[])
+
+    def _head_terms(self, targets: Entries) -> dict[str, Tensor]:
+        """Loss terms of reward and value."""
+        names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
+        latent, context, action = (targets[key] for key in (latent_key, context_key, names.action))
+        valid, terms = targets.get(names.mask, None), {}  # None: all are
+        if self.reward is not None:
+            if not self.learn_encoder:
+                latent, context = latent.detach(), context.detach()
+            predicted = evaluate(self.reward, self._head_entries(latent, context, action))
+            error = self._mean_square(predicted, targets[names.next_reward], valid)
+            terms["loss_reward"] = self.rew_loss_weight * error
+        if self.has_value:
+            entries = self._head_entries(latent.detach(), context.detach(), action)
+            target, counts = targets[keys.VALUE_TARGET], targets.get(names.planned, None)
+            counts = valid if counts is None else counts if valid is None else valid & counts
+            error = self._mean_square(evaluate(self.value_network, entries), target, counts)
+            terms["loss_value"] = self.value_loss_weight * error
+            terms["value_target_mean"] = self._reduce_where(target.detach(), counts, "mean")
         return terms
 
-    def _dynamics_terms(self, transitions: Transitions) -> dict[str, Tensor]:
+    def _dynamics_terms(self, transitions: Entries) -> dict[str, Tensor]:
+        """Loss terms of dynamics and standardizer."""
         dynamics, standardizer = self.dynamics, self.standardizer
-        weight = dynamics.batch_weight(transitions.weights())
-        latent, context, action, next_latent = (x.detach() for x in transitions[:4])
+        names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
+        entries = latent_key, context_key, names.action, next_key(latent_key)
+        latent, context, action, next_latent = (transitions[key].detach() for key in entries)
+        mask, weight, index = (
+            transitions.get(key, None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
+        )
+        weight = dynamics.joint_weight(latent.shape[:-1], mask=mask, weight=weight, index=index)
         counts = None if weight is None else (weight > 0).any(-1)
-        if counts is not None:
+        if counts is not None:  # before the networks: a gradient of 0 times NaN is NaN
             latent, context, action, next_latent = (
                 zero_where_not(counts, x) for x in (latent, context, action, next_latent)
             )
-        delta = None if standardizer is None else next_latent - latent
-        self._update_statistics(transitions, latent, context, action, next_latent, delta, counts)
+        if self._learns(dynamics):
+            dynamics.update_statistics(latent, context, action, next_latent, counts)
+        if self.encoder.has_statistics and self._learns(self.encoder):
+            self._update_encoder_statistics(transitions, counts)
         nll, bce = dynamics.negative_log_likelihood(
-            latent, context, action, next_latent, transitions.terminated, weight
+            latent, context, action, next_latent, transitions[names.next_terminated], weight
         )
         if weight is not None and self.reduction == "mean":
             total = weight.mean()
             nll, bce = (x / torch.where(total > 0, total, 1.0) for x in (nll, bce))
         consistency = self._reduce_loss(nll + bce) + dynamics.regularization()
         terms = {
-            "loss_consistency": _times(self.consistency_loss_weight, consistency),
+            "loss_consistency": self.consistency_loss_weight * consistency,
             "nll": nll.detach().mean(),
             "term_bce": bce.detach().mean(),
         }
-        if standardizer is not None and delta is not None:
+        if standardizer is not None:
+            delta = next_latent - latent
+            if self._learns(standardizer):
+                standardizer.update_statistics(delta, counts)
             terms["loss_standardizer"] = standardizer.residual(delta, counts)
         return terms
 
-    def _update_statistics(
-        self,
-        transitions: Transitions,
-        latent: Tensor,
-        context: Tensor,
-        action: Tensor,
-        next_latent: Tensor,
-        delta: Tensor | None,
-        counts: Tensor | None,
-    ) -> None:
-        def learns(part: nn.Module) -> bool:
-            # Parts are shared, and the loss may be hidden from whoever puts them into a mode.
-            return self.training or part.training
+    def _learns(self, part: nn.Module) -> bool:
+        # Parts are shared, and the loss may be hidden from whoever puts them into a mode.
+        return self.training or part.training
 
-        # a module finds its parts only after an ordinary look-up has failed
-        dynamics, standardizer, encoder = self.dynamics, self.standardizer, self.encoder
-        if learns(dynamics):
-            dynamics.update_statistics(latent, context, action, next_latent, counts)
-        if delta is not None and standardizer is not None and learns(standardizer):
-            standardizer.update_statistics(delta, counts)
-        observation, next_observation = transitions.observation, transitions.next_observation
-        if encoder.has_statistics and learns(encoder) and observation is not None:
-            encoder.update_statistics(observation, next_observation, counts)
+    def _update_encoder_statistics(self, transitions: Entries, counts: Tensor | None) -> None:
+        names = self.tensor_keys
+        if names.observation == self.encoder.out_keys[0]:  # it holds the latent state
+            return
+        observation = transitions.get(names.observation, None)
+        if observation is not None:
+            following = transitions[names.next_observation]
+            self.encoder.update_statistics(observation, following, counts)
 
-    def _entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
-        dynamics, names = self.dynamics, (*self.encoder.out_keys, self.tensor_keys.action)
-        return head_entries(
-            names,
-            latent,
-            context,
-            action,
-            dynamics.action_dim,
-            indices=dynamics.accepts_indices,
-        )
-
-    def _mean_square(self, x: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
-        """Reduce squares of errors ``[B, k, 1]`` where they count; ``None``: everywhere."""
-        if counts is None and x.dtype is target.dtype:  # one operation, backward too
-            return mse_loss(x, target, reduction=self.reduction)
-        error = x - target
-        if counts is not None:
-            error = zero_where_not(counts, error)
-        return self._reduce_where(error.square(), counts)
+    def _mean_square(self, predicted: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
+        """Reduce the squared errors ``[B, k, 1]`` that count; ``None``: all do."""
+        reduction = self.reduction if counts is None else "none"
+        error = mse_loss(predicted, target.to(predicted.dtype), reduction=reduction)
+        return error if counts is None else self._reduce_where(error, counts)
 
     def _reduce_where(
         self, x: Tensor, counts: Tensor | None, reduction: str | None = None
     ) -> Tensor:
-        """Reduce ``x``, finite also where it does not count; with "none" it is 0 there."""
-        if counts is None:
-            return self._reduce_loss(x, reduction=reduction)
-        if (reduction or self.reduction) == "none":
+        """Reduce ``x`` ``[B, k, 1]`` where it counts; with "none" it is 0 elsewhere."""
+        if counts is not None and (reduction or self.reduction) == "none":
             # _reduce_loss would drop the masked entries, and with them the shape.
             return torch.where(counts, x, 0.0)
         return self._reduce_loss(x, mask=counts, reduction=reduction)
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Called by ``set_keys``: let ``_reduce_loss`` find the mask under its new name."""
-        self.loss_mask_key = self.tensor_keys.mask
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
-            self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
-
-
-def _times(weight: float, x: Tensor) -> Tensor:
-    """Weigh a term; most weigh 1, which is left out."""
-    return x if weight == 1 else weight * x
-
-
-def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
-    if k_steps < 1 or n_steps < 1:
-        raise ValueError(f"k_steps and n_steps must be at least 1, got {k_steps} and {n_steps}.")
-    check_counts(k_steps=k_steps, n_steps=n_steps)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")

@@ -15,17 +15,16 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 
 from layeredrl_trl import keys
+from layeredrl_trl.acceleration import GraphReplay
 from layeredrl_trl.checks import check_counts
 from layeredrl_trl.functional import return_spread
-from layeredrl_trl.modules import Recorded
-from layeredrl_trl.planners.carrier import PlanCarrier
-from layeredrl_trl.planners.options import REQUIRED, check_options
-from layeredrl_trl.planners.scoring import CandidateReturn, base_env, imagines_on_tensors
+from layeredrl_trl.planners.plan_entries import PlanEntries
+from layeredrl_trl.planners.scoring import CandidateReturn, base_env
 
 ReturnAction = Literal["mean", "best", "sample"]
 
 
-class SamplingPlanner(PlanCarrier, ABC):
+class SamplingPlanner(PlanEntries, ABC):
     """Plan by trying candidate action sequences in a model-based environment; a policy.
 
     A search has a *belief*, a distribution over action sequences. It starts from an initial plan;
@@ -59,11 +58,8 @@ class SamplingPlanner(PlanCarrier, ABC):
         callback (callable, optional): called in every round with a TensorDict ``[*B, N]`` that
             holds copies: ``action`` ``[*B, N, H, A]``, ``return`` ``[*B, N, 1]`` (``-inf`` where
             it is not finite) and ``round``, an int from 0.
-        cudagraphs (bool, optional): replay a whole plan on CUDA, without Python in between, if
-            there is no callback: see :class:`~layeredrl_trl.modules.Recorded`. ``None``: if it can
-            be done, ``env`` is a :class:`~layeredrl_trl.envs.PredictorEnv`, and its parts and
-            ``terminal_value`` are of this library or torch's; True: whatever they are; False:
-            never.
+        cudagraphs (bool): replay a whole plan on CUDA, without Python in between, if there is no
+            callback: see :class:`~layeredrl_trl.acceleration.GraphReplay`. Not yet run on a GPU.
         action_key (NestedKey, optional): where the action is written. Default: the environment's.
         plan_key (NestedKey): the plan. Read here, written under ``"next"``.
         plan_return_key (NestedKey): what the planner expects its plan to return.
@@ -96,13 +92,13 @@ class SamplingPlanner(PlanCarrier, ABC):
         self,
         env: EnvBase,
         *,
-        planning_horizon: int = REQUIRED,
-        optim_steps: int = REQUIRED,
-        num_candidates: int = REQUIRED,
+        planning_horizon: int,
+        optim_steps: int,
+        num_candidates: int,
         return_action: ReturnAction = "mean",
         warm_start: bool = True,
         callback: Callable[[TensorDictBase], Any] | None = None,
-        cudagraphs: bool | None = None,
+        cudagraphs: bool = False,
         action_key: NestedKey | None = None,
         plan_key: NestedKey = "plan",
         plan_return_key: NestedKey = "plan_return",
@@ -111,13 +107,11 @@ class SamplingPlanner(PlanCarrier, ABC):
         is_init_key: NestedKey = keys.IS_INIT,
         **scoring,
     ) -> None:
-        counts = {
-            "planning_horizon": planning_horizon,
-            "optim_steps": optim_steps,
-            "num_candidates": num_candidates,
-        }
-        check_options(type(self), needed=counts, others=scoring)
-        check_counts(**counts)
+        check_counts(
+            planning_horizon=planning_horizon,
+            optim_steps=optim_steps,
+            num_candidates=num_candidates,
+        )
         if return_action not in get_args(ReturnAction):
             raise ValueError(
                 f"return_action must be 'mean', 'best' or 'sample', got {return_action!r}."
@@ -133,11 +127,9 @@ class SamplingPlanner(PlanCarrier, ABC):
         self.num_candidates = num_candidates
         self.return_action = return_action
         self.callback = callback
-        if cudagraphs is None and not imagines_on_tensors(env):
-            cudagraphs = False  # TorchRL's steps wait for the device
-        self._recorded = Recorded(
-            self._search, [self], cudagraphs=cudagraphs, also=exploration_type
-        )
+        self._replay = None
+        if cudagraphs:
+            self._replay = GraphReplay(self._search, [self], also=exploration_type)
         self.action_key = unravel_key(action_key or score.action_key)
         self.plan_return_key = unravel_key(plan_return_key)
         self.plan_spread_key = unravel_key(plan_spread_key)
@@ -217,7 +209,7 @@ class SamplingPlanner(PlanCarrier, ABC):
         """Plan for every environment of the batch; see the class for what is read and written."""
         state, carried = self._state(tensordict), self._carried(tensordict)
         given = dict(state.items(True, True)), carried, (state.batch_size, state.device)
-        search = self._recorded if self.callback is None else self._search
+        search = self._search if self._replay is None or self.callback else self._replay
         for key, x in search(*given).items():
             tensordict.set(key, x)
         return tensordict

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase, TransformedEnv
 
 from layeredrl_trl import keys
-from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.acceleration import promised
 from layeredrl_trl.functional import disagreement as member_disagreement
 
 _Steps = TensorDictBase | dict[NestedKey, Tensor]
@@ -42,7 +41,8 @@ class CandidateReturn(nn.Module):
 
     Args:
         env (EnvBase): the model; must accept any batch size (``batch_locked=False``).
-        gamma (float): discount per step, in [0, 1].
+        gamma (float, optional): discount per step, in [0, 1]. Required with ``terminal_value``,
+            where it is that of the value; else 1 by default.
         terminal_value (TensorDictModuleBase, optional): what comes after the last step is worth,
             from the last state (``latent``, ``context``) to ``state_value``. It must not read the
             action. Applied per particle where the state holds ``alive``.
@@ -60,7 +60,8 @@ class CandidateReturn(nn.Module):
         epistemic_var_key (NestedKey): the variance over members, ``[..., D]``.
 
     Raises:
-        TypeError: if ``env`` is no ``EnvBase`` or ``terminal_value`` no ``TensorDictModule``.
+        TypeError: if ``env`` is no ``EnvBase``, ``terminal_value`` no ``TensorDictModule``, or
+            there is one without ``gamma``.
         ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range,
             ``terminal_penalty`` or ``disagreement`` is not finite, ``terminal_value`` reads the
             action or what the environment gives of one of several particles, or does not write
@@ -73,7 +74,7 @@ class CandidateReturn(nn.Module):
         self,
         env: EnvBase,
         *,
-        gamma: float = 1.0,
+        gamma: float | None = None,
         terminal_value: TensorDictModuleBase | None = None,
         terminal_penalty: float = 0.0,
         disagreement: float = 0.0,
@@ -95,6 +96,12 @@ class CandidateReturn(nn.Module):
             raise ValueError(
                 f"A planner plans one action, but {type(env).__name__} has {env.action_keys}."
             )
+        if gamma is None and terminal_value is not None:
+            raise TypeError(
+                "A planner with a terminal_value needs gamma, the discount that the value was "
+                "learned with."
+            )
+        gamma = 1.0 if gamma is None else gamma
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
         weights = {"terminal_penalty": terminal_penalty, "disagreement": disagreement}
@@ -145,22 +152,23 @@ class CandidateReturn(nn.Module):
         return self.scorer(candidates)(actions)
 
     def scorer(self, candidates: TensorDictBase) -> Callable[[Tensor], Tensor]:
-        """Prepare to score several rounds of sequences, in between which the model does not change.
+        """Prepare to score several rounds of sequences, between which the model does not change.
 
         Args:
             candidates (TensorDictBase): as for :meth:`forward`.
 
         Returns:
-            a function of actions ``[..., H, A]`` that does what :meth:`forward` does, for as many
-            of the last batch dim as there are actions for, the first.
+            a function of actions ``[..., H, A]`` that does what :meth:`forward` does. If there are
+            fewer of them than candidates, it scores them from the first ones.
         """
         env = self.env
-        if imagines_on_tensors(env):
+        imaginer = promised(env, "imaginer")
+        if imaginer is not None:
             names = {self.reward_key, self.alive_key, self.epistemic_var_key}
             names |= {self.done_key, self.terminated_key} - {None}
             if self.terminal_value is not None:
                 names |= {unravel_key(("next", key)) for key in self.terminal_value.in_keys}
-            return partial(self._score, env.imaginer(candidates, names), candidates)
+            return partial(self._score, imaginer(candidates, names), candidates)
         return partial(self._score, partial(self._imagine, candidates), candidates)
 
     def _score(
@@ -315,11 +323,6 @@ def _first(candidates: TensorDictBase, key: NestedKey, batch: torch.Size) -> Ten
     """An entry of the first candidates, as many as there are in ``batch``."""
     value = candidates.get(key)
     return value.narrow(len(batch) - 1, 0, batch[-1]) if batch else value
-
-
-def imagines_on_tensors(env: EnvBase) -> TypeGuard[PredictorEnv]:
-    """Say whether an env is a ``PredictorEnv`` with nothing around it that changes a step."""
-    return getattr(type(env), "imagine", None) is PredictorEnv.imagine
 
 
 def base_env(env: EnvBase) -> EnvBase:

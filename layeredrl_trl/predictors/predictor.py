@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
@@ -200,7 +200,8 @@ class Predictor(nn.Module, abc.ABC):
         if discrete:
             act = act.reshape(act.shape[:2])
         env = self._rollout_env(deterministic, discrete)
-        out = env.imagine_from(obs, act, set_truncated=set_truncated)
+        start = TensorDict({self.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1], device=device)
+        out = env.imagine(env.initial_state(start), act, set_truncated=set_truncated)
         return out, out.get(self.encoder.out_keys[1])[:, 0]
 
     def env(self, action_spec: TensorSpec, **options: Any) -> PredictorEnv:
@@ -279,14 +280,8 @@ class Predictor(nn.Module, abc.ABC):
         if env is None or not self._is_of_my_parts(env):
             n = self.model.action_dim
             spec = Categorical(n) if discrete else Unbounded((n,))
-            options = {"deterministic": deterministic, **self._rollout_options}
-            env = envs[deterministic, discrete] = self.env(spec, **options)
+            env = envs[deterministic, discrete] = self.env(spec, deterministic=deterministic)
         return env
-
-    @property
-    def _rollout_options(self) -> dict[str, bool | None]:
-        """Of the :class:`~layeredrl_trl.envs.PredictorEnv` of :meth:`rollout`."""
-        return {}
 
     def _is_of_my_parts(self, env: PredictorEnv) -> bool:
         return (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -11,26 +9,19 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torchrl import logger as torchrl_logger
 from torchrl.data import TensorDictReplayBuffer
 
+from layeredrl_trl import keys
+from layeredrl_trl.acceleration import CompiledLoss, DeviceUpdate, can_record
 from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
-from layeredrl_trl.modules import (
-    DeltaStandardizer,
-    DynamicsModel,
-    Encoder,
-    can_record,
-)
+from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import (
     ForeachSoftUpdate,
     RewardPredictorLoss,
     Update,
     total_loss,
 )
-from layeredrl_trl.objectives.columns import SliceParts, TransitionParts
-from layeredrl_trl.predictors.batches import BatchReader
 from layeredrl_trl.predictors.learning_rates import (
     LearningRate,
     check_rate,
@@ -41,10 +32,7 @@ from layeredrl_trl.predictors.learning_rates import (
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.predictor import Predictor
-from layeredrl_trl.predictors.term_sums import TermSums
-
-_STARTING_STEPS = 2
-"""So many steps are not compiled."""
+from layeredrl_trl.predictors.read_ahead import ReadAhead
 
 
 class RewardPredictor(Predictor):
@@ -91,14 +79,9 @@ class RewardPredictor(Predictor):
             first call, and the first with other batch sizes, takes half a minute; after that a
             step on a CPU takes some 60 to 90% of the time. How long it took is said once, by
             TorchRL's logger. Needs a C++ compiler (on CUDA Triton).
-            ``None``: on CUDA, if it can be done there, else not. With False :meth:`rollout` is not
-            compiled either.
-        cudagraphs: let :meth:`learn` record a step on CUDA as a graph, and replay it: everything
-            from what was read from the buffer to the targets, without Python in between. See
-            :class:`~layeredrl_trl.modules.Recorded`. ``None``: on CUDA, if it can be done there
-            and all parts are of this library or torch's, so that nothing is missed that changes
-            what they do; True: whatever the parts. With False :meth:`rollout` is not recorded
-            either.
+        cudagraphs: let :meth:`learn` replay a CUDA graph of a step, everything from what was read
+            from the buffer to the targets: see :class:`~layeredrl_trl.acceleration.DeviceUpdate`.
+            Not yet run on a GPU.
 
     Attributes:
         loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
@@ -169,8 +152,8 @@ class RewardPredictor(Predictor):
         writer: Any = None,
         log_interval: int = 10,
         *,
-        compile: bool | None = None,
-        cudagraphs: bool | None = None,
+        compile: bool = False,
+        cudagraphs: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -250,6 +233,7 @@ class RewardPredictor(Predictor):
         Returns:
             TensorDict ``[B, k_steps]``: ``latent``, ``context``, ``action``,
             ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
+            ``bootstrap_value`` (what the target ends with, before its discount; 0 where nothing),
             ``("collector", "mask")``, ``planned`` and ``index`` (storage positions). ``latent`` and
             ``context`` carry gradient if ``learn_encoder``.
 
@@ -257,9 +241,12 @@ class RewardPredictor(Predictor):
             KeyError: if the buffer lacks an entry.
             ValueError: if it is empty, or a shape or number does not fit.
         """
-        slices = self._reader.slices(buffer, batch_size, k_steps, n_steps, gamma)
-        loss = self.loss_module
-        return loss.encode_slices(slices).to_tensordict(self.encoder.out_keys, loss.tensor_keys)
+        check_counts(batch_size=batch_size, k_steps=k_steps, n_steps=n_steps)
+        length = k_steps + n_steps - (0 if self.loss_module.bootstraps_action else 1)
+        slices = self._reader.slices(buffer, batch_size, length)
+        return self.loss_module.compute_targets(
+            slices, k_steps=k_steps, n_steps=n_steps, gamma=gamma
+        )
 
     def sample_model_batch(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDict:
         """Draw single transitions, uniform over what the buffer stores, for the dynamics.
@@ -270,8 +257,8 @@ class RewardPredictor(Predictor):
 
         Returns:
             TensorDict ``[B]``, without gradient: ``latent``, ``context``, ``action``,
-            ``("next", "latent")``, ``("next", "terminated")``, ``index``, and ``weight`` if it is
-            stored.
+            ``("next", "latent")``, ``("next", "context")``, ``("next", "terminated")``,
+            ``("collector", "mask")``, ``index``, and ``weight`` if it is stored.
 
         Raises:
             KeyError: if the buffer lacks an entry.
@@ -290,9 +277,24 @@ class RewardPredictor(Predictor):
             model_batch: from :meth:`sample_model_batch`; ``None`` only with slices.
 
         Returns:
-            The sum of the terms, a scalar with gradient, and all terms by name.
+            The sum of the loss terms, a scalar with gradient, and all outputs of the loss by name.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a shape does not fit, or targets come without ``model_batch``.
         """
-        terms = self.loss_module(batch, model_batch)
+        loss = self.loss_module
+        has_targets = keys.VALUE_TARGET in batch.keys(True)
+        if model_batch is not None:
+            targets = batch if has_targets else loss.compute_targets(batch)
+            terms = loss.terms(targets, model_batch)
+        elif not has_targets:
+            terms = loss(batch)
+        else:
+            raise ValueError(
+                "RewardPredictorLoss: targets hold no next observations, so the dynamics need "
+                "transitions as second argument; or pass slices alone."
+            )
         return total_loss(terms), dict(terms.items())
 
     @in_training_mode
@@ -337,19 +339,20 @@ class RewardPredictor(Predictor):
         check_count("n_total_env_steps", n_total_env_steps, least=0)
         groups = self.update.optimizer.param_groups
         rates = rates_at(n_total_env_steps, self._rates, [group["name"] for group in groups])
-        sums = TermSums()
-        skipped_before = self.update.skipped
         for group in groups:
             group["lr"] = rates[group["name"]]
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
-        for i, (slices, transitions) in enumerate(batches):
-            sums.add(self._take_step(slices, transitions, is_first=i == 0))
+        steps = []
+        for slices, transitions in batches:
+            terms = self.update(slices, transitions)
+            steps.append(torch.stack([*terms.values()]))
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
-        taken = n_steps - (self.update.skipped - skipped_before)
-        means = sums.total() / (taken or torch.nan)
-        mean_loss = means[sums.names.index("loss")]
-        info = dict(zip(sums.names, means.tolist(), strict=True)) if taken else {}
+        names, values = [str(name) for name in terms.keys()], torch.stack(steps)
+        taken = values[:, names.index("grad_norm")].isfinite()  # the others were skipped
+        means = values[taken].mean(0)
+        info = dict(zip(names, means.tolist(), strict=True)) if taken.any() else {}
+        mean_loss = means[names.index("loss")]
         info |= {f"lr_{name}": rate for name, rate in rates.items()}
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())
@@ -494,9 +497,9 @@ class RewardPredictor(Predictor):
         tau: float,
         clip_grad_max_norm: float | None,
         encoder_warm_up: int,
-        compile: bool | None,
-        cudagraphs: bool | None,
-    ) -> Update:
+        compile: bool,
+        cudagraphs: bool,
+    ) -> Update | DeviceUpdate:
         loss = self.loss_module
         parts = {
             "model": self.model,
@@ -507,11 +510,7 @@ class RewardPredictor(Predictor):
         }
         params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
         groups = [{"params": ps, "name": name} for name, ps in params.items() if ps]
-        compute = self._losses
-        self._will_compile = compile or (compile is None and self.device.type == "cuda")
-        if self._will_compile:
-            compute = self._compiled_losses()
-        return Update(
+        update = Update(
             loss,
             torch.optim.Adam(groups, fused=True),
             target_updater=ForeachSoftUpdate(loss, tau) if params.get("value") else None,
@@ -519,59 +518,14 @@ class RewardPredictor(Predictor):
             # Without a reward nothing would learn in the warm-up.
             warm_up=encoder_warm_up if loss.learn_encoder and self.rew_func is not None else 0,
             warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
-            compute=compute,
-            cudagraphs=cudagraphs,
-            starting_steps=_STARTING_STEPS,
         )
-
-    def _losses(self, slices: SliceParts, transitions: TransitionParts) -> TensorDict:
-        """The terms of the loss, of what was read from a buffer."""
-        loss = self.loss_module
-        return loss(loss.encode_slices(slices), loss.encode_parts(transitions))
-
-    def _compiled_losses(self) -> Callable[..., TensorDict]:
-        generated = torch.compile(self._losses)
-
-        def compute(slices: SliceParts, transitions: TransitionParts) -> TensorDict:
-            # the first batches start running statistics, by what is never done again
-            if self.update.steps < _STARTING_STEPS:
-                return self._losses(slices, transitions)
-            return generated(slices, transitions)
-
-        return compute
-
-    def _take_step(
-        self, slices: SliceParts, transitions: TransitionParts, *, is_first: bool
-    ) -> TensorDict:
-        start = time.perf_counter()
-        try:
-            terms = self.update(slices, transitions, is_unchanged=not is_first)
-        except TorchDynamoException as error:
-            if self._update_options["compile"] is not None:  # it was asked for
-                raise
-            warnings.warn(
-                "RewardPredictor: the losses cannot be compiled and are computed without, more "
-                f"slowly (compile=False asks for that): {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}",
-                stacklevel=5,
-            )
-            self.update.compute = self._losses
-            self._will_compile = False
-            return self.update(slices, transitions)
-        if self._will_compile and self.update.steps > _STARTING_STEPS:
-            self._will_compile = False
-            seconds = time.perf_counter() - start
-            torchrl_logger.info(f"RewardPredictor: a learning step was compiled in {seconds:.1f} s")
-        return terms
+        if compile:
+            update.compute = CompiledLoss(loss)
+        return DeviceUpdate(update) if cudagraphs else update
 
     @property
-    def _rollout_options(self) -> dict[str, bool | None]:
-        names = {"compile": "compile_imagine", "cudagraphs": "cudagraphs"}
-        return {name: False for own, name in names.items() if self._update_options[own] is False}
-
-    @property
-    def _reader(self) -> BatchReader:
-        return BatchReader(self.loss_module, self._sampler, self.device)
+    def _reader(self) -> ReadAhead:
+        return ReadAhead(self.loss_module, self._sampler, self.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RewardPredictor:
         super()._apply(fn, recurse)
@@ -591,8 +545,6 @@ class RewardPredictor(Predictor):
 
     def _remake_update(self, extra_state: dict[str, Any]) -> None:
         """Bind optimiser and target updater to parameters that were moved, copied or unpickled."""
-        if "update" in self.__dict__:
-            self.update.forget_recordings()
         buffers = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
         self.update = self._make_update(**self._update_options)
         for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters

@@ -70,7 +70,7 @@ class PlanPrimer(TensorDictPrimer):
         return torch.full(shape, torch.nan, dtype=spec.dtype, device=device)
 
 
-class PlanCarrier(TensorDictModuleBase):
+class PlanEntries(TensorDictModuleBase):
     """Base class of modules that find in the TensorDict what they wrote under ``"next"``.
 
     NaN stands for nothing carried over: at a reset, where ``is_init`` is True, and where there is

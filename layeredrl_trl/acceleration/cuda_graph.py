@@ -1,4 +1,4 @@
-"""Recording work as a CUDA graph."""
+"""Recording work as a CUDA graph: the few calls of ``torch.cuda`` that it takes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def can_record(device: torch.device) -> bool:
-    """Say whether work can be recorded on a device."""
+    """Return whether work on this device can be recorded as a graph."""
     return device.type == "cuda"
 
 
-def beside(work: Callable[[], T], device: torch.device) -> T:
-    """Do ``work`` on a stream of its own, as what is recorded later must have been done once."""
+def on_side_stream(work: Callable[[], T], device: torch.device) -> T:
+    """Do ``work`` on the stream that it will be recorded on, as CUDA asks of a warm-up."""
     if device.type != "cuda":
         return work()
     current, side = torch.cuda.current_stream(device), _side_stream(device)
@@ -30,23 +30,24 @@ def beside(work: Callable[[], T], device: torch.device) -> T:
 
 
 def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """Record ``work`` as a CUDA graph; nothing of it is done yet.
+    """Record ``work`` as a CUDA graph, without carrying it out.
 
     Args:
         work: what to record.
-        device: where it happens.
+        device: that it runs on.
 
     Returns:
-        what does it, and what ``work`` returned: memory that is written by it.
+        a function that launches the graph, and what ``work`` returned: memory that the graph
+        writes.
 
     Raises:
         RuntimeError: if it cannot be recorded, say because the host waits for a number.
     """
     graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
     collects = gc.isenabled()
-    gc.disable()  # what it frees may have been recorded, too
+    gc.disable()  # freeing memory would become part of the recording
     try:
-        # torch leaves its stream current where it fails; the outer context puts back what was
+        # torch leaves its own stream current when it fails; the outer context restores ours
         with (
             torch.cuda.device(device),
             torch.cuda.stream(side),
@@ -63,7 +64,7 @@ def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], No
 
 
 def _recover(device: torch.device) -> None:
-    """Record nothing: some versions of torch draw no random numbers after a failure until then."""
+    """Record an empty graph: some versions of torch draw no random numbers after a failed one."""
     side = _side_stream(device)
     with (
         suppress(RuntimeError),

@@ -1,0 +1,169 @@
+"""The twin of ``Update`` on a GPU: a guarded step that the host never waits for.
+
+Whether a batch is skipped, and by how much gradients are clipped, is decided on the device, so the
+whole step can be replayed as a CUDA graph. It does what the plain step does, by the plain step's
+own loss, optimiser and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.objectives import SoftUpdate
+
+from layeredrl_trl.acceleration.compiled import CompiledLoss
+from layeredrl_trl.acceleration.cuda_graph import can_record
+from layeredrl_trl.acceleration.graph_replay import GraphReplay
+
+_N_FIRST_STEPS = CompiledLoss.n_plain_calls
+"""First steps, which start statistics by work that later ones do not do; they are not recorded."""
+
+
+class DeviceUpdate:
+    """Take the steps of an ``Update`` by replaying a CUDA graph, see :class:`GraphReplay`.
+
+    A skipped batch is warned of when :attr:`skipped` is next read, not at once.
+
+    Args:
+        update: the plain one, an ``objectives.Update``; it keeps the counters.
+
+    Raises:
+        ValueError: if its parameters are not on CUDA, its optimiser is not fused or has momentum,
+            or its target updater is no ``SoftUpdate``.
+    """
+
+    def __init__(self, update: Any) -> None:
+        optimizer, updater = update.optimizer, update.target_updater
+        if not _can_skip(optimizer) or not (updater is None or isinstance(updater, SoftUpdate)):
+            raise ValueError(
+                "cudagraphs: expected an optimiser with fused=True, without momentum, and a "
+                f"SoftUpdate, got {type(optimizer).__name__} and {type(updater).__name__}."
+            )
+        groups = optimizer.param_groups
+        device = next(p.device for group in groups for p in group["params"])
+        if not can_record(device):
+            raise ValueError(f"cudagraphs: they need CUDA, got parameters on {device}.")
+        self.plain = update
+        self.optimizer = optimizer
+        self._skipped_on_device = torch.zeros((), dtype=torch.long, device=device)
+        self._rates = torch.full((len(groups),), torch.nan, dtype=torch.float32, device=device)
+        self._rates_there: list[float] = []
+        self._replay = GraphReplay(self._step, [update.loss_module], also=self._circumstances)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, skipped ones included."""
+        return self.plain.steps
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        self.plain.steps = number
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped for non-finite gradients; reading it waits for the device."""
+        new = int(self._skipped_on_device)
+        self._skipped_on_device.zero_()
+        if new and not self.plain.skipped:
+            self.plain.warn_of_skipped(1)
+        self.plain.skipped += new
+        return self.plain.skipped
+
+    @skipped.setter
+    def skipped(self, number: int) -> None:
+        self._skipped_on_device.zero_()
+        self.plain.skipped = number
+
+    def __call__(self, *batches: Any) -> TensorDict:
+        """Take one step; takes (as tensors and tuples of them) and returns what ``Update`` does."""
+        with self._rates_on_device():
+            info = self._replay(*batches)
+        self.plain.steps += 1
+        return TensorDict(info, batch_size=[])
+
+    def _step(self, *batches: Any) -> dict[str, Tensor]:
+        """Take a step without a word to the host."""
+        step = self.plain.compute_gradients(*batches)
+        is_finite = step.whole_norm.isfinite()
+        scale, max_norm = None, self.plain.clip_grad_max_norm
+        if max_norm is not None:
+            scale = ((step.norm + 1e-6) / max_norm).clamp_min(1.0).float()
+        # the kernel of a fused optimiser divides and skips, as mixed precision needs it
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, 1.0 - is_finite.float()
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        self._move_targets(is_finite)
+        step.before.restore(~is_finite)
+        self._skipped_on_device.add_(~is_finite)
+        return self.plain.outcome(step)
+
+    @torch.no_grad()
+    def _move_targets(self, where: Tensor) -> None:
+        """Do what ``SoftUpdate.step`` does, where ``where`` is True."""
+        updater = self.plain.target_updater
+        if updater is None:
+            return
+        targets = list(updater._targets.values(True, True))
+        change = torch._foreach_sub(list(updater._sources.values(True, True)), targets)
+        torch._foreach_mul_(change, (1 - updater.eps) * where)  # a tensor: no weight of lerp
+        torch._foreach_add_(targets, change)
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Let the optimiser read learning rates from memory, where a replay finds new ones."""
+        groups = self.optimizer.param_groups
+        own = [(group, group["lr"], group.get("capturable", False)) for group in groups]
+        rates = [float(rate) for _, rate, _ in own]
+        if rates != self._rates_there:
+            self._rates.copy_(torch.tensor(rates))
+            self._rates_there = rates
+        try:
+            for group, rate in zip(groups, self._rates.unbind(), strict=True):
+                group["lr"], group["capturable"] = rate, True
+            yield
+        finally:
+            for group, rate, capturable in own:
+                group["lr"], group["capturable"] = rate, capturable
+
+    def _circumstances(self) -> Hashable:
+        """Return all that a step depends on beside its batch and the modules."""
+        in_memory = ("params", "lr", "capturable")
+        options = [
+            (name, str(x))
+            for group in self.optimizer.param_groups
+            for name, x in group.items()
+            if name not in in_memory
+        ]
+        moments = [
+            x.data_ptr()
+            for state in self.optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        ]
+        plain, updater = self.plain, self.plain.target_updater
+        return (
+            plain.steps < plain.warm_up,
+            plain.steps < _N_FIRST_STEPS,
+            plain.clip_grad_max_norm,
+            id(plain.compute),
+            None if updater is None else (id(updater), updater.eps),
+            tuple(options),
+            tuple(moments),
+        )
+
+
+def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimiser's kernel scales gradients, and can leave everything as it is.
+
+    With momentum it cannot in its first step: the buffer would be left as it was allocated.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") and not group.get("momentum") for group in optimizer.param_groups
+    )

@@ -1,0 +1,281 @@
+"""What losses on slices share: reading and encoding batches, and value targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from layeredrl_trl import keys
+from layeredrl_trl.checks import check_counts
+from layeredrl_trl.modules import DynamicsModel, Encoder, evaluate, head_entries, reads_action
+from layeredrl_trl.objectives.batch import SliceKeys, Slices, as_slices
+from layeredrl_trl.objectives.targets import n_step_returns, value_target
+
+
+class SliceLoss(LossModule):
+    """Base class of losses on slices: encode them, and compute value targets by a target network.
+
+    Args:
+        encoder: of the observations.
+        dynamics: the model; names the action.
+        value: a state value or Q-function, or ``None``.
+        gamma: discount, in [0, 1].
+        k_steps: steps of a slice that get a target, at least 1.
+        n_steps: most rewards in a value target, at least 1.
+        learn_encoder: let latent states carry gradient.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        TypeError: if a count is no integer.
+        ValueError: if an option is out of range.
+    """
+
+    class _AcceptedKeys(SliceKeys):
+        """Names of the entries that the loss reads; see ``set_keys``."""
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    value_network: TensorDictModuleBase
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dynamics: DynamicsModel,
+        value: TensorDictModuleBase | None,
+        *,
+        gamma: float,
+        k_steps: int,
+        n_steps: int,
+        learn_encoder: bool,
+        reduction: str,
+    ) -> None:
+        super().__init__()
+        _check_options(gamma, k_steps, n_steps, reduction)
+        self.encoder = encoder
+        self.dynamics = dynamics
+        self.has_value = value is not None
+        if value is not None:
+            self.convert_to_functional(value, "value_network", create_target_params=True)
+            if not any(True for _ in value.parameters()):  # no target to be warned of
+                self._has_update_associated["value_network"] = True
+        self.gamma = gamma
+        self.k_steps = k_steps
+        self.n_steps = n_steps
+        self.learn_encoder = learn_encoder
+        self.reduction = reduction
+
+    @property
+    def bootstraps_action(self) -> bool:
+        """Whether the value is a Q-function."""
+        return self.has_value and reads_action(self.value_network, self.tensor_keys.action)
+
+    @property
+    def slice_len(self) -> int:
+        """``T``, the steps of a slice that the loss reads."""
+        return self.k_steps + self.n_steps - (0 if self.bootstraps_action else 1)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that :meth:`forward` reads from slices; ``planned`` is optional."""
+        names = self.tensor_keys
+        return [
+            names.observation,
+            names.action,
+            names.next_observation,
+            names.next_reward,
+            names.next_terminated,
+            names.mask,
+        ]
+
+    def compute_targets(
+        self,
+        tensordict: TensorDictBase | Slices,
+        *,
+        k_steps: int | None = None,
+        n_steps: int | None = None,
+        gamma: float | None = None,
+    ) -> TensorDict:
+        r"""Encode the first ``k`` steps of slices and compute their n-step value targets.
+
+        ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l (1 - terminated) V_target`` with ``l`` the
+        smaller of ``n`` and the steps left in the episode.
+
+        Args:
+            tensordict: slices, as for :meth:`forward`, of ``k + n - 1`` steps or more (one more for
+                a Q-function).
+            k_steps: instead of the loss's own.
+            n_steps: instead of the loss's own.
+            gamma: instead of the loss's own.
+
+        Returns:
+            TensorDict ``[B, k]``: ``latent``, ``context`` (with gradient if ``learn_encoder``),
+            ``action``, ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
+            ``bootstrap_value`` (what the target ends with, before its discount),
+            ``("collector", "mask")``, ``planned`` and, if it is known, ``index``. For a Q-function
+            the mask is also False on the last step of an episode that has no action to bootstrap
+            with.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a number is out of its range or a shape does not fit.
+        """
+        slices = self._read_slices(tensordict)
+        slices = self.with_returns(slices, k_steps=k_steps, n_steps=n_steps, gamma=gamma)
+        targets, mask = self._targets(slices), slices.mask
+        targets.setdefault(self.tensor_keys.planned, torch.ones_like(mask))
+        if slices.index is not None:
+            targets[keys.INDEX] = slices.index
+        return TensorDict(targets, batch_size=mask.shape[:2], device=mask.device)
+
+    def with_returns(
+        self,
+        slices: Slices,
+        *,
+        k_steps: int | None = None,
+        n_steps: int | None = None,
+        gamma: float | None = None,
+    ) -> Slices:
+        """Compute what value targets need of the data alone; see :meth:`compute_targets`.
+
+        It may be done for the slices of many optimisation steps at once.
+        """
+        k_steps = self.k_steps if k_steps is None else k_steps
+        n_steps = self.n_steps if n_steps is None else n_steps
+        gamma = self.gamma if gamma is None else gamma
+        _check_options(gamma, k_steps, n_steps, self.reduction)
+        return n_step_returns(
+            slices,
+            k_steps=k_steps,
+            n_steps=n_steps,
+            gamma=gamma,
+            needs_action=self.bootstraps_action,
+        )
+
+    def encode_transitions(self, transitions: TensorDictBase | Slices) -> TensorDict:
+        """Encode single transitions for the dynamics, without gradient.
+
+        Args:
+            transitions: ``[N]``: ``observation``, ``action``, ``("next", "observation")``,
+                ``("next", "terminated")``, and optionally ``weight`` ``[N, 1]`` and ``index``.
+
+        Returns:
+            TensorDict ``[N]``: ``latent``, ``context``, ``action``, ``("next", "latent")``,
+            ``("next", "context")``, ``("next", "terminated")``, ``("collector", "mask")`` and those
+            of ``weight``, ``index`` that were there. For an encoder with running statistics also
+            both observations.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a shape does not fit.
+        """
+        entries = self._encode(self._read_transitions(transitions))
+        terminated = entries[self.tensor_keys.next_terminated]
+        entries.setdefault(keys.MASK, torch.ones_like(terminated))
+        return TensorDict(entries, batch_size=terminated.shape[:1], device=terminated.device)
+
+    def _read_slices(self, tensordict: TensorDictBase | Slices) -> Slices:
+        if isinstance(tensordict, Slices):
+            return tensordict
+        names = self.tensor_keys
+        return Slices.read(as_slices(tensordict, self.slice_len, self.in_keys, names), names)
+
+    def _read_transitions(self, transitions: TensorDictBase | Slices) -> Slices:
+        if isinstance(transitions, Slices):
+            return transitions
+        return Slices.read(transitions, self.tensor_keys, with_reward=False, with_mask=False)
+
+    def _targets(self, slices: Slices) -> dict[NestedKey, Tensor]:
+        """What reward and value learn from, ``[B, k]``, of slices with returns."""
+        names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
+        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
+            latent, context = self.encoder.encode(slices.observation)
+        context = context[:, :1].expand_as(context)
+        returns = slices.returns
+        value = torch.zeros_like(slices.reward)
+        if self.has_value:
+            value = self._target_value(returns.observation, context.detach(), returns.action)
+            value = torch.where(returns.bootstraps, value, 0.0)
+        targets = {
+            latent_key: latent,
+            context_key: context,
+            names.action: slices.action,
+            names.next_reward: slices.reward,
+            names.next_terminated: slices.terminated,
+            keys.VALUE_TARGET: value_target(slices, value),
+            keys.BOOTSTRAP_VALUE: value,
+            names.mask: slices.mask,
+            names.planned: slices.planned,
+        }
+        return {key: x for key, x in targets.items() if x is not None}
+
+    @torch.no_grad()
+    def _target_value(self, observation: Tensor, context: Tensor, action: Tensor | None) -> Tensor:
+        """Value ``[B, k, 1]`` of observations by the target network."""
+        latent, _ = self.encoder.encode(observation)
+        entries = self._head_entries(latent, context, action)
+        network = self.value_network
+        with self.target_value_network_params.to_module(network, preserve_module_state=False):
+            return evaluate(network, entries)
+
+    @torch.no_grad()
+    def _encode(self, transitions: Slices) -> dict[NestedKey, Tensor]:
+        """What the dynamics learn from, ``[N]``."""
+        names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
+        entries: dict[NestedKey, Tensor | None] = {}
+        if self.encoder.has_statistics:
+            entries[names.observation] = transitions.observation
+            entries[names.next_observation] = transitions.next_observation
+        # after the observations: the latent state may be called the same
+        entries[latent_key], entries[context_key] = self.encoder.encode(transitions.observation)
+        following = self.encoder.encode(transitions.next_observation)
+        entries[next_key(latent_key)], entries[next_key(context_key)] = following
+        entries |= {
+            names.action: transitions.action,
+            names.next_terminated: transitions.terminated,
+            keys.MASK: transitions.mask,
+            keys.WEIGHT: transitions.weight,
+            keys.INDEX: transitions.index,
+        }
+        return {key: x for key, x in entries.items() if x is not None}
+
+    def _head_entries(self, latent: Tensor, context: Tensor, action: Tensor | None) -> dict:
+        dynamics, names = self.dynamics, (*self.encoder.out_keys, self.tensor_keys.action)
+        return head_entries(
+            names,
+            latent,
+            context,
+            action,
+            dynamics.action_dim,
+            indices=dynamics.accepts_indices,
+        )
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """Called by ``set_keys``: let ``_reduce_loss`` find the mask under its new name."""
+        self.loss_mask_key = self.tensor_keys.mask
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
+            self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """Name an entry under ``"next"``."""
+    return unravel_key(("next", key))
+
+
+def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
+    if k_steps < 1 or n_steps < 1:
+        raise ValueError(f"k_steps and n_steps must be at least 1, got {k_steps} and {n_steps}.")
+    check_counts(k_steps=k_steps, n_steps=n_steps)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")

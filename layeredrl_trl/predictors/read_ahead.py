@@ -1,0 +1,99 @@
+"""From a replay buffer to batches, those of many optimisation steps drawn and read at once.
+
+To find, read and check a batch takes as long as the step that learns from it, whatever its size up
+to some ten thousand steps of a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchrl.data import TensorDictReplayBuffer
+
+from layeredrl_trl import keys
+from layeredrl_trl.checks import check_counts
+from layeredrl_trl.data import (
+    TransitionSliceSampler,
+    check_buffer,
+    has_plain_columns,
+    read_transitions,
+    stack_index,
+)
+from layeredrl_trl.objectives import RewardPredictorLoss, Slices, rows_with_data
+
+READ_AHEAD = 2**16
+"""Most steps that are read from a buffer at once."""
+
+_MOST_NUMBERS = 2**25
+"""Most numbers of observations that are read at once, for large ones."""
+
+
+class ReadAhead(NamedTuple):
+    """Draw batches from replay buffers and read what a loss needs of them.
+
+    Attributes:
+        loss: names the entries and the length of slices; no network of it is asked.
+        sampler: draws slices.
+        device: of the batches.
+    """
+
+    loss: RewardPredictorLoss
+    sampler: TransitionSliceSampler
+    device: torch.device
+
+    def batches(
+        self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
+    ) -> Iterator[tuple[Slices, Slices]]:
+        """Give slices and transitions for each of ``n_steps`` optimisation steps.
+
+        Transforms of the buffer are asked anew for every step: what they give may change with what
+        is learned.
+        """
+        length, ahead = self.loss.slice_len, 1
+        if has_plain_columns(buffer):
+            size = self.loss.encoder.obs_shape.numel()
+            rows = batch_size * length + model_batch_size
+            ahead = max(1, min(READ_AHEAD, _MOST_NUMBERS // size) // rows)
+        for done in range(0, n_steps, ahead):
+            n = min(ahead, n_steps - done)
+            slices = self.loss.with_returns(self.slices(buffer, n * batch_size, length))
+            if slices.mask.all():  # as of single steps with a state value
+                slices = slices._replace(mask=None)
+            transitions = self.transitions(buffer, n * model_batch_size)
+            yield from zip(slices.split(n), transitions.split(n), strict=True)
+
+    def slices(self, buffer: TensorDictReplayBuffer, batch_size: int, length: int) -> Slices:
+        """Draw slices ``[B, length]``, whose starts are uniform over what is stored."""
+        index, mask = self._draw(buffer, batch_size, length)
+        slices = self._read(buffer, index, with_reward=True)
+        return slices._replace(mask=mask.to(self.device).unsqueeze(-1), weight=None)
+
+    def transitions(self, buffer: TensorDictReplayBuffer, batch_size: int) -> Slices:
+        """Draw single transitions ``[B]``."""
+        index, _ = self._draw(buffer, batch_size, 1)
+        return self._read(buffer, tuple(i[:, 0] for i in index), with_reward=False)
+
+    def _draw(
+        self, buffer: TensorDictReplayBuffer, batch_size: int, length: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        check_buffer(buffer)
+        check_counts(batch_size=batch_size)
+        index, mask = self.sampler.sample_slices(buffer.storage, batch_size, length)
+        row = rows_with_data(mask)
+        return tuple(i[row] for i in index), mask
+
+    def _read(
+        self, buffer: TensorDictReplayBuffer, index: tuple[Tensor, ...], *, with_reward: bool
+    ) -> Slices:
+        names = self.loss.tensor_keys
+        needed = [names.observation, names.action, names.next_observation, names.next_terminated]
+        optional = [names.planned] if with_reward else [keys.WEIGHT]
+        needed += [names.next_reward] if with_reward else []
+        steps = read_transitions(buffer, index, needed, optional)
+        steps.set(keys.INDEX, stack_index(index))
+        is_there = all(x.device == self.device for x in steps.values(True, True))
+        steps = steps if is_there else steps.to(self.device)
+        return Slices.read(steps, names, with_reward=with_reward, with_mask=False)
