@@ -98,7 +98,8 @@ def _make_dm_control_env(env_id: str, action_repeat: int) -> DMControlEnv:
     domain, _, task = env_id.removeprefix(_DM_CONTROL).rpartition("-")
     suite = DMControlEnv.available_envs
     known = sorted(f"{name}-{task}" for name, tasks in suite for task in tasks)
-    if f"{domain}-{task}" not in known:
+    # without dm_control nothing is known, and the constructor says that it is missing
+    if known and f"{domain}-{task}" not in known:
         similar = difflib.get_close_matches(f"{domain}-{task}", known, n=3)
         hint = ", ".join(f"{_DM_CONTROL}{name}" for name in similar or known)
         raise RecipeError(f"env: dm_control has no task {env_id!r}; similar: {hint}.")

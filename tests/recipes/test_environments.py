@@ -8,20 +8,27 @@ from torchrl.data import Bounded, OneHot
 
 from layeredrl_trl.recipes import RecipeError, make_env
 from layeredrl_trl.recipes.environments import max_episode_steps
+from tests.extras import needs_dm_control, needs_gymnasium_robotics
 
 SWINGUP = "dm_control/cartpole-swingup"
+MAZE = "gymnasium_robotics:PointMaze_UMaze-v3"
 ENVS = {
     "Pendulum-v1": (3, 1),
     "CartPole-v1": (4, 2),
     "InvertedPendulum-v5": (4, 1),
     "Reacher-v5": (10, 2),
     SWINGUP: (5, 1),
-    "gymnasium_robotics:PointMaze_UMaze-v3": (8, 2),
+    MAZE: (8, 2),
 }
+NEEDS = {SWINGUP: needs_dm_control, MAZE: needs_gymnasium_robotics}
+
+
+def ids_of(*env_ids):
+    return [pytest.param(env_id, marks=NEEDS.get(env_id, ())) for env_id in env_ids]
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("env_id", ENVS)
+@pytest.mark.parametrize("env_id", ids_of(*ENVS))
 def test_one_float32_vector_and_one_action(env_id, num_envs):
     env = make_env(env_id, num_envs=num_envs)
     batch = () if num_envs == 1 else (num_envs,)
@@ -51,7 +58,7 @@ def test_the_same_seed_starts_the_same_episodes():
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", SWINGUP])
+@pytest.mark.parametrize("env_id", ids_of("Pendulum-v1", SWINGUP))
 def test_action_repeat_adds_rewards_up(env_id):
     once, twice = (make_env(env_id, seed=1, action_repeat=n) for n in (1, 2))
     action = once.action_spec.rand()
@@ -65,6 +72,7 @@ def test_action_repeat_adds_rewards_up(env_id):
     torch.testing.assert_close(both["next", "observation"], second["next", "observation"])
 
 
+@needs_dm_control
 def test_a_time_limit_truncates():
     env = make_env(SWINGUP, action_repeat=500)
     last = env.rollout(10)[-1]["next"]
@@ -80,10 +88,23 @@ def test_max_episode_steps():
     ("env_id", "text"),
     [
         ("Pendlum-v1", "no environment 'Pendlum-v1'.*similar: Pendulum-v1"),
-        ("dm_control/cartpole-swngup", "no task.*similar: dm_control/cartpole-swingup"),
+        pytest.param(
+            "dm_control/cartpole-swngup",
+            "no task.*similar: dm_control/cartpole-swingup",
+            marks=needs_dm_control,
+        ),
         ("Blackjack-v1", "no observation made of vectors"),
     ],
 )
 def test_an_id_that_will_not_do(env_id, text):
     with pytest.raises(RecipeError, match=re.compile(text, re.S)):
+        make_env(env_id)
+
+
+@pytest.mark.parametrize("env_id", [SWINGUP, "dm_control/cart"])
+def test_a_missing_dm_control_is_said_to_be_missing(env_id, monkeypatch):
+    """Without it no task is known to TorchRL, and the error named an unknown task."""
+    for flag in ("_has_dmc", "_has_dm_control"):
+        monkeypatch.setattr(f"torchrl.envs.libs.dm_control.{flag}", False)
+    with pytest.raises(RecipeError, match=r"needs a package that is not installed.*dm-control"):
         make_env(env_id)

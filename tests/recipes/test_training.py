@@ -15,6 +15,7 @@ from layeredrl_trl.__main__ import main
 from layeredrl_trl.recipes import RecipeError, TrainConfig, make_env, train, training
 from layeredrl_trl.recipes.agent import make_predictor
 from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
+from tests.extras import needs_dm_control
 
 TINY = TrainConfig(
     total_frames=60,
@@ -94,7 +95,12 @@ def test_repeated_steps_count_as_steps(tiny):
 
 
 @pytest.mark.parametrize(
-    "env", ["CartPole-v1", "InvertedPendulum-v5", "dm_control/cartpole-swingup"]
+    "env",
+    [
+        "CartPole-v1",
+        "InvertedPendulum-v5",
+        pytest.param("dm_control/cartpole-swingup", marks=needs_dm_control),
+    ],
 )
 def test_other_environments(tiny, env):
     run = train(replace(tiny, env=env), say=lambda _: None)
@@ -224,7 +230,11 @@ def test_episodes_csv_holds_every_finished_episode(tiny):
     [
         (["train", "--env", "Pendulm-v1"], "no environment 'Pendulm-v1'.*Pendulum-v1"),
         (["train", "--env", "Blackjack-v1"], "no observation made of vectors"),
-        (["train", "--env", "dm_control/cart"], "no task 'dm_control/cart'"),
+        pytest.param(
+            ["train", "--env", "dm_control/cart"],
+            "no task 'dm_control/cart'",
+            marks=needs_dm_control,
+        ),
         (["train", "--resume", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["evaluate", "--checkpoint", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["evaluate", "--checkpoint", __file__], "cannot be read"),
