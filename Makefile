@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+NEXT_VENV ?= .venv-next
 WORKERS ?= 2
 ARGS ?=
 TUTORIALS ?= $(sort $(wildcard tutorials/[0-9][0-9]_*.py))
@@ -10,17 +11,23 @@ BIN := $(VENV)/bin
 # Made when an install has finished; an install runs again when what is asked for has changed.
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+NEXT_STAMP := $(NEXT_VENV)/.installed
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
+NEXT_INSTALL := $(NEXT_VENV)/bin/python $(PIP_INSTALL)
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint format bench gpu tutorials clean distclean
+.PHONY: help demo install test test-next lint format bench gpu tutorials clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [WORKERS=2]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "The first target that needs it creates $(VENV) and installs the versions of constraints.txt."
+	@echo "The first target that needs it creates $(VENV) and installs the versions of constraints.txt"
+	@echo "(test-next: $(NEXT_VENV), with TorchRL as in constraints-next.txt)."
 	@echo "Examples:"
 	@echo "  make demo ARGS='--env CartPole-v1'"
 	@echo "  make test ARGS='-m \"not slow\" -k returns'"
@@ -33,6 +40,9 @@ install: $(DEV_STAMP) ## install the library and everything the targets below ne
 
 test: $(DEV_STAMP) ## run all tests and docstring examples (ARGS: options of pytest)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-next: $(NEXT_STAMP) ## run them with TorchRL 0.15 as in constraints-next.txt (ARGS: options of pytest)
+	$(NEXT_VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(DEV_STAMP) ## check formatting, style and types
 	$(BIN)/ruff format --check .
@@ -62,14 +72,13 @@ tutorials: $(DEV_STAMP) ## execute tutorials/*.py into the notebooks beside them
 
 clean: ## remove caches and what training and building left here
 	rm -rf build dist outputs runs .benchmarks .hypothesis .pytest_cache .ruff_cache
-	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './$(VENV)' -prune -o -path './$(NEXT_VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
-distclean: clean ## clean, and remove $(VENV)
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove $(VENV) and $(NEXT_VENV)
+	rm -rf $(VENV) $(NEXT_VENV)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
@@ -81,3 +90,12 @@ $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the library and the development packages into $(VENV) (a minute or two)"
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(DEMO_STAMP)
+
+# Made anew: torchrl and torchrl-nightly share a folder, and pip would mix what changes between them.
+$(NEXT_STAMP): pyproject.toml constraints-next.txt constraints.txt
+	@echo "installing the next TorchRL and what the tests need into $(NEXT_VENV) (a minute or two)"
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(NEXT_VENV)
+	$(NEXT_INSTALL) -r constraints-next.txt
+	$(NEXT_INSTALL) --no-deps -e .
+	@touch $@
