@@ -89,7 +89,7 @@ def code_version(package: Path = PACKAGE) -> str:
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     parts = [f"code-{digest.hexdigest()[:12]}"]
-    for name in ("torch", "torchrl", "gymnasium", "mujoco"):
+    for name in ("torch", "torchrl", "torchrl-nightly", "gymnasium", "mujoco"):
         try:
             parts.append(f"{name}-{importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
