@@ -1,4 +1,7 @@
-"""Checks of a user's plain numbers; the error names the argument, what was expected, what came."""
+"""Checks of a user's plain numbers; the error names the argument, what was expected, what came.
+
+Each function takes the name and the value of the argument.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,6 @@ from typing import Any
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Check that an argument is an integer of at least ``least``.
-
-    Args:
-        name: name of the argument, for the error.
-        value: the argument.
-        least: smallest legal value.
 
     Raises:
         TypeError: if ``value`` is not an integer; ``True`` and ``2.0`` are not.
@@ -49,12 +47,7 @@ def check_sizes(name: str, sizes: Any) -> None:
 
 
 def check_finite(name: str, value: Any, *, above: float = -math.inf) -> None:
-    """Check that an argument is a finite number.
-
-    Args:
-        name: name of the argument, for the error.
-        value: the argument.
-        above: lower bound, itself not legal.
+    """Check that an argument is a finite number above ``above``.
 
     Raises:
         TypeError: if ``value`` is not a number.

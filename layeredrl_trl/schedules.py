@@ -45,10 +45,7 @@ class Schedule(abc.ABC):
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Schedule:
-        """Make the schedule whose :meth:`state_dict` returned ``state``.
-
-        Args:
-            state: the state of any subclass that has been defined or imported.
+        """Make the schedule, of any subclass, whose :meth:`state_dict` returned ``state``.
 
         Raises:
             KeyError: if ``state`` has no entry ``type``.
@@ -109,7 +106,6 @@ class LinearSchedule(Schedule):
 
     def __post_init__(self) -> None:
         _set_numbers(self)
-        _check_phases(self)
 
     def __call__(self, n_total_env_steps: int) -> float:
         """Return the value after ``n_total_env_steps`` env steps."""
@@ -139,7 +135,6 @@ class RampSchedule(Schedule):
 
     def __post_init__(self) -> None:
         _set_numbers(self)
-        _check_phases(self, first_phase="warm_up")
 
     def __call__(self, n_total_env_steps: int) -> float:
         """Return the value after ``n_total_env_steps`` env steps."""
@@ -173,14 +168,11 @@ class ZeroThenLinearSchedule(Schedule):
 
     def __post_init__(self) -> None:
         _set_numbers(self)
-        _check_phases(self, first_phase="zero_duration")
 
     def __call__(self, n_total_env_steps: int) -> float:
         """Return the value after ``n_total_env_steps`` env steps."""
-        steps = n_total_env_steps - self.zero_duration
-        if steps < 0:
-            return 0.0
-        return _interpolate(steps / self.duration, self.start_value, self.end_value)
+        fraction = (n_total_env_steps - self.zero_duration) / self.duration
+        return 0.0 if fraction < 0 else _interpolate(fraction, self.start_value, self.end_value)
 
 
 @dataclass(frozen=True)
@@ -229,11 +221,8 @@ class PiecewiseLogLinearSchedule(Schedule):
 
     def __post_init__(self) -> None:
         _set_points(self)
-        for _, value in self.points:
-            if value < 0:
-                raise ValueError(
-                    f"{type(self).__name__}: points must have no value below 0, got {value}."
-                )
+        least = min(value for _, value in self.points)
+        _require(self, least >= 0, f"points must have no value below 0, got {least}")
 
     def __call__(self, n_total_env_steps: int) -> float:
         """Return the value after ``n_total_env_steps`` env steps."""
@@ -260,11 +249,20 @@ def _surrounding_points(
     return (time - time_before) / (time_after - time_before), before, after
 
 
+def _require(schedule: Schedule, legal: bool, text: str) -> None:
+    if not legal:
+        raise ValueError(f"{type(schedule).__name__}: {text}.")
+
+
 def _set_numbers(schedule: Any) -> None:
-    """Turn all arguments of a frozen schedule into plain floats."""
-    for field in fields(schedule):
-        number = _as_number(schedule, field.name, getattr(schedule, field.name))
-        object.__setattr__(schedule, field.name, number)
+    """Turn all arguments of a frozen schedule into plain floats and check the lengths of phases."""
+    for name in (field.name for field in fields(schedule)):
+        number = _as_number(schedule, name, getattr(schedule, name))
+        object.__setattr__(schedule, name, number)
+        if name == "duration":
+            _require(schedule, number > 0, f"duration must be above 0, got {number}")
+        elif name in ("warm_up", "zero_duration"):
+            _require(schedule, number >= 0, f"{name} must be at least 0, got {number}")
 
 
 def _as_number(schedule: Schedule, name: str, value: Any) -> float:
@@ -275,38 +273,22 @@ def _as_number(schedule: Schedule, name: str, value: Any) -> float:
         raise TypeError(
             f"{type(schedule).__name__}: {name} must be a number, got {value!r}."
         ) from None
-    if not isfinite(number):
-        raise ValueError(f"{type(schedule).__name__}: {name} must be finite, got {number}.")
+    _require(schedule, isfinite(number), f"{name} must be finite, got {number}")
     return number
-
-
-def _check_phases(schedule: Any, first_phase: str | None = None) -> None:
-    """Check the length of the linear part, and of the phase before it if there is one."""
-    name, duration = type(schedule).__name__, schedule.duration
-    if duration <= 0:
-        raise ValueError(f"{name}: duration must be above 0, got {duration}.")
-    if first_phase is not None and getattr(schedule, first_phase) < 0:
-        raise ValueError(
-            f"{name}: {first_phase} must be at least 0, got {getattr(schedule, first_phase)}."
-        )
 
 
 def _set_points(schedule: PiecewiseLinearSchedule | PiecewiseLogLinearSchedule) -> None:
     """Turn ``points`` into a tuple of pairs of plain floats and check their order."""
-    name = type(schedule).__name__
     try:
         pairs = [(time, value) for time, value in schedule.points]
     except (TypeError, ValueError):
         raise TypeError(
-            f"{name}: points must be pairs (env steps, value), got {schedule.points!r}."
+            f"{type(schedule).__name__}: points must be pairs (env steps, value), "
+            f"got {schedule.points!r}."
         ) from None
-    points = tuple(
-        (_as_number(schedule, "points", time), _as_number(schedule, "points", value))
-        for time, value in pairs
-    )
-    times = [time for time, _ in points]
-    if not points or times != sorted(times):
-        raise ValueError(f"{name}: points must be at least one, in order of time, got {points}.")
+    points = tuple(tuple(_as_number(schedule, "points", x) for x in pair) for pair in pairs)
+    in_order = len(points) > 0 and list(points) == sorted(points, key=lambda point: point[0])
+    _require(schedule, in_order, f"points must be at least one, in order of time, got {points}")
     object.__setattr__(schedule, "points", points)
 
 

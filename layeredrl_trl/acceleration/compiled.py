@@ -45,10 +45,8 @@ class CompiledStep(Generic[T]):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.function(*arguments)
         start = time.perf_counter()
-        # torch also looks at what a view is a view of, and would compile anew for that
-        detached = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
         with dynamo_config.patch(recompile_limit=_MOST_VARIANTS):
-            out = _compile(self.function)(*detached)
+            out = _compile(self.function)(*map(_detached, arguments))
         self._has_reported = _report("a step of imagination", start, self._has_reported)
         return out
 
@@ -80,6 +78,16 @@ class CompiledLoss(Generic[T]):
         out = self._compiled(*batches)
         self._has_reported = _report("a learning step", start, self._has_reported)
         return out
+
+
+def _detached(x: Any) -> Any:
+    """Detach a tensor, or those of a named tuple.
+
+    Of a view, torch also looks at what it is a view of, and would compile anew for that.
+    """
+    if isinstance(x, Tensor):
+        return x.detach()
+    return type(x)(*map(_detached, x)) if hasattr(x, "_fields") else x
 
 
 @cache

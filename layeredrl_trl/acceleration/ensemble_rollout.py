@@ -41,8 +41,8 @@ class FoldableEnsemble(Protocol):
         """Split outputs into Gaussians ``[..., 2, M, D]`` and logits of the modes ``[..., M]``."""
         ...
 
-    def known_inputs(self, context: Tensor, actions: Tensor) -> Tensor:
-        """Return what the networks read beside the latent state, of all steps: ``[N, H, K]``."""
+    def known_inputs(self, context: Tensor, action: Tensor, batch: torch.Size) -> Tensor:
+        """Return what the networks read beside the latent state, ``[*batch, K]``."""
         ...
 
 
@@ -93,10 +93,12 @@ class EnsembleRollout:
         horizon = actions.shape[1]
         groups = MemberGroups(n_envs, n_particles, model.n_models, member)
         start = groups.gather((latent.to(centre.dtype) - centre[:dim]) / width[:dim])
-        known = (model.known_inputs(context, actions) - centre[dim:]) / width[dim:]
+        context = context.unsqueeze(1).expand(-1, horizon, -1)
+        known = model.known_inputs(context, actions, actions.shape[:2])
+        known = (known - centre[dim:]) / width[dim:]
         known = known.transpose(0, 1)[:, :, None, None]
         known = groups.gather(known.expand(-1, -1, n_rows, n_particles, -1))
-        inputs, after = self._run(start, known, groups, deterministic)
+        inputs, after = self._move(start, known, groups, deterministic)
         after = torch.addcmul(centre[:dim], width[:dim], after)
 
         def by_env(x: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class EnsembleRollout:
         logit = model.termination_net(inputs, groups.group_member)
         return by_env(after), by_env(logit.unflatten(1, (horizon, -1)).transpose(1, 2))
 
-    def _run(
+    def _move(
         self, latent: Tensor, known: Tensor, groups: MemberGroups, deterministic: bool
     ) -> tuple[Tensor, Tensor]:
         """Move particles through ``H`` steps.

@@ -35,11 +35,13 @@ class Recording(NamedTuple):
         inputs: memory that the graph reads its arguments from.
         replay: launches the graph.
         outputs: memory that the graph writes its results to, in the shape that was returned.
+        objects: that the fingerprint knows by their address, held so that it stays theirs.
     """
 
     inputs: list[Tensor]
     replay: Callable[[], None]
     outputs: Any
+    objects: list[object]
 
 
 class GraphReplay(Generic[T]):
@@ -78,9 +80,9 @@ class GraphReplay(Generic[T]):
         self.modules = tuple(modules)
         self.also = also
         self.n_warm_up = n_warm_up
-        self._n_states = 0
         self._has_reported = False
-        self.forget()
+        self._recordings: dict[Hashable, Recording] = {}
+        self._n_calls: dict[Hashable, tuple[int, list[object]]] = {}
 
     def __call__(self, *arguments: Any) -> T:
         """Return what ``function`` returns for its arguments, all tensors on one device."""
@@ -88,41 +90,26 @@ class GraphReplay(Generic[T]):
         layout = _layout(arguments, tensors)
         if not tensors or _IS_RECORDING.get() or not _may_record(tensors[0]):
             return self.function(*arguments)
-        key = (layout, self._number_of_state())
+        modules, objects = fingerprint(self.modules)
+        key = (layout, modules, _torch_state(), self.also())
         recording = self._recordings.pop(key, None)
         if recording is None:
-            n_calls = self._n_calls.pop(key, 0)
-            _keep(self._n_calls, key, n_calls + 1)
+            n_calls, _ = self._n_calls.pop(key, (0, objects))
+            _keep(self._n_calls, key, (n_calls + 1, objects))
             if n_calls < self.n_warm_up:
                 # of the strides of what is recorded, for which the function may be compiled now
                 own = _rebuilt(arguments, (x.detach().contiguous() for x in tensors))
                 with without_reading():
                     return on_side_stream(lambda: self.function(*own), tensors[0].device)
-            recording = self._record(arguments, tensors)
+            recording = self._record(arguments, tensors, objects)
         _keep(self._recordings, key, recording)
         _copy(recording.inputs, tensors)
         recording.replay()
         return _copied(recording.outputs)
 
-    def forget(self) -> None:
-        """Drop all recordings and their memory."""
-        self._recordings: dict[Hashable, Recording] = {}
-        self._n_calls: dict[Hashable, int] = {}
-        # by what a state looks like: its number, and the objects that it knows by their address
-        # only self._states: dict[Hashable, tuple[int, list[object]]] = {}
-
-    def _number_of_state(self) -> int:
-        """Number the state of everything that a recording depends on besides its arguments."""
-        modules, objects = fingerprint(self.modules)
-        found = (modules, _torch_state(), self.also())
-        known = self._states.pop(found, None)
-        if known is None:
-            self._n_states += 1
-            known = self._n_states, objects
-        _keep(self._states, found, known)
-        return known[0]
-
-    def _record(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Recording:
+    def _record(
+        self, arguments: tuple[Any, ...], tensors: list[Tensor], objects: list[object]
+    ) -> Recording:
         inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in tensors]
         own = _rebuilt(arguments, iter(inputs))
         start, token = time.perf_counter(), _IS_RECORDING.set(True)
@@ -136,11 +123,11 @@ class GraphReplay(Generic[T]):
             name = getattr(self.function, "__qualname__", type(self.function).__name__)
             seconds = time.perf_counter() - start
             torchrl_logger.info(f"{name} was recorded as a CUDA graph in {seconds:.2f} s")
-        return Recording(inputs, replay, outputs)
+        return Recording(inputs, replay, outputs, objects)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without recordings, which are bound to memory."""
-        return self.__dict__ | {"_recordings": {}, "_n_calls": {}, "_states": {}}
+        return self.__dict__ | {"_recordings": {}, "_n_calls": {}}
 
 
 def _keep(things: dict[Hashable, T], key: Hashable, thing: T) -> None:

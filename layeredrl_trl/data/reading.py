@@ -48,16 +48,12 @@ def gather(column: Tensor, index: tuple[Tensor, ...]) -> Tensor:
 
 
 def stack_index(index: tuple[Tensor, ...]) -> Tensor:
-    """Stack storage positions to one tensor.
-
-    Args:
-        index: one LongTensor ``[*S]`` per storage dim.
+    """Stack storage positions, one LongTensor ``[*S]`` per storage dim, to one tensor.
 
     Returns:
         ``[*S]`` for a storage of one dim, else ``[*S, ndim]``.
 
     Example:
-        >>> import torch
         >>> stack_index((torch.zeros(3, 2, dtype=torch.long),)).shape
         torch.Size([3, 2])
         >>> stack_index((torch.zeros(3, 2, dtype=torch.long),) * 2).shape
@@ -67,14 +63,9 @@ def stack_index(index: tuple[Tensor, ...]) -> Tensor:
 
 
 def flat_position(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
-    """Compute the flat position in the storage's memory, as ``np.ravel_multi_index`` does.
+    """Compute flat positions ``[*S]`` in the storage's memory, as ``np.ravel_multi_index`` does.
 
-    Args:
-        index: one LongTensor ``[*S]`` per storage dim, time first.
-        lanes: sizes of the storage's dims after time.
-
-    Returns:
-        long ``[*S]``.
+    ``index`` is as for :func:`read_transitions`; ``lanes`` are the sizes of the dims after time.
     """
     position = index[0]
     for i, size in zip(index[1:], lanes, strict=True):
@@ -118,8 +109,6 @@ def read_transitions(
         IndexError: if a position lies beyond the stored steps.
 
     Example:
-        >>> import torch
-        >>> from tensordict import TensorDict
         >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
         >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
         >>> data = {"observation": torch.rand(10, 3).double(), "action": torch.rand(10, 1)}
@@ -147,12 +136,9 @@ def read_transitions(
         for key, value in columns.items():
             if value is None:
                 continue
-            if not plain:
-                value = value.reshape(index[0].shape + value.shape[1:])
-            elif isinstance(value, Tensor):
-                value = gather(value[:n_stored], index)
-            else:
-                value = value[:n_stored][index]
+            if plain:
+                value = value[:n_stored]
+                value = gather(value, index) if isinstance(value, Tensor) else value[index]
             entries[key] = _as_float32(value)
     return TensorDict(entries, batch_size=index[0].shape)
 
@@ -169,7 +155,7 @@ def has_plain_columns(buffer: ReplayBuffer) -> bool:
 
 
 def _collate_and_transform(buffer: ReplayBuffer, index: tuple[Tensor, ...]) -> TensorDictBase:
-    """Do what ``buffer.sample()`` does after its sampler has drawn, on a flat batch.
+    """Do what ``buffer.sample()`` does after its sampler has drawn ``index``, on a flat batch.
 
     ``buffer[index]`` would not do: for a storage of two dims it reads (and transforms) the whole
     buffer, and expects the index in the order (env, time).
@@ -187,7 +173,7 @@ def _collate_and_transform(buffer: ReplayBuffer, index: tuple[Tensor, ...]) -> T
             f"The transforms of the replay buffer made a batch of size {list(data.batch_size)} of "
             f"{flat[0].numel()} steps: expected as many steps as before."
         )
-    return data.reshape(-1)
+    return data.reshape(index[0].shape)
 
 
 def _checked_index(index: tuple[Tensor, ...], storage: Storage) -> tuple[Tensor, ...]:

@@ -12,7 +12,6 @@ from layeredrl_trl.diagnostics.table import why_missing
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:  # only drawing needs matplotlib
@@ -27,14 +26,9 @@ _REMARK = {"color": "#555555", "ha": "center"}
 
 
 def draw_report(metrics: TensorDict, missing: Mapping[str, str]) -> Figure:
-    """Draw a :class:`~layeredrl_trl.diagnostics.ModelReport`.
+    """Draw the metrics of a :class:`~layeredrl_trl.diagnostics.ModelReport`.
 
-    Args:
-        metrics: the report's metrics.
-        missing: the reason why an entry is NaN; its panel says it.
-
-    Returns:
-        The figure.
+    A panel that has nothing to show says why, see ``missing``.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -45,7 +39,6 @@ def draw_report(metrics: TensorDict, missing: Mapping[str, str]) -> Figure:
             "markdown() and scalars(), which do not."
         ) from _NO_MATPLOTLIB
     figure = Figure(figsize=(13, 7.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     (error, coverage, pit), (spread, termination, returns) = figure.subplots(2, 3)
     _draw_error(error, metrics["open_loop"], missing)
     _draw_coverage(coverage, metrics["open_loop"], missing)

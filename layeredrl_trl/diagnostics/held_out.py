@@ -94,14 +94,10 @@ def _read_steps(
     batch = stored.batch_size
     entries = {key: stored.get(name) for key, name in required.items()}
     for key, name in optional.items():
-        x = stored.get(name, None)
-        if x is None:
+        if (x := stored.get(name, None)) is None:
             continue
         if x.numel() != batch.numel():
-            raise ValueError(
-                f"{name}: expected one number per step, {[*batch, 1]}, got {list(x.shape)}."
-            )
-        entries[key] = x.reshape(batch)
-    if "terminated" in entries:
-        entries["terminated"] = entries["terminated"].bool()
+            expected = f"one number per step, {[*batch, 1]}"
+            raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}.")
+        entries[key] = x.reshape(batch).bool() if key == "terminated" else x.reshape(batch)
     return TensorDict(entries, batch_size=batch).to(predictor.device)

@@ -69,10 +69,7 @@ class ModelReportHook(TrainerHookBase):
         self._last_report_at: int | None = None
 
     def __call__(self, n_env_steps: int | None = None) -> ModelReport | None:
-        """Make and log a report if one is due.
-
-        Args:
-            n_env_steps: env steps taken so far; ``None`` asks the trainer.
+        """Make and log a report if one is due after so many env steps; ``None`` asks the trainer.
 
         Returns:
             The report, or ``None`` if none is due or the buffer is empty.
@@ -80,28 +77,24 @@ class ModelReportHook(TrainerHookBase):
         Raises:
             TypeError: if there is neither ``n_env_steps`` nor a trainer.
         """
+        trainer = self._trainer
         if n_env_steps is None:
-            if self._trainer is None:
+            if trainer is None:
                 raise TypeError(
                     "ModelReportHook: expected the number of env steps taken so far, or to be "
                     "registered in a Trainer first."
                 )
-            n_env_steps = int(self._trainer.collected_frames)
+            n_env_steps = int(trainer.collected_frames)
         last = self._last_report_at
         too_early = last is not None and n_env_steps - last < self.interval
         if too_early or len(self.buffer) == 0:
             return None
         self._last_report_at = n_env_steps
         self.report = model_report(self.predictor, self.buffer, self.horizon, **self.options)
-        scalars = {
-            f"{self.prefix}/{name}": value
-            for name, value in self.report.scalars().items()
-            if not math.isnan(value)
-        }
-        writer = self.writer
-        if writer is None and self._trainer is not None:
-            writer = self._trainer.logger
-        log_scalars(writer, scalars, n_env_steps)
+        scalars = self.report.scalars().items()
+        known = {f"{self.prefix}/{name}": x for name, x in scalars if not math.isnan(x)}
+        logger = trainer.logger if self.writer is None and trainer is not None else self.writer
+        log_scalars(logger, known, n_env_steps)
         return self.report
 
     def register(self, trainer: Trainer, name: str = "model_report") -> None:

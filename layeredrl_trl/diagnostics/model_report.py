@@ -110,18 +110,16 @@ class ModelReport:
             step and at the last step that any segment has. NaN where the data cannot tell.
         """
         open_loop, last = self.metrics["open_loop"], last_step(self.metrics)
+        one_step = self.metrics["one_step"]
         out = {
             f"open_loop/{name}_{which}": open_loop[name][step].item()
             for name in ("error", "error_ratio")
             for which, step in (("first", 0), ("last", last))
         }
-        coverages = {
-            "open_loop/coverage_last": open_loop["coverage"][last],
-            "one_step/coverage": self.metrics["one_step", "coverage"],
-        }
-        for name, coverage in coverages.items():
-            for level, share in zip(LEVELS, coverage.tolist(), strict=True):
-                out[f"{name}_{100 * level:.0f}"] = share
+        for i, level in enumerate(LEVELS):
+            percent = f"{100 * level:.0f}"
+            out[f"open_loop/coverage_last_{percent}"] = open_loop["coverage"][last, i].item()
+            out[f"one_step/coverage_{percent}"] = one_step["coverage"][i].item()
         for section, entries in self.metrics.items():
             for name, x in entries.items():
                 if x.ndim == 0:
@@ -221,27 +219,17 @@ def model_report(
         >>> report.metrics["open_loop", "error"].shape
         torch.Size([5])
     """
-    check_counts(
-        horizon=horizon,
-        n_segments=n_segments,
-        n_transitions=n_transitions,
-        num_particles=num_particles,
-    )
+    check_counts(horizon=horizon, n_segments=n_segments)
+    check_counts(n_transitions=n_transitions, num_particles=num_particles)
     check_buffer(buffer)
     missing: dict[str, str] = {}
     with _undisturbed(predictor, seed):
         data = read_held_out(predictor, buffer, horizon, n_segments, n_transitions)
-        metrics, dims = measure_one_step(predictor, data.transitions, missing)
-        for section, entries in measure_open_loop(
-            predictor, data, dims, num_particles, missing
-        ).items():
-            metrics[section] = metrics.get(section, {}) | entries
-    metrics["dims"] = dims._asdict()
-    return ModelReport(
-        TensorDict(metrics, batch_size=[]).cpu(),
-        missing,
-        _notes(dims, len(data.transitions), data.segments.shape, predictor.model.n_models),
-    )
+        one_step, dims = measure_one_step(predictor, data.transitions, missing)
+        open_loop = measure_open_loop(predictor, data, dims, num_particles, missing)
+    metrics = TensorDict({**one_step, "dims": dims._asdict()}).update(open_loop)
+    notes = _notes(dims, len(data.transitions), data.segments.shape, predictor.model.n_models)
+    return ModelReport(metrics.cpu(), missing, notes)
 
 
 @contextmanager
@@ -264,23 +252,20 @@ def _notes(dims: Dims, n_transitions: int, segments: torch.Size, n_models: int) 
         f"{n_transitions} transitions, {segments[0]} segments of {segments[1]} steps; {members}. "
         "On data that was learned from, every number here is too good."
     ]
-    constant, still = ~dims.varies, dims.varies & ~dims.moves
-    discrete = dims.moves & (dims.n_values <= min(_FEW_VALUES, n_transitions // _FEW_VALUES))
-    if constant.any():
-        notes.append(f"Latent {_dims_text(constant)} never varied: left out everywhere.")
-    if still.any():
-        notes.append(
-            f"Latent {_dims_text(still)} never changed within an episode: left out of likelihood, "
-            "intervals and spread."
-        )
-    if discrete.any():
-        notes.append(
-            f"Latent {_dims_text(discrete)} took at most {_FEW_VALUES} values: where a dim is "
-            "discrete, likelihood and intervals mean little."
-        )
+    few_values = dims.n_values <= min(_FEW_VALUES, n_transitions // _FEW_VALUES)
+    for mask, text in (
+        (~dims.varies, "never varied: left out everywhere"),
+        (
+            dims.varies & ~dims.moves,
+            "never changed within an episode: left out of likelihood, intervals and spread",
+        ),
+        (
+            dims.moves & few_values,
+            f"took at most {_FEW_VALUES} values: where a dim is discrete, likelihood and intervals "
+            "mean little",
+        ),
+    ):
+        if found := mask.nonzero().flatten().tolist():
+            plural = "s" if len(found) > 1 else ""
+            notes.append(f"Latent dim{plural} {', '.join(map(str, found))} {text}.")
     return tuple(notes)
-
-
-def _dims_text(mask: torch.Tensor) -> str:
-    dims = mask.nonzero().flatten().tolist()
-    return f"dim{'s' if len(dims) > 1 else ''} {', '.join(map(str, dims))}"

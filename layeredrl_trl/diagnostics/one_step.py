@@ -82,74 +82,57 @@ def measure_one_step(
     dims = measure_dims(latent, next_latent)
     if not dims.moves.any():
         missing["one_step"] = missing["spread"] = "no latent dim moves in this buffer"
-    chunks = [
-        _predict(predictor, part["observation"], part["action"], following, dims.moves)
-        for part, following in zip(
-            transitions.split(_CHUNK), next_latent.double().split(_CHUNK), strict=True
-        )
-    ]
-    predicted = _Predicted(*map(torch.cat, zip(*chunks, strict=True)))
-    metrics = {
-        "one_step": _density(predicted, next_latent.double() - latent.double(), dims),
-        "spread": _spread(predicted, dims),
-        "termination": _termination(predicted.term_prob, transitions, missing),
-        "reward": _reward(predictor, predicted.reward, transitions, missing),
-    }
+    known = transitions.copy().set("next_latent", next_latent.double())
+    predicted = torch.cat([_predict(predictor, x, dims.moves) for x in known.split(_CHUNK)])
+    spread = _spread(predicted, dims)
     if predictor.model.n_models == 1:
         missing["spread/epistemic_correlation"] = "one member has nobody to disagree with"
-    elif metrics["spread"]["epistemic_correlation"].isnan():
+    elif spread["epistemic_correlation"].isnan():
         missing["spread/epistemic_correlation"] = "the disagreement is the same everywhere"
-    if metrics["spread"]["total_correlation"].isnan():
+    if spread["total_correlation"].isnan():
         missing["spread/total_correlation"] = "the predicted std is the same everywhere"
+    metrics = {
+        "one_step": _density(predicted, next_latent.double() - latent.double(), dims),
+        "spread": spread,
+        "termination": _termination(predicted["term_prob"].double(), transitions, missing),
+        "reward": _reward(predictor, predicted["reward"], transitions, missing),
+    }
     return metrics, dims
 
 
-class _Predicted(NamedTuple):
-    """Predictions for ``N`` transitions; ``log_prob``, ``term_prob``, ``reward`` are ``[N]``.
+def _predict(predictor: Predictor, known: TensorDict, moves: Tensor) -> TensorDict:
+    """Predict transitions ``[N]`` and score the predictions; the density is over dims that move.
 
-    The others are ``[N, D]``.
+    Entries that end in ``prob``, and the reward, are ``[N]``; the others are ``[N, D]``.
     """
-
-    log_prob: Tensor
-    pit: Tensor
-    error: Tensor
-    epistemic_var: Tensor
-    total_var: Tensor
-    term_prob: Tensor
-    reward: Tensor
-
-
-def _predict(
-    predictor: Predictor, obs: Tensor, act: Tensor, next_latent: Tensor, moves: Tensor
-) -> _Predicted:
-    """Predict a batch and score it; the density is over the dims that move."""
-    mean, weights, std, reward, term_prob = predictor.predict(obs, act)
+    mean, weights, std, reward, term_prob = predictor.predict(known["observation"], known["action"])
     mean, weights, std = mean.double(), weights.double(), std.double()
+    next_latent = known["next_latent"]
     flat_mean, flat_std = mean.flatten(-3, -2), std.flatten(-3, -2)
     flat_weights = weights.flatten(-2) / mean.shape[-3]
     log_weights = flat_weights.log()
     epistemic = epistemic_variance(mean, weights)
-    return _Predicted(
-        log_prob=gaussian_mixture_log_prob(
-            next_latent[..., moves], flat_mean[..., moves], flat_std[..., moves], log_weights
-        ),
-        pit=gaussian_mixture_cdf(next_latent, flat_mean, flat_std, log_weights),
-        error=next_latent - gaussian_mixture_mean(flat_mean, flat_weights),
-        epistemic_var=epistemic,
-        total_var=epistemic + aleatoric_variance(mean, std, weights),
-        term_prob=term_prob,
-        reward=reward,
-    )
+    moving = [x[..., moves] for x in (next_latent, flat_mean, flat_std)]
+    scores = {
+        "log_prob": gaussian_mixture_log_prob(*moving, log_weights),
+        "pit": gaussian_mixture_cdf(next_latent, flat_mean, flat_std, log_weights),
+        "error": next_latent - gaussian_mixture_mean(flat_mean, flat_weights),
+        "epistemic_var": epistemic,
+        "total_var": epistemic + aleatoric_variance(mean, std, weights),
+        "term_prob": term_prob,
+        "reward": reward,
+    }
+    return TensorDict(scores, batch_size=known.batch_size)
 
 
-def _density(predicted: _Predicted, change: Tensor, dims: Dims) -> dict[str, Tensor]:
+def _density(predicted: TensorDict, change: Tensor, dims: Dims) -> dict[str, Tensor]:
     moves = dims.moves
-    per_dim = interval_coverage(predicted.pit, LEVELS)
+    per_dim = interval_coverage(predicted["pit"], LEVELS)
     guess_var = change.var(0, correction=0)[moves]
-    pit = predicted.pit[:, moves].flatten()
+    pit = predicted["pit"][:, moves].flatten()
     share = torch.bincount(_bin_of(pit, N_PIT_BINS), minlength=N_PIT_BINS) / pit.numel()
     return {
-        "nll": -predicted.log_prob.mean() / moves.sum(),
+        "nll": -predicted["log_prob"].mean() / moves.sum(),
         "nll_guess": 0.5 * (_LOG_2PI_E + guess_var.log()).mean(),
         "coverage": per_dim[:, moves].mean(1),
         "coverage_per_dim": torch.where(moves, per_dim, torch.nan),
@@ -162,32 +145,22 @@ def _bin_of(x: Tensor, n_bins: int) -> Tensor:
     return (x.nan_to_num() * n_bins).long().clamp(0, n_bins - 1)
 
 
-def _spread(predicted: _Predicted, dims: Dims) -> dict[str, Tensor]:
+def _spread(predicted: TensorDict, dims: Dims) -> dict[str, Tensor]:
     """Compare predicted spread and error of each transition, as mean squares over moving dims."""
-
-    def over_dims(squared: Tensor) -> Tensor:
-        return (squared / dims.scale.square())[:, dims.moves].mean(1)
-
-    error, epistemic, total = (
-        over_dims(x)
-        for x in (predicted.error.square(), predicted.epistemic_var, predicted.total_var)
-    )
-    by_total, by_epistemic = quantile_bin(total, N_BINS), quantile_bin(epistemic, N_BINS)
-    return {
-        "total_std": bin_mean(total, by_total, N_BINS).sqrt(),
-        "total_error": bin_mean(error, by_total, N_BINS).sqrt(),
-        "epistemic_std": bin_mean(epistemic, by_epistemic, N_BINS).sqrt(),
-        "epistemic_error": bin_mean(error, by_epistemic, N_BINS).sqrt(),
-        "spread_over_error": (total.mean() / error.mean()).sqrt(),
-        "total_correlation": rank_correlation(total, error),
-        "epistemic_correlation": rank_correlation(epistemic, error),
-    }
+    squares = (predicted["error"].square(), predicted["total_var"], predicted["epistemic_var"])
+    error, total, epistemic = ((x / dims.scale.square())[:, dims.moves].mean(1) for x in squares)
+    out = {"spread_over_error": (total.mean() / error.mean()).sqrt()}
+    for name, spread in (("total", total), ("epistemic", epistemic)):
+        bins = quantile_bin(spread, N_BINS)
+        out[f"{name}_std"] = bin_mean(spread, bins, N_BINS).sqrt()
+        out[f"{name}_error"] = bin_mean(error, bins, N_BINS).sqrt()
+        out[f"{name}_correlation"] = rank_correlation(spread, error)
+    return out
 
 
 def _termination(
     prob: Tensor, transitions: TensorDict, missing: dict[str, str]
 ) -> dict[str, Tensor]:
-    prob = prob.double()
     out = {"expected": prob.sum()}
     nan = torch.full_like(prob.sum(), torch.nan)
     happened = transitions.get("terminated", None)

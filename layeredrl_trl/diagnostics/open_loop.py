@@ -32,29 +32,23 @@ def measure_open_loop(
 ) -> dict[str, dict[str, Tensor]]:
     """Imagine every segment from its first observation with the actions that were taken.
 
-    Args:
-        predictor: the predictor to measure.
-        data: real steps.
-        dims: description of the latent dims.
-        num_particles: least number of particles per segment, rounded up to a multiple of the
-            number of members.
-        missing: receives, under the path of each number that is NaN, the reason why it is.
+    The arguments are those of ``model_report`` and ``measure_one_step``.
 
     Returns:
         The section ``open_loop`` of the metrics of a
         :class:`~layeredrl_trl.diagnostics.ModelReport`, and further entries of ``reward``.
     """
-    env = _make_env(predictor, data.segments["action"], num_particles)
-    particles = env.observation_spec[env.latent_key].shape[:-1].numel()
-    chunks = data.segments.split(max(1, _PARTICLES_AT_ONCE // particles))
-    results = [_imagine(predictor, env, chunk) for chunk in chunks]
-    persistence_error, error, pit, reward = (torch.cat(x) for x in zip(*results, strict=True))
+    imagined = torch.cat(_imagine(predictor, data.segments, num_particles))
     if not dims.varies.any():
         missing["open_loop"] = "no latent dim varies in this buffer"
-    error, persistence = (_rmse(x, data.mask, dims) for x in (error, persistence_error))
+    error, persistence = (
+        _rmse(imagined[name], data.mask, dims) for name in ("error", "persistence_error")
+    )
     ratio = torch.where(persistence > 0, error / persistence, torch.nan)
-    counts = (data.mask.unsqueeze(-1) & dims.moves).transpose(1, 2)
-    coverage = interval_coverage(pit.transpose(1, 2).flatten(0, 1), LEVELS, counts.flatten(0, 1))
+    counts = data.mask.unsqueeze(-1) & dims.moves
+    # Segments and dims count alike: both go into the first dim.
+    pit, counts = (x.transpose(1, 2).flatten(0, 1) for x in (imagined["pit"], counts))
+    coverage = interval_coverage(pit, LEVELS, counts)
     return {
         "open_loop": {
             "segments": data.mask.sum(0),
@@ -64,45 +58,38 @@ def measure_open_loop(
             "useful_steps": (ratio < 1).cumprod(0).sum(),
             "coverage": coverage.mT,
         },
-        "reward": _returns(reward, data, missing),
+        "reward": _returns(imagined["reward"], data, missing),
     }
 
 
-def _make_env(predictor: Predictor, action: Tensor, num_particles: int) -> PredictorEnv:
-    n_models, dim = predictor.model.n_models, predictor.model.action_dim
+def _imagine(predictor: Predictor, segments: TensorDict, num_particles: int) -> list[TensorDict]:
+    """Imagine segments ``[S, H]`` and compare them with what happened, in chunks."""
+    n_models, action_dim = predictor.model.n_models, predictor.model.action_dim
     per_model = max(predictor.model.n_particles_per_model, -(-num_particles // n_models))
-    spec = Categorical(dim) if _are_indices(action, dim) else Unbounded((dim,))
-    return predictor.env(spec, num_particles=n_models * per_model)
+    action, spec = segments["action"], Unbounded((action_dim,))
+    if not action.is_floating_point() and action.shape[2:] in {(), (1,)} - {(action_dim,)}:
+        spec = Categorical(action_dim)  # the actions are indices
+        segments = segments.copy().set("action", action.reshape(segments.batch_size))
+    env = predictor.env(spec, num_particles=n_models * per_model)
+    chunks = segments.split(max(1, _PARTICLES_AT_ONCE // (n_models * per_model)))
+    return [_imagine_chunk(predictor, env, chunk) for chunk in chunks]
 
 
-def _are_indices(action: Tensor, dim: int) -> bool:
-    """Tell whether actions ``[S, H, *]`` are indices rather than vectors."""
-    return not action.is_floating_point() and action.shape[2:] in {(), (1,)} - {(dim,)}
-
-
-def _imagine(
-    predictor: Predictor, env: PredictorEnv, segments: TensorDict
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Imagine segments ``[S, H]``.
-
-    Returns:
-        The error of the guess that nothing changes, the error of the mean over particles, and the
-        PIT, all ``[S, H, D]``; and the imagined reward ``[S, H]``.
-    """
-    obs, action = segments["observation"][:, 0], segments["action"]
-    if _are_indices(action, predictor.model.action_dim):
-        action = action.reshape(segments.batch_size)
+def _imagine_chunk(predictor: Predictor, env: PredictorEnv, segments: TensorDict) -> TensorDict:
+    """Compute errors (``error`` is that of the mean over particles), PIT and imagined reward."""
+    obs = segments["observation"][:, 0]
     start = TensorDict({predictor.encoder.in_keys[0]: obs}, batch_size=obs.shape[:1])
-    imagined = env.imagine(env.initial_state(start), action)
+    imagined = env.imagine(env.initial_state(start), segments["action"])
     particles = imagined.get(("next", env.latent_key)).flatten(2, 3).transpose(2, 3)
     latent, _ = predictor.encode(obs)
     real, _ = predictor.encode(segments["next_observation"])
-    return (
-        real - latent.unsqueeze(1),
-        real - particles.mean(-1),
-        sample_pit(real, particles, torch.rand_like(real)).double(),
-        imagined.get(keys.NEXT_REWARD).squeeze(-1),
-    )
+    scores = {
+        "persistence_error": real - latent.unsqueeze(1),
+        "error": real - particles.mean(-1),
+        "pit": sample_pit(real, particles, torch.rand_like(real)).double(),
+        "reward": imagined.get(keys.NEXT_REWARD).squeeze(-1),
+    }
+    return TensorDict(scores, batch_size=segments.batch_size)
 
 
 def _rmse(error: Tensor, mask: Tensor, dims: Dims) -> Tensor:

@@ -5,7 +5,7 @@ for what the model does not know, on either.
 """
 
 from layeredrl_trl.envs.flat_observation import flatten_observation, observation_layout
-from layeredrl_trl.envs.imagination import Imagination, ImaginedStep
+from layeredrl_trl.envs.imagination import Imagination, ImaginedState, ImaginedStep
 from layeredrl_trl.envs.initial_state import InitialState, spread_members
 from layeredrl_trl.envs.predictor_env import PredictorEnv
 from layeredrl_trl.envs.uncertainty_rewards import (
@@ -18,6 +18,7 @@ __all__ = [
     "DisagreementBonus",
     "DisagreementReward",
     "Imagination",
+    "ImaginedState",
     "ImaginedStep",
     "InitialState",
     "PessimismPenalty",

@@ -8,6 +8,7 @@ from an ``OrderedDict``, from pairs, or with ``sort_keys=False`` does not.)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import accumulate
 from typing import Any
 
@@ -111,11 +112,8 @@ def _torchrl_sizes(env: EnvBase) -> dict[NestedKey, int]:
     if isinstance(env, GymLikeEnv) and isinstance(env._env, gymnasium.Env | VectorEnv):
         return _gymnasium_sizes(env._env)
     if isinstance(env, SerialEnv | ParallelEnv):
-        copy = env.create_env_fn[0](**env.create_env_kwargs[0])
-        try:
+        with closing(env.create_env_fn[0](**env.create_env_kwargs[0])) as copy:
             return _torchrl_sizes(copy)
-        finally:
-            copy.close()
     return {
         key: entry.shape.numel() for key, entry in env.observation_spec_unbatched.items(True, True)
     }
@@ -142,17 +140,11 @@ def _gymnasium_sizes(env: gymnasium.Env | VectorEnv) -> dict[NestedKey, int]:
 
 def _observation_spaces(env: Any) -> Iterator[spaces.Space]:
     """Yield the spaces of one env's observation, from the outermost wrapper to the env inside."""
-    if isinstance(env, VectorEnv):
-        yield env.single_observation_space
-    else:
-        yield env.observation_space
+    yield env.single_observation_space if isinstance(env, VectorEnv) else env.observation_space
     if isinstance(env, gymnasium.Wrapper | VectorWrapper):
         yield from _observation_spaces(env.env)
     elif isinstance(env, SyncVectorEnv):
         yield from _observation_spaces(env.envs[0])
     elif isinstance(env, AsyncVectorEnv):
-        copy = env.env_fns[0]()  # the wrapped envs themselves live in other processes
-        try:
+        with closing(env.env_fns[0]()) as copy:  # the envs themselves live in other processes
             yield from _observation_spaces(copy)
-        finally:
-            copy.close()

@@ -23,31 +23,56 @@ Rollout = Callable[..., tuple[Tensor, Tensor | None]]
 Propagation = Literal["fixed_model", "random_model", "expectation"]
 
 
+class ImaginedState(NamedTuple):
+    """What ``N`` imagined envs start a step from.
+
+    Attributes:
+        latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
+        context: ``[N, C]``.
+        alive: probability that the particle has not terminated yet, ``[N, E, P, 1]``.
+        member: of all particles of an env, long ``[N, 1]``; ``None`` if row ``e`` of the particles
+            belongs to member ``e``.
+    """
+
+    latent: Tensor
+    context: Tensor
+    alive: Tensor
+    member: Tensor | None = None
+
+    def first(self, n: int, batch: torch.Size) -> ImaginedState:
+        """Keep the first ``n`` of the last dim of ``batch``, of which ``N`` is the product."""
+        dim = len(batch) - 1
+        kept = (
+            None if x is None else x.unflatten(0, batch).narrow(dim, 0, n).flatten(0, dim)
+            for x in self
+        )
+        return ImaginedState(*kept)
+
+
 class ImaginedStep(NamedTuple):
     """The outcome of one imagined step.
 
     Attributes:
         latent: next latent states, ``[..., E, P, D]``.
         alive: probability that the particle has not terminated yet, ``[..., E, P, 1]``.
-        particle_reward: ``[..., E, P, 1]``.
         term_prob: probability that this step terminates, ``[..., E, P, 1]``.
-        reward: mean over particles of ``alive`` before the step times ``particle_reward``,
-            ``[..., 1]``.
         terminated: bool ``[..., 1]``.
         member: of the next step, long ``[..., 1]``; ``None`` if each member has its own particles.
-        epistemic_var: ``[..., D]``, or ``None`` if not asked for.
-        aleatoric_var: ``[..., D]``, or ``None`` if not asked for.
+        epistemic_var, aleatoric_var: ``[..., D]``; ``None`` if not asked for.
+        particle_reward: ``[..., E, P, 1]``.
+        reward: mean over particles of ``alive`` before the step times ``particle_reward``,
+            ``[..., 1]``.
     """
 
     latent: Tensor
     alive: Tensor
-    particle_reward: Tensor | None
     term_prob: Tensor
-    reward: Tensor | None
     terminated: Tensor
-    member: Tensor | None
-    epistemic_var: Tensor | None
-    aleatoric_var: Tensor | None
+    member: Tensor | None = None
+    epistemic_var: Tensor | None = None
+    aleatoric_var: Tensor | None = None
+    particle_reward: Tensor | None = None
+    reward: Tensor | None = None
 
 
 class Imagination(nn.Module):
@@ -103,55 +128,32 @@ class Imagination(nn.Module):
         self.compile = compile
         self._move_once = CompiledStep(Imagination._move) if compile else Imagination._move
 
-    def step(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        alive: Tensor,
-        action: Tensor,
-        member: Tensor | None,
-        *,
-        deterministic: bool,
-    ) -> ImaginedStep:
-        """Imagine one step of ``N`` envs.
+    def step(self, state: ImaginedState, action: Tensor, *, deterministic: bool) -> ImaginedStep:
+        """Imagine one step.
 
         Args:
-            latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
-            context: ``[N, C]``.
-            alive: ``[N, E, P, 1]``.
+            state: of ``N`` envs.
             action: ``[N, A]``, or indices ``[N]``.
-            member: long ``[N, 1]``: the member of all particles of an env, or ``None`` if
-                row ``e`` of the particles belongs to member ``e``.
             deterministic: move particles to the mean of their mixture instead of drawing.
-
-        Returns:
-            An :class:`ImaginedStep`.
         """
-        after = self._move(latent, context, alive, action, member, deterministic)
-        particle_reward = self._particle_reward(latent, context, action, after.latent)
-        return after._replace(
-            particle_reward=particle_reward, reward=_mean_over_particles(alive * particle_reward)
-        )
+        after = self._move(state, action, deterministic)
+        particle_reward = self._particle_reward(state.latent, state.context, action, after.latent)
+        reward = _mean_over_particles(state.alive * particle_reward)
+        return after._replace(particle_reward=particle_reward, reward=reward)
 
     def rollout(
         self,
-        latent: Tensor,
-        context: Tensor,
-        alive: Tensor,
+        state: ImaginedState,
         actions: Tensor,
-        member: Tensor | None,
         *,
         deterministic: bool,
         rollout: Rollout | None = None,
     ) -> ImaginedStep:
-        """Imagine ``H`` steps of ``N`` envs; the rewards of all steps are evaluated at once.
+        """Imagine ``H`` steps; the rewards of all steps are evaluated at once.
 
         Args:
-            latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
-            context: ``[N, C]``.
-            alive: ``[N, E, P, 1]``.
+            state: of ``N`` envs.
             actions: ``[N, H, A]``, or indices ``[N, H]``.
-            member: as in :meth:`step`.
             deterministic: as in :meth:`step`.
             rollout: from :meth:`fast_rollout`, if it was asked for before.
 
@@ -159,18 +161,18 @@ class Imagination(nn.Module):
             An :class:`ImaginedStep` whose entries have a dim ``H`` behind ``N``.
         """
         rollout = rollout or self.fast_rollout()
-        given = latent, context, alive, actions, member, deterministic
         if rollout is not None:
-            after = self._move_by_own_member(*given, rollout)
+            after = self._move_by_own_member(state, actions, deterministic, rollout)
         else:
-            after = self._move_step_by_step(*given)
+            after = self._move_step_by_step(state, actions, deterministic)
         n, horizon = actions.shape[:2]
-        steps = _flat_steps(latent, context, actions, after.latent)
+        steps = _flat_steps(state, actions, after.latent)
         particle_reward = self._particle_reward(*steps, after.latent.flatten(0, 1))
         particle_reward = particle_reward.unflatten(0, (n, horizon))
-        reward = _mean_over_particles(_before(alive, after.alive) * particle_reward)
+        reward = _mean_over_particles(_before(state.alive, after.alive) * particle_reward)
         after = after._replace(particle_reward=particle_reward, reward=reward)
         if after.epistemic_var is None and self.uncertainty:
+            member = state.member
             if member is not None:
                 member = member.repeat_interleave(horizon, 0)
             _, beliefs = self._predict(*steps, member)
@@ -191,21 +193,14 @@ class Imagination(nn.Module):
         return None if promise is None else promise(compile=self.compile)
 
     def _move_by_own_member(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        alive: Tensor,
-        actions: Tensor,
-        member: Tensor | None,
-        deterministic: bool,
-        rollout: Rollout,
+        self, state: ImaginedState, actions: Tensor, deterministic: bool, rollout: Rollout
     ) -> ImaginedStep:
         """Everything of a rollout but rewards and variances, by the model's own fast rollout."""
         latents, term_logit = rollout(
-            latent,
-            context,
+            state.latent,
+            state.context,
             actions,
-            member,
+            state.member,
             deterministic=deterministic,
             terminations=self.termination_fn is None,
         )
@@ -213,40 +208,29 @@ class Imagination(nn.Module):
         if self.termination_fn is None:
             term_prob = term_logit.sigmoid()
         else:
-            steps = _flat_steps(latent, context, actions, latents)
+            steps = _flat_steps(state, actions, latents)
             term_prob = self._own_termination(*steps, latents.flatten(0, 1))
             term_prob = term_prob.unflatten(0, (n, horizon))
+        member = state.member
         return ImaginedStep(
             latent=latents,
-            alive=alive.unsqueeze(1) * (1 - term_prob).cumprod(1),
-            particle_reward=None,
+            alive=state.alive.unsqueeze(1) * (1 - term_prob).cumprod(1),
             term_prob=term_prob,
-            reward=None,
             terminated=torch.zeros_like(term_prob[:, :, 0, 0], dtype=torch.bool),
             member=None if member is None else member.unsqueeze(1).expand(-1, horizon, -1),
-            epistemic_var=None,
-            aleatoric_var=None,
         )
 
     def _move_step_by_step(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        alive: Tensor,
-        actions: Tensor,
-        member: Tensor | None,
-        deterministic: bool,
+        self, state: ImaginedState, actions: Tensor, deterministic: bool
     ) -> ImaginedStep:
         steps = []
         for action in actions.unbind(1):
-            after = self._move_once(self, latent, context, alive, action, member, deterministic)
-            latent, alive, member = after.latent, after.alive, after.member
+            after = self._move_once(self, state, action, deterministic)
+            state = state._replace(latent=after.latent, alive=after.alive, member=after.member)
             steps.append(after)
-        stacked = (
-            None if entry[0] is None else torch.stack(entry, 1)
-            for entry in zip(*steps, strict=True)
+        after = ImaginedStep(
+            *(None if x[0] is None else torch.stack(x, 1) for x in zip(*steps, strict=True))
         )
-        after = ImaginedStep(*stacked)
         if self.termination_fn is not None:  # compiled steps do not look at values
             check_values(
                 ~after.term_prob.isnan(),
@@ -254,16 +238,9 @@ class Imagination(nn.Module):
             )
         return after
 
-    def _move(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        alive: Tensor,
-        action: Tensor,
-        member: Tensor | None,
-        deterministic: bool,
-    ) -> ImaginedStep:
+    def _move(self, state: ImaginedState, action: Tensor, deterministic: bool) -> ImaginedStep:
         """Everything of a step but its reward, which nothing that comes after depends on."""
+        latent, context, alive, member = state
         moves, beliefs = self._predict(latent, context, action, member)
         if self.propagation == "expectation":
             mean = gaussian_mixture_mean(beliefs.mean, beliefs.log_weights.exp())
@@ -274,9 +251,9 @@ class Imagination(nn.Module):
             next_latent = moves.next_latent(deterministic)
         if self.termination_fn is not None:
             term_prob = self._own_termination(latent, context, action, next_latent)
-        terminated = torch.zeros_like(term_prob[:, 0, 0], dtype=torch.bool)
         if self.termination == "soft":
             next_alive = alive * (1 - term_prob)
+            terminated = torch.zeros_like(term_prob[:, 0, 0], dtype=torch.bool)
         else:
             next_alive = alive * (torch.rand_like(term_prob) >= term_prob)
             terminated = next_alive.amax((1, 2)) == 0
@@ -286,9 +263,7 @@ class Imagination(nn.Module):
         return ImaginedStep(
             latent=next_latent,
             alive=next_alive,
-            particle_reward=None,
             term_prob=term_prob,
-            reward=None,
             terminated=terminated,
             member=member,
             epistemic_var=epistemic,
@@ -356,28 +331,27 @@ class Imagination(nn.Module):
 
 
 def _before(first: Tensor, after: Tensor) -> Tensor:
-    """What was there before each step ``[N, H, ...]``, from the start and what is there after."""
+    """Shift what is there after each step ``[N, H, ...]`` to what was there before it."""
     return torch.cat([first.unsqueeze(1), after[:, :-1]], 1)
 
 
 def _flat_steps(
-    latent: Tensor, context: Tensor, actions: Tensor, latents: Tensor
+    state: ImaginedState, actions: Tensor, latents: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each step of a rollout starts from, as a batch of ``N * H`` single steps.
+    """Make a batch of ``N * H`` single steps of a rollout.
 
     Args:
-        latent: where the rollout starts, ``[N, ...]``.
-        context: ``[N, C]``.
+        state: where the rollout starts.
         actions: ``[N, H, ...]``.
         latents: after each step, ``[N, H, ...]``.
 
     Returns:
         latent state before each step, context and action.
     """
-    before = _before(latent, latents)
+    horizon = actions.shape[1]
     return (
-        before.flatten(0, 1),
-        context.unsqueeze(1).expand(-1, actions.shape[1], -1).flatten(0, 1),
+        _before(state.latent, latents).flatten(0, 1),
+        state.context.unsqueeze(1).expand(-1, horizon, -1).flatten(0, 1),
         actions.flatten(0, 1),
     )
 

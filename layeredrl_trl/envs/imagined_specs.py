@@ -33,8 +33,7 @@ class ImaginedSpecs(NamedTuple):
         observation: all entries that a step writes, except reward and flags.
         state: those entries of ``observation`` from which a step or a reset starts.
         action: the action, under the key that the dynamics read.
-        reward: the reward of one step.
-        done: ``done``, ``terminated`` and ``truncated``.
+        reward, done: the reward of one step; ``done``, ``terminated`` and ``truncated``.
     """
 
     observation: Composite
@@ -55,13 +54,8 @@ def imagined_specs(
 ) -> ImaginedSpecs:
     """Make the specs of a ``PredictorEnv``, whose docstring describes the entries.
 
-    Args:
-        encoder: its keys name the observation, the latent state and the context.
-        dynamics: its keys name the action.
-        action_spec: spec of the action of one env.
-        layout: number of rows of particles and of particles per row, from :func:`particle_layout`.
-        uncertainty: whether a step writes variances.
-        device: device of the specs.
+    The keys of ``encoder`` and ``dynamics`` name the entries; ``action_spec`` is that of one env,
+    ``layout`` comes from :func:`particle_layout`, and with ``uncertainty`` a step writes variances.
     """
     rows, particles = layout
     latent_dim = dynamics.latent_state_dim
@@ -70,15 +64,13 @@ def imagined_specs(
     def free(*shape: int) -> Unbounded:
         return Unbounded(shape, device=device)
 
-    def probability() -> Bounded:
-        return Bounded(0.0, 1.0, (rows, particles, 1), device=device)
-
+    probability = Bounded(0.0, 1.0, (rows, particles, 1), device=device)
     observation: dict[NestedKey, TensorSpec] = {
         latent_key: free(rows, particles, latent_dim),
         context_key: free(dynamics.context_dim),
-        keys.ALIVE: probability(),
+        keys.ALIVE: probability,
         keys.PARTICLE_REWARD: free(rows, particles, 1),
-        keys.TERM_PROB: probability(),
+        keys.TERM_PROB: probability.clone(),
     }
     if rows < dynamics.n_models:
         observation[keys.MEMBER] = Categorical(dynamics.n_models, (1,), device=device)
@@ -90,15 +82,14 @@ def imagined_specs(
     # No step starts from the observation, but `reset` may, and a TransformedEnv passes only the
     # entries of the state spec on to `reset`.
     state = (latent_key, context_key, keys.ALIVE, keys.MEMBER, encoder.in_keys[0])
+    flag = Categorical(2, (1,), dtype=torch.bool, device=device)
     flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
     return ImaginedSpecs(
         observation=Composite(observation),
         state=Composite({key: spec.clone() for key, spec in observation.items() if key in state}),
         action=Composite({dynamics.in_keys[2]: action_spec.to(device)}),
         reward=free(1),
-        done=Composite(
-            {key: Categorical(2, (1,), dtype=torch.bool, device=device) for key in flags}
-        ),
+        done=Composite({key: flag.clone() for key in flags}),
     )
 
 
@@ -131,13 +122,12 @@ def check_sizes(
             "PredictorEnv: start: expected a tensor of observations or a function of a batch "
             f"shape, got {type(start).__module__}.{type(start).__name__}."
         )
-    categorical = isinstance(action_spec, Categorical)
-    if len(action_spec.shape) > 1 or (
-        action_spec.shape not in ((), (1,)) if categorical else action_spec.shape == ()
-    ):
+    shape = action_spec.shape
+    fits = shape in ((), (1,)) if isinstance(action_spec, Categorical) else len(shape) == 1
+    if not fits:
         raise ValueError(
             f"PredictorEnv: action_spec must be of one env, without batch dims, got shape "
-            f"{list(action_spec.shape)}; see EnvBase.action_spec_unbatched."
+            f"{list(shape)}; see EnvBase.action_spec_unbatched."
         )
     if isinstance(start, Tensor) and (start.shape[1:] != encoder.obs_shape or not start.numel()):
         raise ValueError(
@@ -161,6 +151,5 @@ def particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple
             f"PredictorEnv: num_particles must be in 1..{n_models - 1} or a multiple of the "
             f"{n_models} members, got {num_particles}."
         )
-    if num_particles < n_models:
-        return 1, num_particles
-    return n_models, num_particles // n_models
+    rows = n_models if num_particles >= n_models else 1
+    return rows, num_particles // rows

@@ -15,6 +15,7 @@ from layeredrl_trl import keys
 from layeredrl_trl.acceleration import GraphReplay
 from layeredrl_trl.envs.imagination import (
     Imagination,
+    ImaginedState,
     ImaginedStep,
     Propagation,
     Rollout,
@@ -85,14 +86,12 @@ class PredictorEnv(ModelBasedEnvBase):
         start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
             or a function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
-        compile_imagine: let :meth:`imagine` under ``torch.no_grad`` and planners take steps in code
-            that ``torch.compile`` makes of them. The numbers are the same but for rounding.
-            Compiling takes some seconds at the first number of envs and at the second (once more
-            for a single env, and for all particles of ``"expectation"``), whatever the horizon is;
-            it is said once, by TorchRL's logger. On a CPU it gives little. (``compile``, which
-            TorchRL gives all its envs, is for :meth:`step`.)
-        cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay a CUDA graph of
-            what it did when it was last asked for as many envs and steps: see
+        compile_imagine: let planners, and :meth:`imagine` under ``torch.no_grad``, take steps in
+            code from ``torch.compile``: the same numbers but for rounding. Compiling takes some
+            seconds at the first and second number of envs, whatever the horizon is, which TorchRL's
+            logger says once. On a CPU it gives little. (``compile`` of TorchRL's envs is for
+            :meth:`step`.)
+        cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay a CUDA graph, see
             :class:`~layeredrl_trl.acceleration.GraphReplay`. Not yet run on a GPU.
 
     Reads:
@@ -161,7 +160,9 @@ class PredictorEnv(ModelBasedEnvBase):
         )
         super().__init__(imagination, device=device)
         self.latent_key, self.context_key = encoder.out_keys
-        self._parts = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
+        self._state_keys = (self.latent_key, self.context_key, keys.ALIVE, keys.MEMBER)
+        if layout[0] == dynamics.n_models:  # each member has its own particles
+            self._state_keys = self._state_keys[:3]
         self.imagined_action_key = dynamics.in_keys[2]
         self.deterministic = deterministic
         self.start = start
@@ -221,17 +222,11 @@ class PredictorEnv(ModelBasedEnvBase):
         state = self._read_state(flat)
         actions = actions.reshape(-1, *actions.shape[len(batch) :])
         roll = self._roll if torch.is_grad_enabled() else self._replay or self._roll
-        outcome: ImaginedStep = roll(
-            state[self.latent_key],
-            state[self.context_key],
-            state[keys.ALIVE],
-            actions,
-            state.get(keys.MEMBER),
-        )
-        context = state[self.context_key].unsqueeze(1).expand(-1, actions.shape[1], -1)
+        outcome: ImaginedStep = roll(state, actions)
+        context = state.context.unsqueeze(1).expand(-1, actions.shape[1], -1)
         return as_rollout(
             self._entries(outcome, context),
-            state | self._read_others(flat),
+            self._named(state) | self._read_others(flat),
             (self.imagined_action_key, actions),
             batch,
             device=self.device,
@@ -261,29 +256,22 @@ class PredictorEnv(ModelBasedEnvBase):
             ValueError: if a shape does not fit, of the state or, by the function, of the actions.
         """
         batch = tensordict.batch_size
-        flat = self._read_state(tensordict.reshape(-1))
-        everyone = [flat.get(name) for name in self._parts]
+        state = self._read_state(tensordict.reshape(-1))
         rollout = self.world_model.fast_rollout()
         asked = {name: unravel_key(name[1:]) for name in names if name[0] == "next"}
         if self.world_model.termination == "soft":
             never = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
             asked = {name: key for name, key in asked.items() if key not in never}
-        last = len(batch) - 1
 
         def imagine(actions: Tensor) -> dict[NestedKey, Tensor]:
-            envs, some = batch, everyone
+            envs, some, last = batch, state, len(batch) - 1
             n = actions.shape[last] if batch and actions.ndim > last else None
             if n is not None and n < batch[last]:
-                envs = torch.Size([*batch[:-1], n])
-                some = [
-                    None if x is None else x.unflatten(0, batch).narrow(last, 0, n).flatten(0, last)
-                    for x in everyone
-                ]
+                envs, some = torch.Size([*batch[:-1], n]), state.first(n, batch)
             self._check_actions(actions, envs)
-            latent, context, alive, member = some
             actions = actions.reshape(-1, *actions.shape[len(envs) :])
-            outcome = self._roll(latent, context, alive, actions, member, rollout)
-            context = context.unsqueeze(1).expand(-1, actions.shape[1], -1)
+            outcome = self._roll(some, actions, rollout)
+            context = some.context.unsqueeze(1).expand(-1, actions.shape[1], -1)
             entries = self._entries(outcome, context)
             return {
                 name: entries[key].reshape(*envs, *entries[key].shape[1:])
@@ -311,38 +299,21 @@ class PredictorEnv(ModelBasedEnvBase):
         return out
 
     def _roll(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        alive: Tensor,
-        actions: Tensor,
-        member: Tensor | None,
-        rollout: Rollout | None = None,
+        self, state: ImaginedState, actions: Tensor, rollout: Rollout | None = None
     ) -> ImaginedStep:
+        deterministic = self._is_deterministic()
         return self.world_model.rollout(
-            latent,
-            context,
-            alive,
-            actions,
-            member,
-            deterministic=self._is_deterministic(),
-            rollout=rollout,
+            state, actions, deterministic=deterministic, rollout=rollout
         )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        batch = tensordict.batch_size
         flat = tensordict.reshape(-1)
-        state = self._read_state(flat)
+        state, action = self._read_state(flat), flat[self.imagined_action_key]
         outcome: ImaginedStep = self.world_model.step(
-            state[self.latent_key],
-            state[self.context_key],
-            state[keys.ALIVE],
-            flat[self.imagined_action_key],
-            state.get(keys.MEMBER),
-            deterministic=self._is_deterministic(),
+            state, action, deterministic=self._is_deterministic()
         )
-        entries = self._entries(outcome, state[self.context_key])
-        return TensorDict(entries, batch_size=flat.batch_size, device=self.device).reshape(batch)
+        out = TensorDict(self._entries(outcome, state.context), flat.shape, device=self.device)
+        return out.reshape(tensordict.batch_size)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: object) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
@@ -354,7 +325,7 @@ class PredictorEnv(ModelBasedEnvBase):
             return self._start_at(tensordict.get(observation_key), batch)
         if given and set(self._state_keys) <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
-            known = self._read_state(flat) | self._read_others(flat)
+            known = self._named(self._read_state(flat)) | self._read_others(flat)
             state = {
                 key: known[key].to(dtype)
                 if key in known
@@ -392,12 +363,6 @@ class PredictorEnv(ModelBasedEnvBase):
         return self
 
     @property
-    def _state_keys(self) -> list[NestedKey]:
-        """Entries that make an imagined state."""
-        observed = self._observed
-        return [name for name in self._parts if name in observed]
-
-    @property
     def _decodes(self) -> bool:
         return self.initial_state.encoder.can_decode
 
@@ -414,9 +379,10 @@ class PredictorEnv(ModelBasedEnvBase):
         if actions.shape[len(batch)] < 1 or batch.numel() < 1:
             raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
 
-    def _read_state(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
+    def _read_state(self, flat: TensorDictBase) -> ImaginedState:
+        """Read and check the state of ``[N]`` envs."""
         observed = self._observed
-        state = {name: flat.get(name, None) for name in self._parts if name in observed}
+        state = {name: flat.get(name, None) for name in self._state_keys}
         missing = sorted(str(name) for name, x in state.items() if x is None)
         if missing:
             raise KeyError(
@@ -430,11 +396,14 @@ class PredictorEnv(ModelBasedEnvBase):
                 raise ValueError(
                     f"{name}: expected trailing shape {list(expected)}, got {list(x.shape[1:])}."
                 )
-        return state
+        return ImaginedState(*state.values())
+
+    def _named(self, state: ImaginedState) -> dict[NestedKey, Tensor]:
+        return dict(zip(self._state_keys, state, strict=False))
 
     def _read_others(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
         """Read those entries of a rollout that are there and are no part of the state."""
-        found = {key: flat.get(key, None) for key in self._rooted if key not in self._parts}
+        found = {key: flat.get(key, None) for key in self._rooted if key not in self._state_keys}
         return {key: x for key, x in found.items() if x is not None}
 
     def _is_deterministic(self) -> bool:

@@ -7,10 +7,10 @@ Both are TorchRL transforms with the same formula: the reward plus or minus ``sc
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import Transform
@@ -31,6 +31,7 @@ class DisagreementReward(Transform):
     sqrt(mean_d epistemic_var_d)`` of the transition that was taken. ``alive`` is the mean over the
     particles of an imagined state before the step, by which imagined rewards are weighted, too; it
     is 1 on real data. The variance is that of the members' mean predictions, so one member gives 0.
+    All latent dims count in their own units: let the encoder bring them to one scale.
 
     The variance is read from the entry that an imagined env writes. With ``encoder`` and
     ``dynamics`` it is computed from the observation and the action instead, without gradient:
@@ -42,12 +43,9 @@ class DisagreementReward(Transform):
     - ``buffer.append_transform(DisagreementBonus(0.1, encoder=..., dynamics=...))`` computes it for
       each sample with the current model. The stored entries stay as they are.
 
-    All latent dims count in their own units, so a dim with a large range counts more: let the
-    encoder bring them to one scale.
-
     A step that terminates or is truncated counts like any other, and so does a padded one (its mask
-    marks it). After a reset ``disagreement`` is 0. Nothing is clipped: where the model predicts
-    NaN, the reward of that transition is NaN. Where all particles are dead, ``disagreement`` is 0.
+    marks it). After a reset, and where all particles are dead, ``disagreement`` is 0. Nothing is
+    clipped: where the model predicts NaN, the reward of that transition is NaN.
 
     ``encoder`` and ``dynamics`` still belong to their owner: they are not in the transform's state
     dict, do not follow it to another device, and are used in their current mode. The transform sees
@@ -56,11 +54,9 @@ class DisagreementReward(Transform):
 
     Args:
         scale: factor of the disagreement, at least 0; may be changed at any time.
-        encoder: encoder of real observations; given together with ``dynamics`` or not at all.
-        dynamics: the ensemble.
-        reward_key: key of the reward, without ``"next"``.
-        disagreement_key: key of the entry that is written, without ``"next"``.
-        epistemic_var_key: key of the variance that is read, without ``"next"``.
+        encoder, dynamics: encoder of real observations, and the ensemble; both or neither.
+        reward_key, disagreement_key, epistemic_var_key: of the reward, of the entry that is
+            written, and of the variance that is read, each without ``"next"``.
         alive_key: key of the particles' weights; ``None`` gives every transition the weight 1.
 
     Reads:
@@ -94,8 +90,7 @@ class DisagreementReward(Transform):
         epistemic_var_key: NestedKey = keys.EPISTEMIC_VAR,
         alive_key: NestedKey | None = keys.ALIVE,
     ) -> None:
-        name = type(self).__name__
-        _check_encoder_and_dynamics(name, encoder, dynamics)
+        _check_encoder_and_dynamics(type(self).__name__, encoder, dynamics)
         needed = [epistemic_var_key] if dynamics is None else [encoder.in_keys[0]]
         super().__init__([reward_key, *needed], [reward_key, disagreement_key])
         self.reward_key, self.needed_key = self.in_keys
@@ -123,15 +118,11 @@ class DisagreementReward(Transform):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Change the rewards of a batch of transitions, such as a replay buffer's sample.
 
-        Args:
-            tensordict: batch ``[...]``, in TorchRL's layout of steps; it is not changed.
-
-        Returns:
-            A copy with the changed and the new entry; all other entries are the same tensors.
+        Returns a copy of ``tensordict`` ``[...]``, which is in TorchRL's layout of steps, with the
+        changed and the new entry; all other entries are the same tensors.
         """
         out = tensordict.copy()
-        if "next" not in out.keys():
-            raise self._missing(("next", self.reward_key), out)
+        self._get(out, unravel_key(("next", self.reward_key)))
         if self.dynamics is not None:
             out.set(_STEP_DISAGREEMENT, self._compute(out))
         out.set("next", self._step(out, out.get("next")))
@@ -139,17 +130,14 @@ class DisagreementReward(Transform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add ``disagreement`` ``[..., 1]``."""
-        if self.needed_key not in observation_spec.keys(True):
-            raise self._missing(self.needed_key, observation_spec)
+        self._get(observation_spec, self.needed_key)
         spec = Unbounded((*observation_spec.shape, 1), device=observation_spec.device)
         observation_spec[self.disagreement_key] = spec
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """Remove the bounds of the reward."""
-        if self.reward_key not in reward_spec.keys(True):
-            raise self._missing(self.reward_key, reward_spec)
-        old = reward_spec[self.reward_key]
+        old = self._get(reward_spec, self.reward_key)
         dtype = torch.promote_types(old.dtype, torch.float32)
         reward_spec[self.reward_key] = Unbounded(old.shape, device=old.device, dtype=dtype)
         return reward_spec
@@ -162,16 +150,11 @@ class DisagreementReward(Transform):
         return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        reward = next_tensordict.get(self.reward_key, None)
-        if reward is None:
-            raise self._missing(("next", self.reward_key), next_tensordict)
+        reward = self._get(next_tensordict, self.reward_key, "next")
         if self.dynamics is not None:
             value = tensordict.get(_STEP_DISAGREEMENT)
         else:
-            variance = next_tensordict.get(self.needed_key, None)
-            if variance is None:
-                raise self._missing(("next", self.needed_key), next_tensordict)
-            value = disagreement(variance)
+            value = disagreement(self._get(next_tensordict, self.needed_key, "next"))
         value = value.to(reward.device)
         alive = None if self.alive_key is None else tensordict.get(self.alive_key, None)
         if alive is not None:
@@ -193,21 +176,16 @@ class DisagreementReward(Transform):
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        shape = (*tensordict_reset.batch_size, 1)
-        zeros = torch.zeros(shape, device=tensordict_reset.device)
+        zeros = torch.zeros(*tensordict_reset.batch_size, 1, device=tensordict_reset.device)
         return tensordict_reset.set(self.disagreement_key, zeros)
 
     @torch.no_grad()
     def _compute(self, tensordict: TensorDictBase) -> Tensor:
         """Compute the disagreement ``[..., 1]`` from the observation and the action."""
         device = next((p.device for p in self.dynamics.parameters()), None)
-        observation_key, action_key = self.needed_key, self.dynamics.in_keys[2]
-        for key in (observation_key, action_key):
-            if tensordict.get(key, None) is None:
-                raise self._missing(key, tensordict)
-        latent, context = self.encoder.encode(tensordict.get(observation_key).to(device))
-        action = tensordict.get(action_key).to(device)
-        mean, weights, _, _ = self.dynamics.predict(latent, context, action)
+        observation = self._get(tensordict, self.needed_key).to(device)
+        action = self._get(tensordict, self.dynamics.in_keys[2]).to(device)
+        mean, weights, _, _ = self.dynamics.predict(*self.encoder.encode(observation), action)
         return disagreement(epistemic_variance(mean, weights)).to(tensordict.device)
 
     @property
@@ -217,16 +195,20 @@ class DisagreementReward(Transform):
         except ValueError:  # TorchRL raises it for the transform of a replay buffer
             return False
 
-    def _missing(self, key: NestedKey, among: TensorDictBase | Composite) -> KeyError:
-        """Make the error for an entry ``key`` that is not among the given ones."""
+    def _get(self, among: TensorDictBase | Composite, key: NestedKey, *prefix: str) -> Any:
+        """Return an entry; the error for a missing one puts ``prefix`` before its key."""
+        found = among.get(key, None)
+        if found is not None:
+            return found
         hint = ""
-        if self.dynamics is None and self.needed_key in (key, key[-1]):
+        if self.dynamics is None and key == self.needed_key:
             hint = (
                 " An imagined env writes it if made with uncertainty=True; on real data pass "
                 "encoder and dynamics."
             )
+        name = (*prefix, key) if prefix else key
         existing = sorted(map(str, among.keys(True, True)))
-        return KeyError(f"{type(self).__name__}: no entry {key!r}; there is {existing}.{hint}")
+        raise KeyError(f"{type(self).__name__}: no entry {name!r}; there is {existing}.{hint}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(scale={self.scale}, keys={self.in_keys})"

@@ -19,7 +19,7 @@ from layeredrl_trl.functional.candidate_weights import (
     weighted_moments,
 )
 from layeredrl_trl.functional.clustering import spread_modes
-from layeredrl_trl.functional.coloured_noise import colour, coloured_noise, colouring_matrix
+from layeredrl_trl.functional.coloured_noise import colour, colouring_matrix
 from layeredrl_trl.functional.masking import zero_where_not
 from layeredrl_trl.functional.mixtures import (
     MixtureNoise,
@@ -63,7 +63,6 @@ __all__ = [
     "bin_mean",
     "bootstrap_weights",
     "colour",
-    "coloured_noise",
     "colouring_matrix",
     "correlation",
     "covariance",

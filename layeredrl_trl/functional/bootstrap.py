@@ -52,10 +52,7 @@ def bootstrap_weights(index: Tensor, n_members: int, keep: float = 0.5) -> Tenso
 
 
 def fold_index(index: Tensor) -> Tensor:
-    """Hash a position in a storage of several dims to one number.
-
-    Args:
-        index: integers ``[..., ndim]``.
+    """Hash positions in a storage of several dims, integers ``[..., ndim]``, to one number each.
 
     Returns:
         long ``[...]``, from 0 to ``2^32 - 1``; two positions rarely share a number.

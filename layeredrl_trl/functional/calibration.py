@@ -16,11 +16,7 @@ from torch import Tensor
 def gaussian_mixture_cdf(value: Tensor, mean: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
     """Compute the distribution function of each dim: ``sum_k w_k Phi((value - mean_k) / std_k)``.
 
-    Args:
-        value: ``[..., D]``.
-        mean: ``[..., K, D]``.
-        std: ``[..., K, D]``, positive.
-        log_weights: ``[..., K]``, ``logsumexp`` over ``K`` is 0.
+    Shapes are those of :func:`~layeredrl_trl.functional.gaussian_mixture_log_prob`.
 
     Returns:
         ``[..., D]`` in ``[0, 1]``, the PIT of ``value`` dim by dim.
@@ -44,10 +40,7 @@ def sample_pit(value: Tensor, samples: Tensor, uniform: Tensor) -> Tensor:
     Args:
         value: ``[...]``.
         samples: ``[..., K]``.
-        uniform: draws from ``[0, 1)``, ``[...]``.
-
-    Returns:
-        ``[...]`` in ``[0, 1)``.
+        uniform: draws from ``[0, 1)``, ``[...]``, as is the result.
 
     Reference:
         Czado, Gneiting and Held 2009, Biometrics 65(4), section 2 (the randomised PIT).
@@ -86,15 +79,10 @@ def interval_coverage(pit: Tensor, levels: Sequence[float], mask: Tensor | None 
 
 
 def quantile_bin(x: Tensor, n_bins: int) -> Tensor:
-    """Sort values into bins whose sizes differ by at most one.
-
-    Args:
-        x: ``[N]``.
-        n_bins: number of bins.
+    """Sort values ``[N]`` into bins whose sizes differ by at most one.
 
     Returns:
-        Bin of each value, long ``[N]``, 0 for the smallest; with ``N < n_bins`` some bins are
-        empty.
+        Bin of each value, long ``[N]``, 0 for the smallest; some bins are empty if ``N < n_bins``.
 
     Example:
         >>> quantile_bin(torch.tensor([3.0, 1.0, 2.0, 9.0]), 2)
@@ -105,12 +93,7 @@ def quantile_bin(x: Tensor, n_bins: int) -> Tensor:
 
 
 def bin_mean(x: Tensor, bins: Tensor, n_bins: int) -> Tensor:
-    """Average the values of each bin.
-
-    Args:
-        x: ``[N]``.
-        bins: bin of each value, long ``[N]``, in ``0..n_bins - 1``.
-        n_bins: number of bins.
+    """Average values ``[N]`` by their bin, long ``[N]`` in ``0..n_bins - 1``.
 
     Returns:
         ``[n_bins]``; NaN for an empty bin.

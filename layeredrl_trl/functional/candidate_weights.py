@@ -11,11 +11,9 @@ from torch import Tensor
 
 
 def elite_weights(returns: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Find the candidates with the highest returns and give them equal weights.
+    """Find the ``K = top_k`` of ``N`` candidates with the highest returns; they weigh the same.
 
-    Args:
-        returns: ``[..., N, 1]``, no NaN.
-        top_k: number of elites ``K``, at most ``N``.
+    Returns are ``[..., N, 1]``, without NaN, and ``K`` is at most ``N``.
 
     Returns:
         Index ``[..., K, 1]``, best first, and weights ``[..., K, 1]``, which sum to 1 or are all 0.
@@ -61,8 +59,7 @@ def softmax_weights(returns: Tensor, temperature: float, *, normalize: bool = Fa
 def return_spread(returns: Tensor) -> Tensor:
     """Compute the standard deviation (without Bessel's correction) of the finite returns.
 
-    Args:
-        returns: ``[..., N, 1]``, of any magnitude: they are scaled so that no square overflows.
+    Returns ``[..., N, 1]`` may have any magnitude: they are scaled so that no square overflows.
 
     Returns:
         ``[..., 1]``; 0 where no return is finite.
@@ -81,11 +78,7 @@ def return_spread(returns: Tensor) -> Tensor:
 
 
 def weighted_moments(samples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and standard deviation of weighted candidates.
-
-    Args:
-        samples: ``[..., N, H, A]``.
-        weights: ``[..., N, 1]``, summing to 1.
+    """Compute the moments of candidates ``[..., N, H, A]`` whose weights ``[..., N, 1]`` sum to 1.
 
     Returns:
         Mean and standard deviation, each ``[..., H, A]``.
@@ -101,14 +94,10 @@ def weighted_moments(samples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_by_weight(weights: Tensor, dim: int) -> Tensor:
-    """Draw an index along ``dim`` with probabilities proportional to ``weights``.
+    """Draw an index along ``dim`` with probabilities proportional to ``weights``, none below 0.
 
     The draw is the index of the largest ``w / x`` with ``x`` from ``Exp(1)``;
     ``torch.multinomial`` would wait for the GPU. Follows torch's global generator.
-
-    Args:
-        weights: at least 0, with any sum.
-        dim: the dim of ``weights`` to draw along.
 
     Returns:
         Index, long, shaped like ``weights`` with a ``dim`` of size 1.

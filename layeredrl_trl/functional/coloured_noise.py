@@ -19,7 +19,8 @@ def colouring_matrix(
 
     The columns are the real Fourier basis of ``H`` steps. The sine and cosine of frequency
     ``f = k / H`` are scaled by ``f^{-beta/2}``, the constant like the lowest frequency ``1 / H``.
-    The rows have length 1, so standard normal numbers stay standard normal at every step.
+    The rows have length 1, so standard normal numbers stay standard normal at every step. The noise
+    is one period of a periodic signal: the last step is as close to the first as to the one before.
 
     Args:
         beta: exponent; 0 is white, 1 pink and 2 brown noise.
@@ -37,6 +38,7 @@ def colouring_matrix(
         Timmer and König (1995), On generating power law noise, Astron. Astrophys. 300, 707-710.
         Deviation from the package ``colorednoise``: unit variance is exact. The package leaves the
         constant out of the variance by which it divides (1.33 remains for ``beta=2``, ``H=20``).
+        Pinneri et al. (2020), arXiv:2008.06389, use such noise in a planner.
 
     Example:
         >>> colouring_matrix(2.0, 20).square().sum(-1).allclose(torch.ones(20))
@@ -60,52 +62,6 @@ def colouring_matrix(
     return (matrix / matrix.square().sum(-1, keepdim=True).sqrt()).to(dtype)
 
 
-def coloured_noise(
-    beta: float,
-    shape: tuple[int, ...] | torch.Size,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    r"""Draw Gaussian noise of unit variance whose power spectrum over time is ``1 / f^beta``.
-
-    Every sequence is one period of a periodic signal: the last step is as close to the first as to
-    the step before. Sequences are independent of each other.
-
-    Args:
-        beta: exponent; 0 is white, 1 pink and 2 brown noise.
-        shape: ``[..., H, A]``, time second to last.
-        dtype: a floating point dtype; torch's default if ``None``.
-        device: torch's default if ``None``; its global generator draws the numbers.
-
-    Returns:
-        ``[..., H, A]``, standard normal at every step.
-
-    Raises:
-        ValueError: if ``shape`` has fewer than 2 dims, ``H`` is below 1 or ``beta`` is not finite.
-
-    Reference:
-        See :func:`colouring_matrix`; Pinneri et al. (2020), arXiv:2008.06389, use it in a planner.
-
-    Example:
-        >>> coloured_noise(2.0, (64, 20, 3)).shape
-        torch.Size([64, 20, 3])
-    """
-    if len(shape) < 2:
-        raise ValueError(f"shape must be [..., H, A], got {tuple(shape)}.")
-    matrix = colouring_matrix(beta, shape[-2], dtype=dtype, device=device)
-    white = torch.randn(shape, dtype=dtype, device=device)
-    return white if beta == 0 else colour(white, matrix)
-
-
 def colour(white: Tensor, matrix: Tensor) -> Tensor:
-    """Apply a :func:`colouring_matrix` to white noise, as one matrix product.
-
-    Args:
-        white: ``[..., H, A]``.
-        matrix: ``[H, H]``.
-
-    Returns:
-        ``[..., H, A]``.
-    """
+    """Apply a :func:`colouring_matrix` ``[H, H]`` to white noise ``[..., H, A]``."""
     return (white.mT @ matrix.mT).mT

@@ -9,15 +9,9 @@ from torch import Tensor
 def zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
     """Set ``x`` to 0 where ``mask`` is False.
 
-    Masked entries may hold anything, NaN included. Masking the loss alone would not be enough: in
-    the backward pass, a gradient of 0 times NaN is NaN.
-
-    Args:
-        mask: bool ``[...]``, the leading dims of ``x``.
-        x: ``[..., *]``.
-
-    Returns:
-        ``[..., *]``, of the dtype of ``x``.
+    The mask, bool ``[...]``, has the leading dims of ``x`` ``[..., *]``. Masked entries may hold
+    anything, NaN included. Masking the loss alone would not be enough: in the backward pass, a
+    gradient of 0 times NaN is NaN.
 
     Example:
         >>> zero_where_not(torch.tensor([True, False]), torch.tensor([[1.0], [torch.nan]])).tolist()

@@ -1,7 +1,7 @@
 """Mixtures of diagonal Gaussians, in log space and float32.
 
-The ``K`` components of a mixture lie along the second to last dim of ``mean`` and ``std``
-(``[..., K, D]``); its log weights ``[..., K]`` are normalised.
+The ``K`` components of a mixture lie along the second to last dim of ``mean`` and of ``std``, which
+is positive: both are ``[..., K, D]``. Weights ``[..., K]`` sum to 1; log weights are normalised.
 """
 
 from __future__ import annotations
@@ -21,15 +21,9 @@ def gaussian_mixture_log_prob(
 ) -> Tensor:
     """Compute ``log sum_k w_k N(value; mean_k, diag(std_k^2))`` by a log-sum-exp.
 
-    Args:
-        value: ``[..., D]``.
-        mean: ``[..., K, D]``.
-        std: ``[..., K, D]``, positive.
-        log_weights: ``[..., K]``, ``logsumexp`` over ``K`` is 0.
-
     Returns:
-        Log density in nats, ``[...]``. It is finite however far ``value`` is from every mean, as
-        long as the squared distance in units of ``std`` is finite.
+        Log density ``[...]`` of ``value`` ``[..., D]``, in nats. It is finite however far ``value``
+        is from every mean, as long as the squared distance in units of ``std`` is finite.
 
     Example:
         >>> zero, one = torch.zeros(2, 1), torch.ones(2, 1)
@@ -43,29 +37,12 @@ def gaussian_mixture_log_prob(
 
 
 def gaussian_mixture_mean(mean: Tensor, weights: Tensor) -> Tensor:
-    """Average the component means: ``sum_k w_k mean_k``.
-
-    Args:
-        mean: ``[..., K, D]``.
-        weights: ``[..., K]``, summing to 1.
-
-    Returns:
-        ``[..., D]``.
-    """
+    """Average the component means ``[..., K, D]``: ``sum_k w_k mean_k``, ``[..., D]``."""
     return (weights.unsqueeze(-1) * mean).sum(-2)
 
 
 def gaussian_mixture_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
-    """Compute the variance of each dim: within components plus between their means.
-
-    Args:
-        mean: ``[..., K, D]``.
-        std: ``[..., K, D]``.
-        weights: ``[..., K]``, summing to 1.
-
-    Returns:
-        ``[..., D]``.
-    """
+    """Compute the variance ``[..., D]``: within components plus between their means."""
     between = (mean - gaussian_mixture_mean(mean, weights).unsqueeze(-2)).square()
     return gaussian_mixture_mean(std.square() + between, weights)
 
@@ -74,8 +51,7 @@ class MixtureNoise(NamedTuple):
     """The random numbers of a draw from a mixture.
 
     Attributes:
-        gumbel: standard Gumbel noise that chooses the component, ``[..., K]``; ``None`` if ``K`` is
-            1.
+        gumbel: standard Gumbel noise ``[..., K]``, chooses the component; ``None`` if ``K`` is 1.
         normal: standard normal noise, ``[..., D]``.
     """
 
@@ -88,11 +64,7 @@ def mixture_noise(
 ) -> MixtureNoise:
     """Draw the noise of :func:`sample_gaussian_mixture`; follows torch's global generator.
 
-    Args:
-        shape: shape of the mixtures' log weights, ``[..., K]``.
-        dim: ``D``.
-        dtype: dtype of the noise.
-        device: device of the noise.
+    ``shape`` is that of the mixtures' log weights, ``[..., K]``, and ``dim`` is ``D``.
     """
     gumbel, normal = mixture_noise_of_steps(1, shape, dim, dtype=dtype, device=device)
     return MixtureNoise(None if gumbel is None else gumbel[0], normal[0])
@@ -122,21 +94,14 @@ def sample_gaussian_mixture(
     """Draw a component by its weight, then a value from that component's Gaussian.
 
     Follows torch's global generator. The draw is differentiable in ``mean`` and ``std`` of the
-    chosen component, not in the weights.
-
-    Args:
-        mean: ``[..., K, D]``.
-        std: ``[..., K, D]``.
-        log_weights: ``[..., K]``.
-        noise: from :func:`mixture_noise`; ``None`` draws it here.
+    chosen component, not in the weights. ``noise`` is that of :func:`mixture_noise`; ``None`` draws
+    it here.
 
     Returns:
         ``[..., D]``.
     """
-    if noise is None:
-        like = {"dtype": mean.dtype, "device": mean.device}
-        noise = mixture_noise(log_weights.shape, mean.shape[-1], **like)
-    gumbel, normal = noise
+    like = {"dtype": mean.dtype, "device": mean.device}
+    gumbel, normal = noise or mixture_noise(log_weights.shape, mean.shape[-1], **like)
     if gumbel is None:
         mean, std = mean.squeeze(-2), std.squeeze(-2)
     else:

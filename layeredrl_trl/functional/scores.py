@@ -33,11 +33,8 @@ class EventScores(NamedTuple):
 def varies(x: Tensor) -> Tensor:
     """Tell whether values vary by more than float32's rounding of a constant.
 
-    Args:
-        x: ``[N, ...]``.
-
     Returns:
-        bool ``[...]``; False if ``N`` is 0.
+        bool ``[...]`` for ``x`` ``[N, ...]``; False if ``N`` is 0.
     """
     return exceeds_rounding(x, x.double().square().mean(0).sqrt())
 
@@ -47,22 +44,15 @@ def exceeds_rounding(x: Tensor, size: Tensor) -> Tensor:
 
     Args:
         x: ``[N, ...]``.
-        size: magnitude of the numbers from which ``x`` was computed, ``[...]``.
-
-    Returns:
-        bool ``[...]``.
+        size: magnitude of the numbers from which ``x`` was computed, ``[...]``; so is the result.
     """
     return _variance(x.double()).sqrt() > _ROUNDING * size
 
 
 def explained_variance(target: Tensor, prediction: Tensor) -> Tensor:
-    """Compute ``1 - Var(target - prediction) / Var(target)``.
+    """Compute ``1 - Var(target - prediction) / Var(target)`` of values ``[N]``.
 
     1 is perfect, 0 is no better than a constant; a constant offset makes no difference.
-
-    Args:
-        target: ``[N]``.
-        prediction: ``[N]``.
 
     Returns:
         float64 scalar; NaN where the target does not vary.
@@ -120,12 +110,9 @@ def average_rank(x: Tensor) -> Tensor:
 
 
 def event_scores(prob: Tensor, happened: Tensor, threshold: float = 0.5) -> EventScores:
-    """Score the predicted probability of an event.
+    """Score the predicted probability ``[N]`` of an event that ``happened`` or not, bool ``[N]``.
 
-    Args:
-        prob: ``[N]``.
-        happened: bool ``[N]``.
-        threshold: an event is predicted where ``prob`` is above it.
+    The event is predicted where ``prob`` is above the threshold.
 
     Returns:
         :class:`EventScores` of float64 scalars, all NaN if any ``prob`` is NaN.

@@ -1,4 +1,8 @@
-"""Uncertainty of an ensemble: what it does not know (epistemic) and noise (aleatoric)."""
+"""Uncertainty of an ensemble: what it does not know (epistemic) and noise (aleatoric).
+
+``mean`` and ``std`` of the members' modes are ``[..., E, M, D]``, the weights of the modes
+``[..., E, M]``. Variances are in squared units of the latent.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,8 @@ def epistemic_variance(mean: Tensor, weights: Tensor) -> Tensor:
 
     The members are the whole population (no Bessel correction), so one member gives 0.
 
-    Args:
-        mean: mode means, ``[..., E, M, D]``.
-        weights: mode weights, ``[..., E, M]``.
-
     Returns:
-        ``[..., D]``, in squared units of the latent.
+        ``[..., D]``.
 
     Reference:
         Chua et al. 2018, arXiv:1805.12114; the variance between members in the law of total
@@ -30,14 +30,9 @@ def epistemic_variance(mean: Tensor, weights: Tensor) -> Tensor:
 def aleatoric_variance(mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
     """Compute the mean, over members, of the variance of each member's mixture.
 
-    Args:
-        mean: mode means, ``[..., E, M, D]``.
-        std: mode standard deviations, ``[..., E, M, D]``.
-        weights: mode weights, ``[..., E, M]``.
-
     Returns:
-        ``[..., D]``, in squared units of the latent. Its sum with :func:`epistemic_variance` is
-        the variance of the even mixture of all members.
+        ``[..., D]``. Its sum with :func:`epistemic_variance` is the variance of the even mixture
+        of all members.
     """
     return gaussian_mixture_variance(mean, std, weights).mean(-2)
 
@@ -47,11 +42,8 @@ def disagreement(epistemic_var: Tensor) -> Tensor:
 
     Its gradient at 0 is 0, not infinite.
 
-    Args:
-        epistemic_var: ``[..., D]``, see :func:`epistemic_variance`.
-
     Returns:
-        ``[..., 1]``, in units of the latent.
+        ``[..., 1]``, in units of the latent, for an :func:`epistemic_variance` ``[..., D]``.
 
     Example:
         >>> disagreement(torch.tensor([[0.0, 0.0], [32.0, 0.0]]))

@@ -7,14 +7,10 @@ from torch import Tensor
 
 
 def covariance(samples: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Compute the covariance matrix of a batch.
+    """Compute the covariance matrix ``[D, D]`` of a batch ``[N, D]``.
 
-    Args:
-        samples: ``[N, D]``.
-        mask: bool ``[N]``; samples where it is False do not count, but must be finite.
-
-    Returns:
-        ``[D, D]``, without Bessel's correction, so one sample gives 0.
+    There is no Bessel's correction, so one sample gives 0. Samples where ``mask``, bool ``[N]``, is
+    False do not count, but must be finite.
     """
     if mask is None:
         centred = samples - samples.mean(0)
@@ -28,10 +24,7 @@ def covariance(samples: Tensor, mask: Tensor | None = None) -> Tensor:
 def whitening_residual(matrix: Tensor, samples: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Measure how far the whitening matrix ``W`` is from whitening: ``||cov(W x) - I||_F``.
 
-    Args:
-        matrix: the whitening matrix ``W``, ``[D, D]``.
-        samples: ``x``, ``[N, D]``.
-        mask: bool ``[N]``, see :func:`covariance`.
+    ``W`` is ``[D, D]``; samples ``x`` and their mask are as for :func:`covariance`.
 
     Returns:
         Scalar, 0 where ``W`` is ``cov(x)^{-1/2}`` up to a rotation.

@@ -130,10 +130,10 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         """Roll particles out under given actions, each moved by the member it belongs to.
 
         Args:
-            latent: ``[N, E, P, D]``; with ``member`` given ``[N, 1, P, D]``.
+            latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
             context: ``[N, C]``.
             actions: ``[N, H, A]``, or indices ``[N, H]`` of discrete actions.
-            member: long ``[N, 1]``, the member that all particles of an env belong to.
+            member: long ``[N, 1]``, as for :meth:`predict_particles`.
             deterministic: move particles to the mean of their mixture instead of drawing.
             terminations: whether to return the probabilities that steps terminate.
 
@@ -309,18 +309,13 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         _check_shape("next_latent", next_latent, latent.shape)
         if transform is not None:
             _check_shape("transform", transform, (latent.shape[-1], latent.shape[-1]))
-        mean, std, log_weights, term_logit = self._predict_members(latent, context, action, std)
+        mean, std, log_weights, term_prob = self._even_mixture(latent, context, action, std)
         if transform is not None:
             transform = transform.to(mean.dtype)
-            mean = (mean - latent.to(mean.dtype)[..., None, None, :]) @ transform.mT
+            mean = (mean - latent.to(mean.dtype).unsqueeze(-2)) @ transform.mT
             next_latent = (next_latent - latent).to(mean.dtype) @ transform.mT
-        log_prob = gaussian_mixture_log_prob(
-            next_latent.to(mean.dtype),
-            mean.flatten(-3, -2),
-            std.flatten(-3, -2),
-            (log_weights - math.log(self.n_models)).flatten(-2),
-        )
-        return log_prob, term_logit.sigmoid().mean(-2).squeeze(-1)
+        log_prob = gaussian_mixture_log_prob(next_latent.to(mean.dtype), mean, std, log_weights)
+        return log_prob, term_prob.squeeze(-1)
 
     def loss(self, batch: TensorDictBase) -> Tensor:
         """Return the mean of negative log-likelihood and termination cross-entropy on ``batch``.
@@ -362,15 +357,13 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the predicted next latent state and termination probability."""
         latent, context, action = (tensordict[key] for key in self.in_keys)
-        mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
-        mean, std = mean.flatten(-3, -2), std.flatten(-3, -2)
-        log_weights = (log_weights - math.log(self.n_models)).flatten(-2)
+        mean, std, log_weights, term_prob = self._even_mixture(latent, context, action)
         if exploration_type() is ExplorationType.RANDOM:
             next_latent = sample_gaussian_mixture(mean, std, log_weights)
         else:
             next_latent = gaussian_mixture_mean(mean, log_weights.exp())
         tensordict.set(self.out_keys[0], next_latent)
-        tensordict.set(self.out_keys[1], term_logit.sigmoid().mean(-2))
+        tensordict.set(self.out_keys[1], term_prob)
         return tensordict
 
     def joint_weight(
@@ -432,6 +425,15 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
                 f"weight: expected shape {[*batch_shape, 1]} or {[*batch_shape, self.n_models]}, "
                 f"got {list(weight.shape)}."
             )
+
+    def _even_mixture(
+        self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, std ``[..., E M, D]``, log weights ``[..., E M]``, ``term_prob`` ``[..., 1]``."""
+        prediction = self._predict_members(latent, context, action, std)
+        log_weights = (prediction.log_weights - math.log(self.n_models)).flatten(-2)
+        mean, std = (x.flatten(-3, -2) for x in (prediction.mean, prediction.std))
+        return mean, std, log_weights, prediction.term_logit.sigmoid().mean(-2)
 
     def _predict_members(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None

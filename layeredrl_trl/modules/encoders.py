@@ -24,14 +24,16 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         obs_shape: shape of one observation; an int means ``(int,)``.
         latent_state_dim: ``D``, at least 1.
         context_dim: ``C``, at least 0.
-        in_keys: key of the observation.
-        out_keys: keys of the latent state and the context.
+        in_keys, out_keys: keys of the observation, and of the latent state and the context.
 
     Reads:
         ``observation`` ``[..., *obs_shape]``; cast to float32.
 
     Writes:
         ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
+
+    Raises:
+        ValueError: if a dim is out of its range.
     """
 
     def __init__(
@@ -61,13 +63,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         return type(self).decode is not Encoder.decode
 
     def encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a batch of observations.
-
-        Args:
-            observation: ``[..., *obs_shape]``.
-
-        Returns:
-            ``latent`` ``[..., D]`` and ``context`` ``[..., C]``, float32.
+        """Encode ``[..., *obs_shape]`` to ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
         Raises:
             ValueError: if the trailing shape is not ``obs_shape``.
@@ -95,14 +91,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         """
 
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
-        """Reconstruct the observation.
-
-        Args:
-            latent: ``[..., D]``.
-            context: ``[..., C]``.
-
-        Returns:
-            The observation, ``[..., *obs_shape]``.
+        """Reconstruct ``[..., *obs_shape]`` from ``latent`` ``[..., D]``, ``context`` ``[..., C]``.
 
         Raises:
             NotImplementedError: if the encoder loses information (:attr:`can_decode` is False).
@@ -138,8 +127,7 @@ class IdentityEncoder(Encoder):
 
     Args:
         obs_shape: shape of one observation; an int means ``(int,)``.
-        in_keys: key of the observation.
-        out_keys: keys of the latent state and the context.
+        in_keys, out_keys: keys of the observation, and of the latent state and the context.
 
     Reads:
         ``observation`` ``[..., *obs_shape]``.

@@ -176,8 +176,10 @@ class ProbabilisticEnsemble(DynamicsModel):
     ) -> ParticlePrediction:
         """Predict one step of every particle; see :class:`DynamicsModel` for the shapes."""
         self.check_particles(latent, context, member)
-        latent = latent.to(self.target_moments.mean.dtype)
-        inputs = self._inputs(latent, context, action)
+        latent, batch = latent.to(self.target_moments.mean.dtype), latent.shape[:-3]
+        known = self.known_inputs(context, action, batch)[..., None, None, :]
+        inputs = torch.cat([latent, known.expand(*latent.shape[:-1], -1).to(latent.dtype)], -1)
+        inputs = self.input_moments.standardize(inputs)
         return self._parse(*self._by_member(inputs, member), latent)
 
     def score_members(
@@ -297,21 +299,22 @@ class ProbabilisticEnsemble(DynamicsModel):
         return next_latent - latent if self.predict_delta else next_latent
 
     def _concatenate(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        seen = [latent, context] if self.condition_on_context else [latent]
-        return torch.cat([*seen, self._features(action, latent.shape[:-1])], -1)
+        """Network inputs ``[..., in]`` for ``[..., D]``, not standardised."""
+        return torch.cat([latent, self.known_inputs(context, action, latent.shape[:-1])], -1)
 
-    def _features(self, action: Tensor, batch: torch.Size) -> Tensor:
-        return action_features(action, batch, self.action_dim, indices=self.accepts_indices)
+    def known_inputs(self, context: Tensor, action: Tensor, batch: torch.Size) -> Tensor:
+        """Return what the networks read beside the latent state, not standardised.
 
-    def _inputs(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Standardised network inputs ``[..., E, P, in]``."""
-        batch, per_env = latent.shape[:-3], (*latent.shape[-3:-1], -1)
-        action = self._features(action, batch)
-        seen = [latent, context] if self.condition_on_context else [latent]
-        seen[1:] = [x[..., None, None, :].expand(*batch, *per_env) for x in seen[1:]]
-        action = action[..., None, None, :].expand(*batch, *per_env)
-        inputs = torch.cat([*seen, action], -1).to(latent.dtype)
-        return self.input_moments.standardize(inputs)
+        Args:
+            context: ``[*batch, C]``.
+            action: ``[*batch, A]``, or indices ``[*batch]``.
+            batch: leading shape.
+
+        Returns:
+            ``[*batch, K]``.
+        """
+        features = action_features(action, batch, self.action_dim, indices=self.accepts_indices)
+        return torch.cat([context, features], -1) if self.condition_on_context else features
 
     def _run(self, inputs: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gaussians ``[E, N, 2 M D + M]`` and termination logits ``[E, N, 1]`` for ``[E, N, in]``.
@@ -378,21 +381,6 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         shape = (2, self.n_modes, self.latent_state_dim)
         return x[..., : math.prod(shape)].unflatten(-1, shape), x[..., math.prod(shape) :]
-
-    def known_inputs(self, context: Tensor, actions: Tensor) -> Tensor:
-        """Return what the networks read beside the latent state, for a sequence of actions.
-
-        Args:
-            context: ``[N, C]``.
-            actions: ``[N, H, A]``, or indices ``[N, H]``.
-
-        Returns:
-            ``[N, H, K]``, not standardised.
-        """
-        features = self._features(actions, actions.shape[:2])
-        if not self.condition_on_context:
-            return features
-        return torch.cat([context.unsqueeze(1).expand(-1, actions.shape[1], -1), features], -1)
 
     def check_particles(
         self, latent: Tensor, context: Tensor, member: Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from tensordict import NestedKey, TensorDict, unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -23,8 +23,7 @@ class LatentFunction(TensorDictModule):
 
     Args:
         module: returns ``[..., 1]``.
-        in_keys: names of its arguments, in order.
-        out_keys: name of its output.
+        in_keys, out_keys: names of its arguments, in order, and of its output.
 
     Attributes:
         argument: what it was handed in as, for the text of an error; else the name of the class.
@@ -46,13 +45,10 @@ class RewardNet(LatentFunction):
     """Predict the reward of taking ``action`` in ``latent``.
 
     Args:
-        latent_state_dim: ``D``.
-        context_dim: ``C``.
+        latent_state_dim, context_dim: ``D`` and ``C``.
         action_dim: ``A``; for discrete actions their number (one-hot).
-        hidden_sizes: width of each hidden layer.
-        activation: class of the nonlinearity.
-        in_keys: of the latent state, the context and the action.
-        out_keys: of the reward.
+        hidden_sizes, activation: width of each hidden layer, and class of the nonlinearity.
+        in_keys, out_keys: of the latent state, the context and the action; of the reward.
 
     Raises:
         TypeError: if a number of dims or the width of a layer is no integer.
@@ -78,11 +74,10 @@ class RewardNet(LatentFunction):
         *,
         hidden_sizes: Sequence[int] = (128, 128),
         activation: type[nn.Module] = nn.SiLU,
-        in_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT, keys.ACTION),
+        in_keys: Sequence[NestedKey] = _IN_KEYS,
         out_keys: Sequence[NestedKey] = (keys.REWARD,),
     ) -> None:
-        _check_dims(latent_state_dim, context_dim, action_dim)
-        net = _LatentMLP((latent_state_dim, context_dim, action_dim), 1, hidden_sizes, activation)
+        net = _LatentMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
         super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
 
 
@@ -90,14 +85,11 @@ class ValueNet(LatentFunction):
     """Predict the value of a state, or with ``action_dim`` of a state and an action.
 
     Args:
-        latent_state_dim: ``D``.
-        context_dim: ``C``.
+        latent_state_dim, context_dim: ``D`` and ``C``.
         action_dim: ``A`` makes it a Q-function; ``None`` a state value.
-        hidden_sizes: width of each hidden layer.
-        activation: class of the nonlinearity.
-        in_keys: of the latent state, the context and, for a Q-function, the action.
-        out_keys: of the value; default ``state_value``, for a Q-function
-            ``state_action_value``.
+        hidden_sizes, activation: width of each hidden layer, and class of the nonlinearity.
+        in_keys, out_keys: of the latent state, the context and, for a Q-function, the action; of
+            the value, by default ``state_value``, for a Q-function ``state_action_value``.
 
     Raises:
         TypeError: if a number of dims or the width of a layer is no integer.
@@ -126,17 +118,10 @@ class ValueNet(LatentFunction):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        _check_dims(latent_state_dim, context_dim, action_dim)
-        dims: tuple[int, ...] = (latent_state_dim, context_dim)
-        names: tuple[NestedKey, ...] = (keys.LATENT, keys.CONTEXT)
-        out: NestedKey = keys.STATE_VALUE
-        if action_dim is not None:
-            dims, names, out = (*dims, action_dim), (*names, keys.ACTION), keys.STATE_ACTION_VALUE
-        super().__init__(
-            _LatentMLP(dims, 1, hidden_sizes, activation),
-            in_keys=list(in_keys or names),
-            out_keys=list(out_keys or (out,)),
-        )
+        net = _LatentMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
+        in_keys = list(in_keys or _IN_KEYS[: len(net.in_dims)])
+        out_key = keys.STATE_VALUE if action_dim is None else keys.STATE_ACTION_VALUE
+        super().__init__(net, in_keys=in_keys, out_keys=list(out_keys or [out_key]))
 
 
 def as_reward_module(
@@ -147,10 +132,8 @@ def as_reward_module(
 ) -> TensorDictModuleBase | None:
     """Wrap a plain ``f(latent, context, action) -> [..., 1]``; pass a TensorDict module through.
 
-    Args:
-        module: to wrap.
-        in_keys: of the latent state, the context and the action.
-        argument: what the module was handed in as, for the text of an error.
+    ``in_keys`` are those of the latent state, the context and the action; ``argument`` is what the
+    module was handed in as, for the text of an error.
 
     Raises:
         TypeError: if it cannot be called, or is a :class:`ValueNet`.
@@ -160,9 +143,8 @@ def as_reward_module(
             f"{argument}: expected a reward, got a ValueNet. Swap it with the argument for the "
             "value."
         )
-    if module is None or isinstance(module, TensorDictModuleBase):
+    if _needs_no_wrapping(module, argument, "f(latent, context, action)"):
         return module
-    _check_callable(module, argument, "f(latent, context, action)")
     return _wrap(module, argument, in_keys, keys.REWARD)
 
 
@@ -175,12 +157,8 @@ def as_value_module(
     """Wrap a plain ``f(latent, context)`` or ``f(latent, context, action)`` ``-> [..., 1]``.
 
     The number of its arguments (of a module: of its ``forward``) that have no default tells a state
-    value from a Q-function. A TensorDict module passes through.
-
-    Args:
-        module: to wrap.
-        in_keys: of the latent state, the context and the action.
-        argument: what the module was handed in as, for the text of an error.
+    value from a Q-function. A TensorDict module passes through. The arguments are those of
+    :func:`as_reward_module`.
 
     Raises:
         TypeError: if it does not take two or three arguments, cannot be called, or is a
@@ -191,17 +169,16 @@ def as_value_module(
             f"{argument}: expected a value, got a RewardNet. Swap it with the argument for the "
             "reward."
         )
-    if module is None or isinstance(module, TensorDictModuleBase):
+    signature = "f(latent, context) or f(latent, context, action)"
+    if _needs_no_wrapping(module, argument, signature):
         return module
-    _check_callable(module, argument, "f(latent, context) or f(latent, context, action)")
     n_args = _count_required_arguments(module)
     if n_args not in (2, 3):
         name = getattr(module, "__name__", type(module).__name__)
         name += ".forward" if isinstance(module, nn.Module) else ""
         raise TypeError(
-            f"{argument}: a plain module must be f(latent, context) or f(latent, context, action), "
-            f"but {name} takes {n_args} arguments. Wrap it in a "
-            "tensordict.nn.TensorDictModule to name what it reads."
+            f"{argument}: a plain module must be {signature}, but {name} takes {n_args} arguments. "
+            "Wrap it in a tensordict.nn.TensorDictModule to name what it reads."
         )
     out_key = keys.STATE_VALUE if n_args == 2 else keys.STATE_ACTION_VALUE
     return _wrap(module, argument, in_keys[:n_args], out_key)
@@ -218,11 +195,11 @@ def as_termination_module(
     Raises:
         TypeError: if it cannot be called.
     """
-    if module is None or isinstance(module, TensorDictModuleBase):
+    argument = "termination_fn"
+    if _needs_no_wrapping(module, argument, "f(latent, context, action, next_latent)"):
         return module
-    _check_callable(module, "termination_fn", "f(latent, context, action, next_latent)")
     names = [*in_keys, unravel_key(("next", in_keys[0]))]
-    return _wrap(module, "termination_fn", names, keys.TERM_PROB)
+    return _wrap(module, argument, names, keys.TERM_PROB)
 
 
 def reads_action(module: TensorDictModuleBase, action_key: NestedKey = keys.ACTION) -> bool:
@@ -241,13 +218,8 @@ def head_entries(
 ) -> dict[NestedKey, Tensor]:
     """Name what a reward or value module reads, for :func:`evaluate`.
 
-    Args:
-        names: of latent state, context and action.
-        latent: ``[..., D]``.
-        context: ``[..., C]``.
-        action: ``[..., A]``, or indices ``[...]``; ``None``: no entry.
-        action_dim: ``A``.
-        indices: whether indices are legal.
+    ``names`` are those of the latent state, the context and the action ``[..., A]``, with
+    ``indices`` also ``[...]``; ``None`` is no entry. ``action_dim`` is ``A``.
 
     Raises:
         ValueError: if the shape of ``action`` does not fit: a plain module might broadcast it.
@@ -260,14 +232,10 @@ def head_entries(
 
 
 def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) -> Tensor:
-    """Evaluate a reward or value module on tensors by name.
+    """Evaluate a reward or value module, or any that reads a subset of ``entries``.
 
-    Args:
-        module: any TensorDict module that reads a subset of ``entries``.
-        entries: tensors of one leading shape, the latent state first.
-
-    Returns:
-        Its first output, ``[..., 1]``.
+    These are tensors of one leading shape, the latent state first. Returns the module's first
+    output ``[..., 1]``.
 
     Raises:
         KeyError: if the module reads an entry that is not there.
@@ -298,9 +266,33 @@ def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) 
 class _LatentMLP(ConcatMLP):
     """A perceptron over latent state, context and, where it has one, action (also as index)."""
 
+    def __init__(
+        self, latent_state_dim: int, context_dim: int, action_dim: int | None, *options: Any
+    ) -> None:
+        check_count("latent_state_dim", latent_state_dim)
+        check_count("context_dim", context_dim, least=0)
+        dims = (latent_state_dim, context_dim)
+        if action_dim is not None:
+            check_count("action_dim", action_dim)
+            dims = (*dims, action_dim)
+        super().__init__(dims, 1, *options)
+
     def forward(self, latent: Tensor, context: Tensor, *action: Tensor) -> Tensor:
         features = (action_features(a, latent.shape[:-1], self.in_dims[-1]) for a in action)
         return super().forward(latent, context, *features)
+
+
+def _needs_no_wrapping(
+    module: Any, argument: str, signature: str
+) -> TypeGuard[TensorDictModuleBase | None]:
+    if module is None or isinstance(module, TensorDictModuleBase):
+        return True
+    if not callable(module):
+        raise TypeError(
+            f"{argument}: expected a module or a function {signature}, got {module!r} "
+            f"({type(module).__name__})."
+        )
+    return False
 
 
 def _wrap(
@@ -314,25 +306,8 @@ def _wrap(
     return wrapped
 
 
-def _check_callable(module: Any, argument: str, signature: str) -> None:
-    if not callable(module):
-        raise TypeError(
-            f"{argument}: expected a module or a function {signature}, got {module!r} "
-            f"({type(module).__name__})."
-        )
-
-
-def _check_dims(latent_state_dim: int, context_dim: int, action_dim: int | None) -> None:
-    check_count("latent_state_dim", latent_state_dim)
-    check_count("context_dim", context_dim, least=0)
-    if action_dim is not None:
-        check_count("action_dim", action_dim)
-
-
 def _count_required_arguments(module: nn.Module | Callable[..., Tensor]) -> int:
     function = module.forward if isinstance(module, nn.Module) else module
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(
-        parameter.kind in kinds and parameter.default is inspect.Parameter.empty
-        for parameter in inspect.signature(function).parameters.values()
-    )
+    parameters = inspect.signature(function).parameters.values()
+    return sum(x.kind in kinds and x.default is x.empty for x in parameters)

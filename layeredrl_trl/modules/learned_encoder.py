@@ -31,15 +31,13 @@ class LearnedEncoder(Encoder):
 
     Args:
         obs_shape: shape of one observation; an int means ``(int,)``.
-        latent_state_dim: ``D``, at least 1.
-        context_dim: ``C``, at least 0.
+        latent_state_dim, context_dim: ``D``, at least 1, and ``C``, at least 0.
         make_net: ``make_net(O, out_dim)`` makes a network from ``[..., O]`` to ``[..., out_dim]``;
             it is called for the latent state and, unless ``C`` is 0, for the context.
         standardize: whether to shift and scale the inputs by running moments of the observations.
         freeze_after: number of statistics updates after which the moments stay as they are;
             ``None`` means never. Changing dims are looked for in any case.
-        in_keys: key of the observation.
-        out_keys: keys of the latent state and the context.
+        in_keys, out_keys: keys of the observation, and of the latent state and the context.
 
     Attributes:
         changes: bool ``[O]``, True for the dims that have been seen to change.
@@ -78,9 +76,8 @@ class LearnedEncoder(Encoder):
         in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
-        super().__init__(
-            obs_shape, latent_state_dim, context_dim, in_keys=in_keys, out_keys=out_keys
-        )
+        dims = latent_state_dim, context_dim
+        super().__init__(obs_shape, *dims, in_keys=in_keys, out_keys=out_keys)
         name = type(self).__name__
         if freeze_after is not None and freeze_after < 1:
             raise ValueError(
@@ -104,12 +101,8 @@ class LearnedEncoder(Encoder):
     ) -> None:
         """Find out which dims change, and update the moments with ``observation``.
 
-        A batch with a non-finite number in a transition that counts changes nothing.
-
-        Args:
-            observation: ``[..., *obs_shape]``.
-            next_observation: one step later in the same episode, ``[..., *obs_shape]``.
-            mask: bool ``[...]``; transitions where it is False do not count.
+        The arguments are those of the base class. A batch with a non-finite number in a transition
+        that counts changes nothing.
 
         Raises:
             ValueError: if a shape does not fit.
@@ -121,12 +114,11 @@ class LearnedEncoder(Encoder):
                 f"next_observation: expected shape {list(observation.shape)}, "
                 f"got {list(next_observation.shape)}."
             )
+        batch = now.shape[:-1]
         if mask is None:
-            mask = torch.ones_like(now[..., 0], dtype=torch.bool)
-        elif mask.shape != now.shape[:-1]:
-            raise ValueError(
-                f"mask: expected shape {list(now.shape[:-1])}, got {list(mask.shape)}."
-            )
+            mask = torch.ones(batch, dtype=torch.bool, device=now.device)
+        elif mask.shape != batch:
+            raise ValueError(f"mask: expected shape {list(batch)}, got {list(mask.shape)}.")
         mask = mask.bool()
         finite = (now.isfinite() & later.isfinite()).all(-1)
         mask = mask & (finite | ~mask).all()

@@ -17,7 +17,12 @@ class LinearEncoder(LearnedEncoder):
 
     ``latent = A x_changing`` and ``context = B x_constant`` with ``x`` the standardised
     observation. :class:`~layeredrl_trl.modules.LearnedEncoder` says which dims are which, also
-    before any data and with ``context_dim=0``; it also describes the arguments, keys and errors.
+    before any data and with ``context_dim=0``; it also describes what is read, written and raised.
+
+    Args:
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        latent_state_dim, context_dim: ``D``, at least 1, and ``C``, at least 0.
+        standardize, freeze_after, in_keys, out_keys: of the base class.
 
     Reference:
         LayeredRL's ``EncoderNet``. Deviations: this encoder standardises by default, and before any
@@ -41,11 +46,12 @@ class LinearEncoder(LearnedEncoder):
         in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
+        make_net = partial(nn.Linear, bias=False)
         super().__init__(
             obs_shape,
             latent_state_dim,
             context_dim,
-            partial(nn.Linear, bias=False),
+            make_net,
             standardize=standardize,
             freeze_after=freeze_after,
             in_keys=in_keys,

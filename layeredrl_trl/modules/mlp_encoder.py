@@ -18,11 +18,14 @@ class MLPEncoder(LearnedEncoder):
     ``latent = f(x_changing)`` and ``context = g(x_constant)`` with ``x`` the standardised
     observation; while no dim is known to be constant, the context is ``g(0)`` for all observations.
     :class:`~layeredrl_trl.modules.LearnedEncoder` says which dims are which, also before any data
-    and with ``context_dim=0``; it also describes the other arguments, the keys and errors.
+    and with ``context_dim=0``; it also describes what is read, written and raised.
 
     Args:
-        hidden_sizes: width of each hidden layer of both MLPs.
-        activation: class of the nonlinearity.
+        obs_shape: shape of one observation; an int means ``(int,)``.
+        latent_state_dim, context_dim: ``D``, at least 1, and ``C``, at least 0.
+        hidden_sizes, activation: width of each hidden layer of both MLPs, and the class of the
+            nonlinearity.
+        standardize, freeze_after, in_keys, out_keys: of the base class.
 
     Example:
         >>> import torch
@@ -44,11 +47,14 @@ class MLPEncoder(LearnedEncoder):
         in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
+        def make_net(in_dim: int, out_dim: int) -> ConcatMLP:
+            return ConcatMLP((in_dim,), out_dim, hidden_sizes, activation)
+
         super().__init__(
             obs_shape,
             latent_state_dim,
             context_dim,
-            lambda in_dim, out_dim: ConcatMLP((in_dim,), out_dim, hidden_sizes, activation),
+            make_net,
             standardize=standardize,
             freeze_after=freeze_after,
             in_keys=in_keys,

@@ -67,11 +67,10 @@ class RunningMoments(nn.Module):
         batch_mean, batch_var = (
             torch.where(usable, x, now) for x, now in ((batch_mean, mean), (batch_var, var))
         )
-        rate = (count + 1).reciprocal().clamp_min(self.rate)
+        rate = count.add_(usable).reciprocal().clamp(self.rate, 1.0)
         shift = batch_mean - mean
         var.lerp_(torch.addcmul(batch_var, shift, shift * (1 - rate)), rate)
         mean.lerp_(batch_mean, rate)
-        count.add_(usable)
 
     def std(self, *, floor: float) -> Tensor:
         """Return the standard deviation ``[D]``, at least ``floor``."""

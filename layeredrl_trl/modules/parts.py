@@ -13,14 +13,10 @@ from layeredrl_trl.modules.heads import LatentFunction
 
 
 def check_kinds(owner: str, **parts: tuple[Any, type]) -> None:
-    """Check the classes of parts.
-
-    Args:
-        owner: what they were handed to.
-        parts: by the name of the argument, each with the class that it must be of.
+    """Check the classes of parts, given by name of the argument with the class it must be of.
 
     Raises:
-        TypeError: naming the first of another class.
+        TypeError: naming ``owner``, what they were handed to, and the first of another class.
     """
     for name, (part, kind) in parts.items():
         if not isinstance(part, kind):
@@ -30,12 +26,7 @@ def check_kinds(owner: str, **parts: tuple[Any, type]) -> None:
 
 
 def check_parts(owner: str, encoder: Encoder, dynamics: DynamicsModel) -> None:
-    """Check that encoder and dynamics are such, and that their sizes are the same.
-
-    Args:
-        owner: what they were handed to.
-        encoder: of observations.
-        dynamics: the model.
+    """Check that encoder and dynamics of ``owner`` are such, and that their sizes are the same.
 
     Raises:
         TypeError: if ``encoder`` is no :class:`Encoder` or ``dynamics`` no :class:`DynamicsModel`.
@@ -57,12 +48,8 @@ def check_heads(
 ) -> None:
     """Check that rewards and values read latent states, contexts and actions of the right size.
 
-    Args:
-        owner: what they were handed to.
-        encoder: names the latent state and the context.
-        dynamics: the model; names the action.
-        heads: by the name of the argument, or ``None``. Of one that does not know its dims, as of
-            a plain function, nothing is checked.
+    ``heads`` are given by name of the argument of ``owner``. Nothing is checked of ``None`` and of
+    one that does not know its dims, such as a plain function.
 
     Raises:
         ValueError: naming the argument and both sizes.
@@ -75,17 +62,10 @@ def check_heads(
         unravel_key(dynamics.in_keys[2]): ("action", dynamics.action_dim),
     }
     for argument, head in heads.items():
-        for key, dim in _known_dims(head).items():
-            name, size = sizes.get(key, ("", dim))
+        dims = head.dims if isinstance(head, LatentFunction) else None
+        for key, dim in zip(head.in_keys, dims, strict=False) if dims else ():
+            name, size = sizes.get(unravel_key(key), ("", dim))
             if dim != size:
                 raise ValueError(
                     f"{owner}: {argument} reads {dim} {name} dims, the dynamics have {size}."
                 )
-
-
-def _known_dims(head: TensorDictModuleBase | None) -> dict[NestedKey, int]:
-    """Last dims of the entries that a reward or value reads, as far as it knows them."""
-    dims = head.dims if isinstance(head, LatentFunction) else None
-    if head is None or dims is None:
-        return {}
-    return dict(zip(map(unravel_key, head.in_keys), dims, strict=False))

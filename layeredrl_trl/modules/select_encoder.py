@@ -26,8 +26,7 @@ class SelectEncoder(Encoder):
             latent state.
         context_dims: indices in the order of the context, possibly none; these dims should be
             constant in an episode.
-        in_keys: key of the observation.
-        out_keys: keys of the latent state and the context.
+        in_keys, out_keys: keys of the observation, and of the latent state and the context.
 
     Attributes:
         latent_state_dims, context_dims: the indices, as tuples.
@@ -66,9 +65,8 @@ class SelectEncoder(Encoder):
         shape = as_shape(obs_shape)
         latent_state_dims = _as_indices("latent_state_dims", latent_state_dims, shape)
         context_dims = _as_indices("context_dims", context_dims, shape)
-        super().__init__(
-            shape, len(latent_state_dims), len(context_dims), in_keys=in_keys, out_keys=out_keys
-        )
+        dims = len(latent_state_dims), len(context_dims)
+        super().__init__(shape, *dims, in_keys=in_keys, out_keys=out_keys)
         self.latent_state_dims = latent_state_dims
         self.context_dims = context_dims
         # `index` finds the first occurrence: a dim picked for both comes from the latent state.
@@ -89,14 +87,7 @@ class SelectEncoder(Encoder):
         return not self._missing_dims
 
     def decode(self, latent: Tensor, context: Tensor) -> Tensor:
-        """Put the picked dims back to their places in the observation.
-
-        Args:
-            latent: ``[..., D]``.
-            context: ``[..., C]``.
-
-        Returns:
-            The observation, ``[..., *obs_shape]``.
+        """Put the picked dims back to their places in the observation ``[..., *obs_shape]``.
 
         Raises:
             NotImplementedError: if some dim of the observation is not picked.
@@ -118,10 +109,8 @@ class SelectEncoder(Encoder):
         return flat.reshape(batch + self.obs_shape)
 
     def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            observation.index_select(-1, self._latent_index),
-            observation.index_select(-1, self._context_index),
-        )
+        latent = observation.index_select(-1, self._latent_index)
+        return latent, observation.index_select(-1, self._context_index)
 
 
 def _as_indices(name: str, dims: Iterable[int], shape: torch.Size) -> tuple[int, ...]:
@@ -130,13 +119,11 @@ def _as_indices(name: str, dims: Iterable[int], shape: torch.Size) -> tuple[int,
         indices = tuple(operator.index(dim) for dim in dims)
     except TypeError as error:
         raise TypeError(f"SelectEncoder: {name} must be integers, got {dims!r}.") from error
-    outside = [dim for dim in indices if not 0 <= dim < shape.numel()]
-    if outside:
+    if outside := [dim for dim in indices if not 0 <= dim < shape.numel()]:
         raise ValueError(
             f"SelectEncoder: {name} must be in [0, {shape.numel()}), the dims of an observation of "
             f"shape {list(shape)}, got {outside}."
         )
-    twice = sorted({dim for dim in indices if indices.count(dim) > 1})
-    if twice:
+    if twice := sorted({dim for dim in indices if indices.count(dim) > 1}):
         raise ValueError(f"SelectEncoder: {name} must not have duplicates, got {twice} twice.")
     return indices

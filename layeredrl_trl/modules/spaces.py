@@ -74,14 +74,8 @@ def action_features(
     Integers of shape ``[*batch_shape]`` (TorchRL's categorical encoding) or ``[*batch_shape, 1]``
     are indices of ``dim`` actions and become one-hot.
 
-    Args:
-        action: the actions, in one of these shapes.
-        batch_shape: leading shape.
-        dim: ``A``.
-        indices: whether indices are legal.
-
     Raises:
-        ValueError: if the shape is none of these.
+        ValueError: if the shape is none of these, or of indices without ``indices``.
     """
     if action.shape == (*batch_shape, dim):
         return action.to(torch.float32)

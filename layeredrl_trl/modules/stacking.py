@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 from torch import Tensor, nn
@@ -54,12 +55,8 @@ class StackedNetworks(nn.Module):
         if member is not None:
             params = {name: p.index_select(0, member) for name, p in params.items()}
             buffers = {name: b.index_select(0, member) for name, b in buffers.items()}
-        return vmap(self._call_member, randomness="different")(params, buffers, x)
-
-    def _call_member(
-        self, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor
-    ) -> Tensor:
-        return functional_call(self.network, (params, buffers), (x,))
+        call = partial(functional_call, self.network)
+        return vmap(call, randomness="different")((params, buffers), (x,))
 
 
 def _check_networks(networks: list[nn.Module]) -> None:
@@ -69,7 +66,7 @@ def _check_networks(networks: list[nn.Module]) -> None:
                 "StackedNetworks: expected make_network to return an nn.Module, got "
                 f"{type(network).__name__}."
             )
-    tensors = [id(x) for net in networks for x in chain(net.parameters(), net.buffers())]
+    tensors = [id(x) for net in networks for _, x in _tensors_of(net)]
     if len(set(map(id, networks))) < len(networks) or len(set(tensors)) < len(tensors):
         raise ValueError(
             "StackedNetworks: members share a network or a tensor; make_network must return a new "
@@ -89,11 +86,9 @@ def _tensors_of(network: nn.Module) -> chain[tuple[str, Tensor]]:
 
 def _put(network: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
     """Put stacked tensors in the place of a network's own; tied ones stay tied."""
-    stacked: dict[int, Tensor] = {}
+    stacked = {id(own): buffers[name] for name, own in network.named_buffers()}
     for name, own in network.named_parameters():
         stacked[id(own)] = nn.Parameter(params[name].detach(), requires_grad=own.requires_grad)
-    for name, own in network.named_buffers():
-        stacked[id(own)] = buffers[name]
     for module in network.modules():
         for own_tensors in (module._parameters, module._buffers):
             for name, own in own_tensors.items():

@@ -81,12 +81,7 @@ class RewardPredictorLoss(SliceLoss):
         KeyError: if an entry is missing; the text names it and those that are there.
 
     Example:
-        >>> from layeredrl_trl.modules import (
-        ...     IdentityEncoder,
-        ...     ProbabilisticEnsemble,
-        ...     RewardNet,
-        ...     ValueNet,
-        ... )
+        >>> from layeredrl_trl import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
         >>> from torchrl.objectives import SoftUpdate
         >>> loss = RewardPredictorLoss(
         ...     IdentityEncoder(3),
@@ -231,14 +226,14 @@ class RewardPredictorLoss(SliceLoss):
         check_keys(transitions, (latent, context, names.action, next_key(latent)))
         valid = flag(targets, names.mask)
         real = {key: targets.get(key) for key in (latent, context, names.action)}
+        real = {key: zero_where_not(valid.squeeze(-1), x) for key, x in real.items()}
+        real[names.mask] = valid
         if self.reward is not None:
             real[names.next_reward] = per_step(targets, names.next_reward)
         if self.has_value:
             real[keys.VALUE_TARGET] = per_step(targets, keys.VALUE_TARGET)
-        real = {key: zero_where_not(valid.squeeze(-1), x) for key, x in real.items()}
-        real[names.mask] = valid
-        if self.has_value and names.planned in targets.keys(True):
-            real[names.planned] = flag(targets, names.planned)
+            if names.planned in targets.keys(True):
+                real[names.planned] = flag(targets, names.planned)
         encoded = dict(transitions.items(True, True))
         encoded[names.next_terminated] = flag(transitions, names.next_terminated)
         return TensorDict(self._head_terms(real) | self._dynamics_terms(encoded), batch_size=[])
@@ -316,9 +311,12 @@ class RewardPredictorLoss(SliceLoss):
 
     def _mean_square(self, predicted: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
         """Reduce the squared errors ``[B, k, 1]`` that count; ``None``: all do."""
-        reduction = self.reduction if counts is None else "none"
-        error = mse_loss(predicted, target.to(predicted.dtype), reduction=reduction)
-        return error if counts is None else self._reduce_where(error, counts)
+        target = target.to(predicted.dtype)
+        if counts is None:
+            return mse_loss(predicted, target, reduction=self.reduction)
+        # also before the square: a gradient of 0 times NaN is NaN
+        error = mse_loss(predicted, torch.where(counts, target, 0.0), reduction="none")
+        return self._reduce_where(error, counts)
 
     def _reduce_where(
         self, x: Tensor, counts: Tensor | None, reduction: str | None = None

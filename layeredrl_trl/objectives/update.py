@@ -191,7 +191,12 @@ class ForeachSoftUpdate(SoftUpdate):
     @torch.no_grad()
     def step(self) -> None:
         """Move every target by ``tau`` towards its parameter."""
-        targets, sources = (list(x.values(True, True)) for x in (self._targets, self._sources))
+        targets, sources = [], []
+        for name in self._source_names:
+            moved = getattr(self.loss_module, f"target_{name}")._buffers
+            for path, source in getattr(self.loss_module, name)._parameters.items():
+                targets.append(moved[path])
+                sources.append(source)
         torch._foreach_lerp_(targets, sources, 1 - self.eps)
 
 

@@ -35,9 +35,10 @@ class SamplingPlanner(PlanEntries, ABC):
     where no plan is found, where a value of the plan found is not finite, and where ``is_init`` is
     True. Otherwise it is the plan found, moved on by one step, with a last step that knows nothing.
     How candidates are scored at termination, truncation and the horizon: see
-    :class:`~layeredrl_trl.planners.CandidateReturn`. Where no candidate of a round has a finite
-    return, the belief stays as it is. A model of your own plans faster if its class brings
-    ``imagine(tensordict, actions)``, see there.
+    :class:`~layeredrl_trl.planners.CandidateReturn`. A candidate whose return is not finite counts
+    for nothing; where a round has no others, the belief stays as it is and the return of the round
+    is ``-inf``. A model of your own plans faster if its class brings ``imagine(tensordict,
+    actions)``, see there.
 
     The planner has no state of its own: it writes its plan under ``"next"``, and the environment
     carries it to the next step if it has the transform of :meth:`make_tensordict_primer`. Without
@@ -47,9 +48,8 @@ class SamplingPlanner(PlanEntries, ABC):
     Args:
         env (EnvBase): the model. Must accept any batch size (``batch_locked=False``) and have one
             action.
-        planning_horizon (int): steps H of a plan, at least 1.
-        optim_steps (int): rounds of drawing and fitting, at least 1.
-        num_candidates (int): candidates N per environment and round, at least 1.
+        planning_horizon, optim_steps, num_candidates (int): steps H of a plan, rounds of drawing
+            and fitting, candidates N per environment and round; each at least 1.
         return_action ("mean", "best" or "sample"): the action is the first of the most likely
             sequence, of the best candidate of all rounds, or of a sequence drawn from the final
             belief (for exploration). ``plan_return`` is the best return for ``"best"``, else the
@@ -62,10 +62,9 @@ class SamplingPlanner(PlanEntries, ABC):
             callback: see :class:`~layeredrl_trl.acceleration.GraphReplay`. Not yet run on a GPU.
         action_key (NestedKey, optional): where the action is written. Default: the environment's.
         plan_key (NestedKey): the plan. Read here, written under ``"next"``.
-        plan_return_key (NestedKey): what the planner expects its plan to return.
-        plan_spread_key (NestedKey): standard deviation of the last round's finite returns, 0
-            without any.
-        plan_std_key (NestedKey): what is left of the belief's initial width, 1 for all of it.
+        plan_return_key, plan_spread_key, plan_std_key (NestedKey): what the planner expects its
+            plan to return; standard deviation of the last round's finite returns, 0 without any;
+            what is left of the belief's initial width, 1 for all of it.
         is_init_key (NestedKey): True at the first step of an episode.
         **scoring: ``gamma``, ``terminal_value``, ``terminal_penalty``, ``disagreement`` and keys
             of :class:`~layeredrl_trl.planners.CandidateReturn`.
@@ -173,9 +172,8 @@ class SamplingPlanner(PlanEntries, ABC):
     def _weigh(self, returns: Tensor) -> tuple[Tensor | None, Tensor]:
         """Weigh candidates by their returns ``[*B, N, 1]``.
 
-        Returns:
-            which candidates count, ``[*B, K, 1]`` (None: all), and their weights ``[*B, K, 1]``,
-            which sum to 1 or, where no return is finite, are all 0.
+        Returns which candidates count, ``[*B, K, 1]`` (None: all), and their weights
+        ``[*B, K, 1]``, which sum to 1 or, where no return is finite, are all 0.
         """
 
     @abstractmethod
@@ -223,16 +221,22 @@ class SamplingPlanner(PlanEntries, ABC):
         """All that :meth:`forward` writes, from all that it reads."""
         state = TensorDict(state, *batch)
         belief = self._start(carried)
+        # A later round may have fewer candidates: any first few are spread evenly over members.
         score = self.score.scorer(self._repeat(state, self.num_candidates))
         best = self._mode(belief)
         best_return = torch.full((), -torch.inf, device=best.device)
         for number in range(self.optim_steps):
             samples = self._draw(belief, number)
-            returns = self._evaluate(score, samples, number)
+            actions = self._encode(samples)
+            returns = score(actions)
+            if self.callback is not None:
+                seen = TensorDict({"action": actions, "return": returns}, returns.shape[:-1])
+                self.callback(seen.clone().set_non_tensor("round", number))
             index, weights = self._weigh(returns)
-            chosen = samples
+            chosen, chosen_returns = samples, returns
             if index is not None:
                 chosen = samples.take_along_dim(index.unsqueeze(-1), -3)
+                chosen_returns = returns.take_along_dim(index, -2)
             if self.return_action == "best":
                 top, at = returns.max(-2, keepdim=True)
                 top, candidate = top.squeeze(-2), samples.take_along_dim(at.unsqueeze(-1), -3)
@@ -243,7 +247,6 @@ class SamplingPlanner(PlanEntries, ABC):
         if self.return_action == "best":
             sequence, plan_return = best, best_return
         else:
-            chosen_returns = returns if index is None else returns.take_along_dim(index, -2)
             mean = (weights * torch.where(weights > 0, chosen_returns, 0.0)).sum(-2)
             plan_return = torch.where(weights.sum(-2) > 0, mean, -torch.inf)
             sequence = self._mode(belief)
@@ -259,13 +262,9 @@ class SamplingPlanner(PlanEntries, ABC):
         }
 
     def planning(self, td: TensorDictBase) -> Tensor:
-        """Plan, and return the action only: what TorchRL's ``MPCPlannerBase`` calls planning.
+        """Plan, and return the action ``[..., A]`` only; ``td`` is not modified.
 
-        Args:
-            td (TensorDictBase): as for :meth:`forward`. Not modified.
-
-        Returns:
-            ``action`` ``[..., A]``.
+        This is what TorchRL's ``MPCPlannerBase`` calls planning.
         """
         return self.forward(td.copy()).get(self.action_key)
 
@@ -285,31 +284,14 @@ class SamplingPlanner(PlanEntries, ABC):
             ValueError: if ``actions`` has another shape.
         """
         batch_size, ndim = tensordict.batch_size, tensordict.ndim
-        fits = actions.ndim == ndim + 2 + len(self._action_shape)
-        if not fits or actions.shape != (
-            *batch_size,
-            *actions.shape[ndim : ndim + 2],
-            *self._action_shape,
-        ):
+        sizes = actions.shape[ndim : ndim + 2]
+        if len(sizes) < 2 or actions.shape != (*batch_size, *sizes, *self._action_shape):
             trailing = ", ".join(["N", "H", *map(str, self._action_shape)])
             raise ValueError(
                 f"actions must have shape [*{list(batch_size)}, {trailing}], "
                 f"got {list(actions.shape)}."
             )
         return self.score(self._repeat(self._state(tensordict), actions.shape[ndim]), actions)
-
-    def _evaluate(self, score: Callable[[Tensor], Tensor], samples: Tensor, number: int) -> Tensor:
-        """Returns ``[*B, N, 1]`` of the candidates of a round, which may be fewer than the first's.
-
-        Where members of an ensemble are dealt out to candidates, any first few are spread evenly.
-        """
-        actions = self._encode(samples)
-        returns = score(actions)
-        if self.callback is not None:
-            copies = {"action": actions.clone(), "return": returns.clone()}
-            seen = TensorDict(copies, batch_size=returns.shape[:-1])
-            self.callback(seen.set_non_tensor("round", number))
-        return returns
 
     def _repeat(self, state: TensorDictBase, num_candidates: int) -> TensorDictBase:
         env = base_env(self.env)  # transforms change nothing about copies

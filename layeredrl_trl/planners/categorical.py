@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from tensordict.utils import NestedKey
@@ -17,12 +16,6 @@ from layeredrl_trl.planners.base import SamplingPlanner
 from layeredrl_trl.planners.cem import check_elites
 
 
-class Probabilities(NamedTuple):
-    """A distribution over action sequences: those of each step, ``[*B, H, n]``."""
-
-    probs: Tensor
-
-
 class CategoricalCrossEntropyPlanner(SamplingPlanner):
     """Plan discrete actions by the cross-entropy method; a policy.
 
@@ -34,26 +27,22 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
     The plan is the last probabilities, whatever is returned: ``"mean"`` returns the most likely
     action, ``"best"`` that of the best candidate of all rounds, ``"sample"`` one drawn by the last
     probabilities (which ``smoothing`` keeps from being certain). Candidates whose return is not
-    finite are no elites; where there are no others, the probabilities stay as they are and
-    ``plan_return`` is ``-inf``. All other edge rules: see
-    :class:`~layeredrl_trl.planners.SamplingPlanner`.
+    finite are no elites. All other edge rules, and what is read:
+    see :class:`~layeredrl_trl.planners.SamplingPlanner`.
 
     Args:
         env (EnvBase): the model, with one action of ``n`` kinds: ``OneHot``, or ``Categorical`` of
             shape ``()`` or ``(1,)``. The action is written in the form and dtype of that spec.
-        num_candidates (int): action sequences N per environment and round.
-        top_k (int): elites per round, at most ``num_candidates``.
+        num_candidates, top_k (int): action sequences N per environment and round, and how many of
+            them are elites, at most N.
         momentum (float): weight of the old probabilities in a fit, in [0, 1).
         smoothing (float): part of the probability that is spread evenly after a fit, in [0, 1): no
             action gets below ``smoothing / n``.
         warm_smoothing (float): the same at a warm start, in [0, 1]; 1 forgets the previous plan.
-        **options: ``planning_horizon``, ``optim_steps``, ``return_action``, ``gamma``,
-            ``terminal_value``, ``warm_start``, keys and the other arguments of
-            :class:`~layeredrl_trl.planners.SamplingPlanner`.
+        **options: the other arguments of :class:`~layeredrl_trl.planners.SamplingPlanner`.
 
     Reads:
-        the state of ``env``; ``plan`` ``[..., H, n]`` and ``is_init`` ``[..., 1]`` if they are
-        there and ``warm_start`` is True.
+        the state of ``env``; where they exist, ``plan`` ``[..., H, n]``, ``is_init`` ``[..., 1]``.
 
     Writes:
         ``action``, ``("next", "plan")`` ``[..., H, n]``, and ``plan_return`` (mean return of the
@@ -77,18 +66,13 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
         >>> from torchrl.data import Categorical
         >>> from layeredrl_trl.envs import PredictorEnv
         >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
-        >>> env = PredictorEnv(
-        ...     IdentityEncoder(3),
-        ...     ProbabilisticEnsemble(3, 0, Categorical(2)),
-        ...     RewardNet(3, 0, 2),
-        ...     Categorical(2),
-        ... )
+        >>> model = ProbabilisticEnsemble(3, 0, Categorical(2))
+        >>> env = PredictorEnv(IdentityEncoder(3), model, RewardNet(3, 0, 2), Categorical(2))
         >>> planner = CategoricalCrossEntropyPlanner(
         ...     env, planning_horizon=5, optim_steps=2, num_candidates=32, top_k=6
         ... )
-        >>> td = planner(
-        ...     env.initial_state(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))
-        ... )
+        >>> td = TensorDict(observation=torch.zeros(4, 3), batch_size=[4])
+        >>> td = planner(env.initial_state(td))
         >>> td["action"].shape, td["action"].dtype, td["next", "plan"].shape
         (torch.Size([4]), torch.int64, torch.Size([4, 5, 2]))
     """
@@ -141,39 +125,38 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
             return (samples == self._labels).to(self._action_dtype)
         return (samples if self._action_shape else samples.squeeze(-1)).to(self._action_dtype)
 
-    def _start(self, carried: dict[NestedKey, Tensor]) -> Probabilities:
+    # The belief is the probabilities of each step, [*B, H, n].
+
+    def _start(self, carried: dict[NestedKey, Tensor]) -> Tensor:
         plan, is_warm = self._initial_plan(carried)
         plan = plan.clamp_min(torch.finfo(plan.dtype).tiny)
         plan = plan / plan.sum(-1, keepdim=True)
-        warm = plan.lerp(self._cold_step, self.warm_smoothing)
-        return Probabilities(torch.where(is_warm, warm, plan))
+        return torch.where(is_warm, plan.lerp(self._cold_step, self.warm_smoothing), plan)
 
-    def _draw(self, belief: Probabilities, number: int) -> Tensor:
-        probs = belief.probs.unsqueeze(-3)
-        shape = (*probs.shape[:-3], self.num_candidates, *probs.shape[-2:])
-        samples = draw_by_weight(probs.expand(shape), -1)
+    def _draw(self, belief: Tensor, number: int) -> Tensor:
+        shape = (*belief.shape[:-2], self.num_candidates, *belief.shape[-2:])
+        samples = draw_by_weight(belief.unsqueeze(-3).expand(shape), -1)
         samples[..., 0, :, :] = self._mode(belief)
         return samples
 
     def _weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         return elite_weights(returns, self.top_k)
 
-    def _fit(self, belief: Probabilities, chosen: Tensor, weights: Tensor) -> Probabilities:
-        (old,) = belief
-        share = (weights.unsqueeze(-1).to(old.dtype) * (chosen == self._labels)).sum(-3)
-        probs = old.lerp(share, 1 - self.momentum).lerp(self._cold_step, self.smoothing)
-        return Probabilities(torch.where(weights.sum(-2, keepdim=True) > 0, probs, old))
+    def _fit(self, belief: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        share = (weights.unsqueeze(-1).to(belief.dtype) * (chosen == self._labels)).sum(-3)
+        probs = belief.lerp(share, 1 - self.momentum).lerp(self._cold_step, self.smoothing)
+        return torch.where(weights.sum(-2, keepdim=True) > 0, probs, belief)
 
-    def _mode(self, belief: Probabilities) -> Tensor:
-        return belief.probs.argmax(-1, keepdim=True)
+    def _mode(self, belief: Tensor) -> Tensor:
+        return belief.argmax(-1, keepdim=True)
 
-    def _sample(self, belief: Probabilities, chosen: Tensor, weights: Tensor) -> Tensor:
-        return draw_by_weight(belief.probs, -1)
+    def _sample(self, belief: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return draw_by_weight(belief, -1)
 
-    def _width(self, belief: Probabilities) -> Tensor:
+    def _width(self, belief: Tensor) -> Tensor:
         n = self._labels.shape[0]
-        entropy = torch.special.entr(belief.probs).sum(-1).mean(-1, keepdim=True)
+        entropy = torch.special.entr(belief).sum(-1).mean(-1, keepdim=True)
         return entropy / math.log(n) if n > 1 else torch.zeros_like(entropy)
 
-    def _carry_on(self, belief: Probabilities, sequence: Tensor) -> dict[NestedKey, Tensor]:
-        return {self.plan_key: belief.probs}
+    def _carry_on(self, belief: Tensor, sequence: Tensor) -> dict[NestedKey, Tensor]:
+        return {self.plan_key: belief}

@@ -15,29 +15,20 @@ class CrossEntropyPlanner(GaussianPlanner):
     """Plan by the cross-entropy method in a model-based environment; a policy.
 
     Action sequences are drawn from a diagonal Gaussian and clipped to the bounds of the action;
-    mean and standard deviation are fitted to the ``top_k`` with the highest returns; repeat. The
-    first candidate of a round is the mean itself. How the Gaussian starts, and what
-    ``return_action`` does: see :class:`~layeredrl_trl.planners.GaussianPlanner`.
-
-    How candidates are scored at termination and at the horizon, when a start is cold, and all
-    other arguments: see :class:`~layeredrl_trl.planners.SamplingPlanner`. Candidates whose return
-    is not finite are no elites; where there are no others, the distribution stays as it is and
-    ``plan_return`` is ``-inf``.
+    mean and standard deviation are fitted to the ``top_k`` with the highest returns; repeat.
+    Candidates whose return is not finite are no elites. How the Gaussian starts, what
+    ``return_action`` does, and what is read: see :class:`~layeredrl_trl.planners.GaussianPlanner`.
 
     Args:
         env (EnvBase): the model, any environment with ``batch_locked=False``.
-        num_candidates (int): action sequences N per environment and round, with the mean.
-        top_k (int): elites per round, at most ``num_candidates``.
+        num_candidates, top_k (int): action sequences N per environment and round, with the mean,
+            and how many of them are elites, at most N.
         momentum (float): weight of the old mean and standard deviation in a fit, in [0, 1).
         min_std (float): floor of the standard deviation, as a fraction of that of a cold start.
-        **options: ``planning_horizon``, ``optim_steps``, ``return_action``, ``std``, ``warm_std``,
-            ``noise_beta``, ``gamma``, ``terminal_value``, ``warm_start``, keys and the other
-            arguments of :class:`~layeredrl_trl.planners.GaussianPlanner` and
-            :class:`~layeredrl_trl.planners.SamplingPlanner`.
+        **options: the other arguments of :class:`~layeredrl_trl.planners.GaussianPlanner`.
 
     Reads:
-        the state of ``env``; ``plan`` ``[..., H, A]`` and ``is_init`` ``[..., 1]`` if they are
-        there and ``warm_start`` is True.
+        the state of ``env``; where they exist, ``plan`` ``[..., H, A]``, ``is_init`` ``[..., 1]``.
 
     Writes:
         ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, and ``plan_return`` (mean

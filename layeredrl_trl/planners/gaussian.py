@@ -16,12 +16,9 @@ from layeredrl_trl.planners.base import SamplingPlanner
 
 
 class Gaussian(NamedTuple):
-    """A distribution over action sequences.
+    """A distribution over action sequences: ``mean`` and ``std`` ``[*B, H, A]``.
 
-    Attributes:
-        mean: ``[*B, H, A]``.
-        std: ``[*B, H, A]``.
-        kept: sequences to try again, ``[*B, K, H, A]``, NaN where there are none; or None.
+    ``kept`` are sequences to try again, ``[*B, K, H, A]``, NaN where there are none; or None.
     """
 
     mean: Tensor
@@ -48,7 +45,10 @@ class GaussianPlanner(SamplingPlanner):
             one. Near 1 the previous plan is soon forgotten, near 0 it is hard to leave.
         noise_beta (float): candidates vary over time like noise of power spectrum
             ``1 / f^noise_beta``: 0 is white, 2 and more is smooth.
-        **options: the other arguments of :class:`~layeredrl_trl.planners.SamplingPlanner`.
+        **options: ``planning_horizon``, ``optim_steps``, ``num_candidates``, ``return_action``,
+            ``gamma``, ``terminal_value``, ``warm_start``, keys and the other arguments of
+            :class:`~layeredrl_trl.planners.SamplingPlanner`, which also says what is read and
+            written, and when a start is cold.
 
     Raises:
         TypeError: if the action is not continuous.
@@ -71,12 +71,8 @@ class GaussianPlanner(SamplingPlanner):
         self.std = std
         self.warm_std = warm_std
         self.noise_beta = noise_beta
-        matrix = colouring_matrix(
-            noise_beta,
-            self.planning_horizon,
-            dtype=self._half_range.dtype,
-            device=self._half_range.device,
-        )
+        like = {"dtype": self._half_range.dtype, "device": self._half_range.device}
+        matrix = colouring_matrix(noise_beta, self.planning_horizon, **like)
         self.register_buffer("_colouring", matrix if noise_beta else None, persistent=False)
 
     def _register_space(self, spec: TensorSpec) -> Tensor:
@@ -93,10 +89,9 @@ class GaussianPlanner(SamplingPlanner):
             )
         low, high = spec.space.low.clone(), spec.space.high.clone()
         bounded = (high - low).isfinite()
-        self.register_buffer("_low", low, persistent=False)
-        self.register_buffer("_high", high, persistent=False)
         half_range = torch.where(bounded, high / 2 - low / 2, 1.0)
-        self.register_buffer("_half_range", half_range, persistent=False)
+        for name, value in (("_low", low), ("_high", high), ("_half_range", half_range)):
+            self.register_buffer(name, value, persistent=False)
         return torch.where(bounded, low / 2 + high / 2, torch.zeros_like(low).clamp(low, high))
 
     def _clip(self, actions: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from layeredrl_trl.checks import check_finite
+from layeredrl_trl.planners.base import ReturnAction
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
 from layeredrl_trl.planners.gaussian import Gaussian
 
@@ -39,26 +40,21 @@ class ICEMPlanner(CrossEntropyPlanner):
 
     Args:
         env (EnvBase): the model, any environment with ``batch_locked=False``.
-        num_candidates (int): action sequences N per environment in the first round, with those that
-            are tried again.
-        top_k (int): elites per round, at most ``num_candidates``.
+        num_candidates, top_k (int): action sequences N per environment in the first round, with
+            those that are tried again, and how many are elites of a round, at most N.
         noise_beta (float): exponent of the noise: 0 white, 1 pink, 2 and more smooth. Higher where
             good actions change slowly against the horizon.
         keep_elites (float): fraction of the elites that are tried again, in [0, 1]; their number K
             is rounded up.
         population_decay (float): factor by which rounds get smaller, at least 1.
         mean_candidate ("last" or "every"): the rounds in which the mean is a candidate.
-        momentum (float): weight of the old mean and standard deviation in a fit, in [0, 1).
-        return_action ("mean", "best" or "sample"): see
-            :class:`~layeredrl_trl.planners.GaussianPlanner`.
+        momentum, return_action: as for the base class, with other defaults.
         elites_key (NestedKey): the elites kept. Read here, written under ``"next"``.
-        **options: ``planning_horizon``, ``optim_steps``, ``std``, ``warm_std``, ``min_std``,
-            ``gamma``, ``terminal_value``, ``warm_start``, keys and the other arguments of
-            :class:`~layeredrl_trl.planners.CrossEntropyPlanner`.
+        **options: the other arguments of :class:`~layeredrl_trl.planners.CrossEntropyPlanner`.
 
     Reads:
-        the state of ``env``; ``plan`` ``[..., H, A]``, ``elites`` ``[..., K, H, A]`` (NaN for none)
-        and ``is_init`` ``[..., 1]`` if they are there and ``warm_start`` is True.
+        the state of ``env``; where they exist, ``plan`` ``[..., H, A]``, ``elites``
+        ``[..., K, H, A]`` (NaN for none), ``is_init`` ``[..., 1]``.
 
     Writes:
         ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, ``("next", "elites")``
@@ -82,18 +78,13 @@ class ICEMPlanner(CrossEntropyPlanner):
         >>> from torchrl.data import Bounded
         >>> from layeredrl_trl.envs import PredictorEnv
         >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
-        >>> env = PredictorEnv(
-        ...     IdentityEncoder(3),
-        ...     ProbabilisticEnsemble(3, 0, 1),
-        ...     RewardNet(3, 0, 1),
-        ...     Bounded(-2.0, 2.0, (1,)),
-        ... )
+        >>> parts = IdentityEncoder(3), ProbabilisticEnsemble(3, 0, 1), RewardNet(3, 0, 1)
+        >>> env = PredictorEnv(*parts, Bounded(-2.0, 2.0, (1,)))
         >>> planner = ICEMPlanner(
         ...     env, planning_horizon=5, optim_steps=2, num_candidates=32, top_k=6
         ... )
-        >>> td = planner(
-        ...     env.initial_state(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))
-        ... )
+        >>> td = TensorDict(observation=torch.zeros(4, 3), batch_size=[4])
+        >>> td = planner(env.initial_state(td))
         >>> td["action"].shape, td["next", "elites"].shape
         (torch.Size([4, 1]), torch.Size([4, 2, 5, 1]))
     """
@@ -109,7 +100,7 @@ class ICEMPlanner(CrossEntropyPlanner):
         population_decay: float = 1.25,
         mean_candidate: MeanCandidate = "last",
         momentum: float = 0.1,
-        return_action: Literal["mean", "best", "sample"] = "best",
+        return_action: ReturnAction = "best",
         elites_key: NestedKey = "elites",
         **options,
     ) -> None:
@@ -140,8 +131,8 @@ class ICEMPlanner(CrossEntropyPlanner):
                 f"beside the mean: num_candidates={num_candidates}."
             )
         if self._num_kept:
-            kept_shape = (self._num_kept, self.planning_horizon, *self._cold_step.shape)
-            self._carry(self.elites_key, kept_shape)
+            plan_shape = self.planning_horizon, *self._cold_step.shape
+            self._carry(self.elites_key, (self._num_kept, *plan_shape))
 
     def _start(self, carried: dict[NestedKey, Tensor]) -> Gaussian:
         belief = super()._start(carried)

@@ -18,9 +18,9 @@ class PathIntegralPlanner(GaussianPlanner):
     returns of any size neither overflow nor give NaN. Unlike in the cross-entropy method the
     standard deviation is not fitted: it shrinks by ``std_decay`` from round to round.
 
-    A candidate whose return is not finite has weight 0; where there are no others, the plan stays
-    as it is and ``plan_return`` is ``-inf``. With ``return_action="sample"`` the action is that of
-    one of the last candidates, drawn by its weight.
+    A candidate whose return is not finite has weight 0. With ``return_action="sample"`` the action
+    is that of one of the last candidates, drawn by its weight. How the Gaussian starts, and what is
+    read: see :class:`~layeredrl_trl.planners.GaussianPlanner`.
 
     Args:
         env (EnvBase): the model, any environment with ``batch_locked=False``.
@@ -30,14 +30,10 @@ class PathIntegralPlanner(GaussianPlanner):
             ``temperature`` need not be fitted to the scale of the reward, nor to the horizon. False
             for the textbook's weights, in which certainty grows with the scale.
         std_decay (float): factor of the standard deviation after each round, in (0, 1].
-        **options: ``planning_horizon``, ``optim_steps``, ``num_candidates``, ``return_action``,
-            ``std``, ``warm_std``, ``noise_beta``, ``gamma``, ``terminal_value``, ``warm_start``,
-            keys and the other arguments of :class:`~layeredrl_trl.planners.GaussianPlanner` and
-            :class:`~layeredrl_trl.planners.SamplingPlanner`.
+        **options: the other arguments of :class:`~layeredrl_trl.planners.GaussianPlanner`.
 
     Reads:
-        the state of ``env``; ``plan`` ``[..., H, A]`` and ``is_init`` ``[..., 1]`` if they are
-        there and ``warm_start`` is True.
+        the state of ``env``; where they exist, ``plan`` ``[..., H, A]``, ``is_init`` ``[..., 1]``.
 
     Writes:
         ``action`` ``[..., A]``, ``("next", "plan")`` ``[..., H, A]``, and ``plan_return`` (weighted
@@ -60,12 +56,8 @@ class PathIntegralPlanner(GaussianPlanner):
         >>> from torchrl.data import Bounded
         >>> from layeredrl_trl.envs import PredictorEnv
         >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
-        >>> env = PredictorEnv(
-        ...     IdentityEncoder(3),
-        ...     ProbabilisticEnsemble(3, 0, 1),
-        ...     RewardNet(3, 0, 1),
-        ...     Bounded(-2.0, 2.0, (1,)),
-        ... )
+        >>> parts = IdentityEncoder(3), ProbabilisticEnsemble(3, 0, 1), RewardNet(3, 0, 1)
+        >>> env = PredictorEnv(*parts, Bounded(-2.0, 2.0, (1,)))
         >>> planner = PathIntegralPlanner(
         ...     env, planning_horizon=5, optim_steps=2, num_candidates=32, temperature=0.5
         ... )

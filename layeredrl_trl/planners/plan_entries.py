@@ -17,12 +17,8 @@ class PlanPrimer(TensorDictPrimer):
     """Let an environment carry entries from step to step; at a reset they are NaN.
 
     TorchRL's own gives an env that is not locked to a batch size no batch dims, and ``None`` where
-    a rollout starts without the entry; this one fills what the TensorDict asks for.
-
-    Args:
-        shapes: of the entries, without batch dims.
-        dtype: of the entries.
-        device: of the entries; ``None`` for that of the environment.
+    a rollout starts without the entry; this one fills what the TensorDict asks for. The ``shapes``
+    are without batch dims, and a ``device`` of ``None`` is that of the environment.
     """
 
     def __init__(
@@ -75,11 +71,7 @@ class PlanEntries(TensorDictModuleBase):
 
     NaN stands for nothing carried over: at a reset, where ``is_init`` is True, and where there is
     no such entry. A subclass gives the buffer ``_cold_step``, a step of a plan that knows nothing.
-
-    Args:
-        warm_start (bool): read what is carried over.
-        plan_key (NestedKey): the plan.
-        is_init_key (NestedKey): True at the first step of an episode.
+    Nothing is read that was carried over unless ``warm_start`` is True.
     """
 
     _cold_step: Tensor
@@ -94,27 +86,18 @@ class PlanEntries(TensorDictModuleBase):
     def forget(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Carry nothing to the next step, where something else than the planner has acted.
 
-        Args:
-            tensordict: before the step; modified in place.
-
-        Returns:
-            ``tensordict`` with NaN under ``("next", "plan")`` and whatever else is carried.
+        It writes NaN under ``("next", "plan")`` and whatever else is carried, in place.
         """
-        like = {"dtype": self._cold_step.dtype, "device": self._cold_step.device}
-        for key, shape in self._carried_shapes.items():
-            nothing = torch.full((*tensordict.batch_size, *shape), torch.nan, **like)
+        for key, nothing in self._nothing(tensordict.batch_size).items():
             tensordict.set(unravel_key(("next", key)), nothing)
         return tensordict
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Make the transform that lets an environment carry the plan from step to step.
 
-        Append it to the real environment, or let ``Collector(...,
+        Append it to the real environment, whatever its batch size, or let ``Collector(...,
         auto_register_policy_transforms=True)`` do so. At a reset it fills ``plan`` with NaN, which
         stands for "no plan yet", so ``InitTracker`` is not needed besides.
-
-        Returns:
-            the primer, for environments of any batch size, also of such as take any.
         """
         device = self._cold_step.device
         # a collector asks a policy that is on no device while its workers get their weights
@@ -130,29 +113,29 @@ class PlanEntries(TensorDictModuleBase):
 
     def _carried(self, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
         """What the previous step carried over, NaN where there is nothing, checked."""
-        batch_size = tensordict.batch_size
-        nothing = torch.full(
-            (), torch.nan, dtype=self._cold_step.dtype, device=self._cold_step.device
-        )
-        carried = {
-            key: nothing.expand(*batch_size, *shape) for key, shape in self._carried_shapes.items()
-        }
+        carried = self._nothing(tensordict.batch_size)
         if not self.warm_start:
             return carried
         is_init = tensordict.get(self.is_init_key, None)
         if is_init is not None:
-            self._check(f"entry {self.is_init_key!r}", is_init, (*batch_size, 1))
-        for key, empty in carried.items():
+            self._check(f"entry {self.is_init_key!r}", is_init, (*tensordict.batch_size, 1))
+        for key, nothing in carried.items():
             value = tensordict.get(key, None)
             if value is None:
                 continue
-            self._check(f"plan {key!r}", value, tuple(empty.shape))
-            value = value.to(nothing.dtype)
+            self._check(f"plan {key!r}", value, tuple(nothing.shape))
+            carried[key] = value.to(nothing.dtype)
             if is_init is not None:
-                over = is_init.bool().reshape(*batch_size, *[1] * (value.ndim - len(batch_size)))
-                value = torch.where(over, nothing, value)
-            carried[key] = value
+                is_first = expand_as_right(is_init.bool().squeeze(-1), value)
+                carried[key] = torch.where(is_first, nothing, carried[key])
         return carried
+
+    def _nothing(self, batch_size: torch.Size) -> dict[NestedKey, Tensor]:
+        like = {"dtype": self._cold_step.dtype, "device": self._cold_step.device}
+        return {
+            key: torch.full((*batch_size, *shape), torch.nan, **like)
+            for key, shape in self._carried_shapes.items()
+        }
 
     def _initial_plan(self, carried: dict[NestedKey, Tensor]) -> tuple[Tensor, Tensor]:
         """The previous plan moved on, or a cold one ``[*B, H, W]``; which one ``[*B, 1, 1]``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +14,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import promised
+from layeredrl_trl.checks import check_finite
 from layeredrl_trl.functional import disagreement as member_disagreement
 
 _Steps = TensorDictBase | dict[NestedKey, Tensor]
@@ -46,27 +46,27 @@ class CandidateReturn(nn.Module):
         terminal_value (TensorDictModuleBase, optional): what comes after the last step is worth,
             from the last state (``latent``, ``context``) to ``state_value``. It must not read the
             action. Applied per particle where the state holds ``alive``.
-        terminal_penalty (float): ``p``, in units of the reward.
-        disagreement (float): ``w``, in units of the reward per unit of the latent: above 0 a bonus
-            for what the model does not know, below 0 a penalty. ``d_t = sqrt(mean_d v_d)`` of the
-            variance ``v`` that the environment writes.
+        terminal_penalty, disagreement (float): ``p``, in units of the reward, and ``w``, in units
+            of the reward per unit of the latent. ``w`` above 0 is a bonus for what the model does
+            not know, below 0 a penalty. ``d_t = sqrt(mean_d v_d)`` of the variance ``v`` that the
+            environment writes.
         reward_key (NestedKey, optional): where the reward of a step is found. Default: ``"next"``
             and the environment's reward key.
         state_keys (sequence of NestedKey, optional): what a step of the environment reads.
             Default: the keys of ``env.state_spec`` or, if that is empty, of
             ``env.observation_spec``.
-        value_key (NestedKey): the entry that ``terminal_value`` writes.
-        alive_key (NestedKey): the probability that a particle is alive, ``[..., E, P, 1]``.
-        epistemic_var_key (NestedKey): the variance over members, ``[..., D]``.
+        value_key, alive_key, epistemic_var_key (NestedKey): the entry that ``terminal_value``
+            writes; the probability that a particle is alive, ``[..., E, P, 1]``; the variance over
+            members, ``[..., D]``.
 
     Raises:
-        TypeError: if ``env`` is no ``EnvBase``, ``terminal_value`` no ``TensorDictModule``, or
-            there is one without ``gamma``.
+        TypeError: if ``env`` is no ``EnvBase``, ``terminal_value`` no ``TensorDictModule``, a
+            weight no number, or there is a ``terminal_value`` without ``gamma``.
         ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range,
             ``terminal_penalty`` or ``disagreement`` is not finite, ``terminal_value`` reads the
             action or what the environment gives of one of several particles, or does not write
-            ``value_key``, or ``disagreement`` is not 0 and ``env`` does
-            not write ``epistemic_var_key``.
+            ``value_key``, or ``disagreement`` is not 0 and ``env`` does not write
+            ``epistemic_var_key``.
         KeyError: if ``terminal_value`` reads what the environment does not have.
     """
 
@@ -104,10 +104,8 @@ class CandidateReturn(nn.Module):
         gamma = 1.0 if gamma is None else gamma
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
-        weights = {"terminal_penalty": terminal_penalty, "disagreement": disagreement}
-        for name, value in weights.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}.")
+        check_finite("terminal_penalty", terminal_penalty)
+        check_finite("disagreement", disagreement)
         super().__init__()
         self.env = env
         self.gamma = gamma
@@ -121,7 +119,6 @@ class CandidateReturn(nn.Module):
         self.epistemic_var_key = unravel_key(("next", epistemic_var_key))
         self.done_key = _outermost(env.done_keys, keys.DONE)
         self.terminated_key = _outermost(env.done_keys, keys.TERMINATED)
-        self._has_imagine = callable(getattr(type(env), "imagine", None))
 
         shapes = {}
         for spec in (env.full_observation_spec_unbatched, env.full_state_spec_unbatched):
@@ -136,50 +133,37 @@ class CandidateReturn(nn.Module):
                 f"{type(env).__name__} writes {sorted(map(str, known))}. A PredictorEnv writes it "
                 "with uncertainty=True."
             )
-        self._check_terminal_value(terminal_value, known)
+        self._read = {self.reward_key, self.alive_key, self.epistemic_var_key}
+        self._read |= {self.done_key, self.terminated_key}
+        if terminal_value is not None:
+            self._check_terminal_value(terminal_value, known)
+            self._read |= {unravel_key(("next", key)) for key in terminal_value.in_keys}
         self.terminal_value = terminal_value
 
     def forward(self, candidates: TensorDictBase, actions: Tensor) -> Tensor:
-        """Score one action sequence per state.
+        """Score one action sequence per state of the batch ``[...]``, which is not modified.
 
-        Args:
-            candidates (TensorDictBase): the state entries, batch ``[...]``. Not modified.
-            actions (Tensor): ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
-
-        Returns:
-            returns ``[..., 1]``, ``-inf`` where they are not finite.
+        The ``actions`` are ``[..., H, A]``, indices ``[..., H]`` for a categorical spec. Returns
+        are ``[..., 1]``, ``-inf`` where they are not finite.
         """
         return self.scorer(candidates)(actions)
 
     def scorer(self, candidates: TensorDictBase) -> Callable[[Tensor], Tensor]:
         """Prepare to score several rounds of sequences, between which the model does not change.
 
-        Args:
-            candidates (TensorDictBase): as for :meth:`forward`.
-
-        Returns:
-            a function of actions ``[..., H, A]`` that does what :meth:`forward` does. If there are
-            fewer of them than candidates, it scores them from the first ones.
+        Returns a function of actions ``[..., H, A]`` that does what :meth:`forward` does. If there
+        are fewer of them than candidates, it scores them from the first ones.
         """
-        env = self.env
-        imaginer = promised(env, "imaginer")
+        imaginer = promised(self.env, "imaginer")
+        imagine = partial(self._imagine, candidates)
         if imaginer is not None:
-            names = {self.reward_key, self.alive_key, self.epistemic_var_key}
-            names |= {self.done_key, self.terminated_key} - {None}
-            if self.terminal_value is not None:
-                names |= {unravel_key(("next", key)) for key in self.terminal_value.in_keys}
-            return partial(self._score, imaginer(candidates, names), candidates)
-        return partial(self._score, partial(self._imagine, candidates), candidates)
+            imagine = imaginer(candidates, self._read)
+        return lambda actions: self._add_up(candidates, imagine(actions))
 
-    def _score(
-        self,
-        imagine: Callable[[Tensor], _Steps],
-        candidates: TensorDictBase,
-        actions: Tensor,
-    ) -> Tensor:
-        steps = imagine(actions)
-        reward = self._add_terms(steps.get(self.reward_key), candidates, steps)
-        done = None if self.done_key is None else steps.get(self.done_key, None)
+    def _add_up(self, candidates: TensorDictBase, steps: _Steps) -> Tensor:
+        """Returns ``[..., 1]`` of imagined steps ``[..., H]``."""
+        reward = self._rewards(candidates, steps)
+        done = steps.get(self.done_key, None)
         running = None if done is None else done.cumsum(-2) <= done
         if running is not None:
             reward = torch.where(running, reward, 0.0)
@@ -197,7 +181,7 @@ class CandidateReturn(nn.Module):
         batch = actions.shape[: candidates.ndim]
         if candidates.batch_size != batch:
             candidates = candidates[..., : batch[-1]]
-        if self._has_imagine:
+        if callable(getattr(type(self.env), "imagine", None)):
             return self.env.imagine(candidates, actions)
         # Not env.rollout: it resets finished candidates, which draws random numbers and syncs.
         tensordict = candidates.copy()
@@ -210,8 +194,9 @@ class CandidateReturn(nn.Module):
             tensordict = self.env.step_mdp(tensordict).select(*self.state_shapes)
         return torch.stack(steps, -1)  # pyright: ignore[reportReturnType]
 
-    def _add_terms(self, reward: Tensor, candidates: TensorDictBase, steps: _Steps) -> Tensor:
+    def _rewards(self, candidates: TensorDictBase, steps: _Steps) -> Tensor:
         """The reward of each step ``[..., H, 1]`` with disagreement and termination in it."""
+        reward = steps[self.reward_key]
         if not self.disagreement and not self.terminal_penalty:
             return reward
         alive = None
@@ -226,27 +211,22 @@ class CandidateReturn(nn.Module):
                 distance = torch.where(alive[..., :-1, :] > 0, alive[..., :-1, :] * distance, 0.0)
             reward = reward + self.disagreement * distance
         if self.terminal_penalty:
+            ends = steps.get(self.terminated_key, None)
             if alive is not None:
                 ends = alive[..., :-1, :] - alive[..., 1:, :]
-            else:
-                ends = None if self.terminated_key is None else steps.get(self.terminated_key, None)
             if ends is not None:
                 reward = reward - self.terminal_penalty * ends
         return reward
 
     def _bootstrap(
-        self,
-        terminal_value: TensorDictModuleBase,
-        candidates: TensorDictBase,
-        steps: _Steps,
-        last: Tensor,
+        self, module: TensorDictModuleBase, candidates: TensorDictBase, steps: _Steps, last: Tensor
     ) -> Tensor:
-        """Value ``[..., 1]`` of the state after step number ``last`` ``[..., 1]``."""
+        """Value ``[..., 1]``, by a module, of the state after step number ``last`` ``[..., 1]``."""
         time = candidates.ndim
         batch = last.shape[:time]
 
-        def at_last(key: NestedKey | None) -> Tensor | None:
-            value = None if key is None else steps.get(key, None)
+        def at_last(key: NestedKey) -> Tensor | None:
+            value = steps.get(key, None)
             if value is None:
                 return None
             index = last.reshape(*last.shape, *[1] * (value.ndim - last.ndim))
@@ -255,13 +235,13 @@ class CandidateReturn(nn.Module):
         alive = at_last(self.alive_key)
         batch_size = batch if alive is None else alive.shape[:-1]
         state = TensorDict({}, batch_size=batch_size, device=candidates.device)
-        for key in terminal_value.in_keys:
+        for key in module.in_keys:
             value = at_last(unravel_key(("next", key)))
             value = _first(candidates, key, batch) if value is None else value
             for _ in range(len(batch_size) + 1 - value.ndim):  # context: the same in all particles
                 value = value.unsqueeze(time)
             state.set(key, value.expand(*batch_size, *value.shape[len(batch_size) :]))
-        value = terminal_value(state).get(self.value_key)
+        value = module(state).get(self.value_key)
         if alive is not None:
             value = torch.where(alive > 0, alive * value, 0.0)
         value = value.reshape(*batch, -1, 1).mean(-2)
@@ -269,10 +249,8 @@ class CandidateReturn(nn.Module):
         return value if terminated is None else torch.where(terminated, 0.0, value)
 
     def _check_terminal_value(
-        self, terminal_value: TensorDictModuleBase | None, known: set[NestedKey]
+        self, terminal_value: TensorDictModuleBase, known: set[NestedKey]
     ) -> None:
-        if terminal_value is None:
-            return
         if not isinstance(terminal_value, TensorDictModuleBase):
             raise TypeError(
                 "terminal_value must be a TensorDictModule with in_keys and out_keys, got "
@@ -313,10 +291,10 @@ class CandidateReturn(nn.Module):
         return self
 
 
-def _outermost(done_keys: list[NestedKey], name: str) -> NestedKey | None:
-    """Where the flag ``name`` of a step is found; TorchRL gives outer done groups precedence."""
+def _outermost(done_keys: list[NestedKey], name: str) -> NestedKey:
+    """Where a step has the flag ``name``, if at all; TorchRL gives outer done groups precedence."""
     found = [unravel_key(("next", key)) for key in done_keys]
-    return min((key for key in found if key[-1] == name), key=len, default=None)
+    return min((key for key in found if key[-1] == name), key=len, default=("next", name))
 
 
 def _first(candidates: TensorDictBase, key: NestedKey, batch: torch.Size) -> Tensor:

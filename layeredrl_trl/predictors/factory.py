@@ -55,13 +55,8 @@ class PredictorFactory:
 
     Example:
         >>> from layeredrl_trl.modules import IdentityEncoder
-        >>> factory = PredictorFactory(
-        ...     partial(ProbabilisticEnsemble, n_models=5),
-        ...     ValueNet,
-        ...     RewardNet,
-        ...     IdentityEncoder,
-        ...     partial(RewardPredictor, gamma=0.9),
-        ... )
+        >>> model, predictor = partial(ProbabilisticEnsemble, n_models=5), RewardPredictor
+        >>> factory = PredictorFactory(model, ValueNet, RewardNet, IdentityEncoder, predictor)
         >>> predictor = factory((3,), Box(-1, 1, (1,)), "cpu", None)
         >>> predictor.value(torch.zeros(4, 3)).shape
         torch.Size([4])
@@ -75,22 +70,17 @@ class PredictorFactory:
         partial_encoder: Callable[..., Encoder],
         partial_predictor: Callable[..., Predictor],
     ) -> None:
-        optional = {"partial_val_func": partial_val_func, "partial_rew_func": partial_rew_func}
-        needed = {
-            "partial_model": partial_model,
-            "partial_encoder": partial_encoder,
-            "partial_predictor": partial_predictor,
-        }
-        for name, part in (needed | {k: v for k, v in optional.items() if v is not None}).items():
-            if not callable(part):
-                raise TypeError(
-                    f"PredictorFactory: {name} must be callable, got {type(part).__name__}."
-                )
         self.partial_model = partial_model
         self.partial_val_func = partial_val_func
         self.partial_rew_func = partial_rew_func
         self.partial_encoder = partial_encoder
         self.partial_predictor = partial_predictor
+        for name, part in vars(self).items():
+            is_left_out = part is None and name in ("partial_val_func", "partial_rew_func")
+            if not callable(part) and not is_left_out:
+                raise TypeError(
+                    f"PredictorFactory: {name} must be callable, got {type(part).__name__}."
+                )
 
     def __call__(
         self,
@@ -108,9 +98,6 @@ class PredictorFactory:
             device: where the predictor is moved to.
             writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` to log nothing.
 
-        Returns:
-            The predictor.
-
         Raises:
             TypeError: if ``action_space`` is of an unknown kind.
             ValueError: if the parts do not fit the shape or each other.
@@ -118,9 +105,10 @@ class PredictorFactory:
         action_dim = space_dim(action_space, "action_space")
         encoder = self.partial_encoder(mapped_env_obs_shape)
         dims = encoder.latent_state_dim, encoder.context_dim
+        spaces = [Box(-np.inf, np.inf, (dim,)) for dim in dims]
         val_func, rew_func = self.partial_val_func, self.partial_rew_func
         return self.partial_predictor(
-            model=self.partial_model(*(_unbounded_box(dim) for dim in dims), action_space),
+            model=self.partial_model(*spaces, action_space),
             val_func=None if val_func is None else val_func(*dims),
             rew_func=None if rew_func is None else rew_func(*dims, action_dim),
             encoder=encoder,
@@ -132,7 +120,7 @@ class PredictorFactory:
 
 
 def get_default_predictor_factory(env: Any, sb_start_duration: int) -> PredictorFactory:
-    """Make the factory of a good predictor to begin with in a goal-based environment.
+    """Make a factory of a good :class:`RewardPredictor` to begin with in a goal-based environment.
 
     The achieved goal is the latent state, the desired goal the context; they are picked from the
     flattened observation by a :class:`~layeredrl_trl.modules.SelectEncoder`, which learns nothing.
@@ -150,9 +138,6 @@ def get_default_predictor_factory(env: Any, sb_start_duration: int) -> Predictor
             Gymnasium by ``FlattenObservation``, in TorchRL by the transform
             ``flatten_observation(env)``, see the example.
         sb_start_duration: env steps of the symmetry-breaking start; 0 for none.
-
-    Returns:
-        A factory of :class:`RewardPredictor`.
 
     Raises:
         TypeError: if ``env`` is of an unknown kind.
@@ -205,7 +190,3 @@ def get_default_predictor_factory(env: Any, sb_start_duration: int) -> Predictor
 def _ensemble_with_start(*spaces: Any, sb_start_duration: int, **options: Any) -> DynamicsModel:
     model = ProbabilisticEnsemble(*spaces, **options)
     return SymmetryBreakingStart(model, sb_start_duration) if sb_start_duration else model
-
-
-def _unbounded_box(dim: int) -> Box:
-    return Box(-np.inf, np.inf, (dim,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from layeredrl_trl.schedules import Schedule
@@ -10,45 +10,51 @@ from layeredrl_trl.schedules import Schedule
 LearningRate = float | Callable[[int], float]
 
 
-def check_rate(name: str, rate: LearningRate) -> None:
-    """Raise a ValueError that calls ``rate`` by its ``name`` if it can be none."""
-    if not callable(rate) and not (isinstance(rate, float | int) and rate >= 0):
-        raise ValueError(
-            f"{name} must be a number of at least 0 or a function of env steps, got {rate!r}."
-        )
+class LearningRates:
+    """The learning rate of each part of a predictor.
 
-
-def rates_at(
-    n_total_env_steps: int, rates: Mapping[str, LearningRate], names: Iterable[str]
-) -> dict[str, float]:
-    """Evaluate the learning rates called ``names`` after so many env steps.
+    Args:
+        **rates: by the name of the part, each a number or a function of the total env steps.
 
     Raises:
-        ValueError: if a function gives a negative number or NaN.
+        ValueError: if one is neither a number of at least 0 nor a function; it is called
+            ``<part>_lr``.
     """
-    out = {}
-    for name in names:
-        rate = rates[name]
-        out[name] = float(rate(n_total_env_steps)) if callable(rate) else rate
-        if not out[name] >= 0:
-            raise ValueError(
-                f"{name}_lr must be at least 0, got {out[name]} at {n_total_env_steps} steps."
-            )
-    return out
 
+    def __init__(self, **rates: LearningRate) -> None:
+        for name, rate in rates.items():
+            if not callable(rate) and not (isinstance(rate, float | int) and rate >= 0):
+                raise ValueError(
+                    f"{name}_lr must be a number of at least 0 or a function of env steps, got "
+                    f"{rate!r}."
+                )
+        self._rates = rates
 
-def rates_to_state(rates: Mapping[str, LearningRate]) -> dict[str, Any]:
-    """Plain values of learning rates; those that are functions but no ``Schedule`` have none."""
-    return {
-        name: rate.state_dict() if isinstance(rate, Schedule) else rate
-        for name, rate in rates.items()
-        if isinstance(rate, Schedule | float | int)
-    }
+    def at(self, n_total_env_steps: int, names: Iterable[str]) -> dict[str, float]:
+        """Evaluate the rates called ``names`` after so many env steps.
 
+        Raises:
+            ValueError: if a function gives a negative number or NaN.
+        """
+        out = {}
+        for name in names:
+            rate = self._rates[name]
+            out[name] = float(rate(n_total_env_steps)) if callable(rate) else rate
+            if not out[name] >= 0:
+                raise ValueError(
+                    f"{name}_lr must be at least 0, got {out[name]} at {n_total_env_steps} steps."
+                )
+        return out
 
-def rates_from_state(state: Mapping[str, Any]) -> dict[str, LearningRate]:
-    """Undo :func:`rates_to_state`."""
-    return {
-        name: Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate
-        for name, rate in state.items()
-    }
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values; rates that are functions but no ``Schedule`` have none."""
+        return {
+            name: rate.state_dict() if isinstance(rate, Schedule) else rate
+            for name, rate in self._rates.items()
+            if isinstance(rate, Schedule | float | int)
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; rates without a state stay as they are."""
+        for name, rate in state.items():
+            self._rates[name] = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate

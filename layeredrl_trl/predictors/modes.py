@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
-M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -31,17 +30,15 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
                 part.training = mode
 
 
-def in_training_mode(
-    method: Callable[Concatenate[M, P], R],
-) -> Callable[Concatenate[M, P], R]:
+def in_training_mode(method: Callable[P, R]) -> Callable[P, R]:
     """Let a module and all of its parts be in training mode during a method.
 
     Parts are shared: an environment or a planner that is put into evaluation mode takes them along.
     """
 
     @functools.wraps(method)
-    def wrapped(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
-        with in_mode(self, True):
-            return method(self, *args, **kwargs)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with in_mode(args[0], True):
+            return method(*args, **kwargs)
 
     return wrapped

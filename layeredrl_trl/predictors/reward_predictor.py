@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,25 +11,14 @@ from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.acceleration import CompiledLoss, DeviceUpdate, can_record
 from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
-from layeredrl_trl.objectives import (
-    ForeachSoftUpdate,
-    RewardPredictorLoss,
-    Update,
-    total_loss,
-)
-from layeredrl_trl.predictors.learning_rates import (
-    LearningRate,
-    check_rate,
-    rates_at,
-    rates_from_state,
-    rates_to_state,
-)
+from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
+from layeredrl_trl.predictors.learning_rates import LearningRate, LearningRates
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.modes import in_training_mode
+from layeredrl_trl.predictors.part_updates import load_update_state, make_update, update_state
 from layeredrl_trl.predictors.predictor import Predictor
 from layeredrl_trl.predictors.read_ahead import ReadAhead
 
@@ -51,22 +39,16 @@ class RewardPredictor(Predictor):
         val_func: state value or Q-function; ``None``: no value is learned.
         rew_func: of the reward; ``None``: no reward is learned.
         encoder: of observations.
-        latent_state_dim: ``D``.
-        context_dim: ``C``.
+        latent_state_dim, context_dim: ``D`` and ``C``.
         gamma: discount, in [0, 1].
         tau: how far the value's target moves to the value after each step, in [0, 1].
         k_steps: steps of a slice that train reward and value.
         n_steps: most rewards in a value target.
         learn_encoder: let the reward loss train the encoder.
-        consistency_loss_weight: factor of the dynamics' loss.
-        value_loss_weight: factor of the value's loss.
-        rew_loss_weight: factor of the reward's loss.
-        delta_standardizer_lr: learning rate; this and the following four take a float or a
-            function of the total number of env steps.
-        encoder_lr: learning rate.
-        reward_lr: learning rate.
-        model_lr: learning rate.
-        value_lr: learning rate.
+        consistency_loss_weight, value_loss_weight, rew_loss_weight: factors of the losses of
+            dynamics, value and reward.
+        delta_standardizer_lr, encoder_lr, reward_lr, model_lr, value_lr: learning rates, each a
+            float or a function of the total number of env steps.
         encoder_warm_up: for so many optimiser steps only encoder and reward learn; with
             ``learn_encoder=False`` there is nothing to warm up.
         delta_standardizer: learn a matrix that whitens changes of the latent state.
@@ -74,14 +56,12 @@ class RewardPredictor(Predictor):
         device: where all parts are moved to.
         writer: a ``SummaryWriter`` or TorchRL ``Logger``.
         log_interval: of logging, in calls to :meth:`learn`.
-        compile: let :meth:`learn` compute its losses and their gradients in code that
-            ``torch.compile`` makes of all parts. The numbers are the same but for rounding. The
-            first call, and the first with other batch sizes, takes half a minute; after that a
-            step on a CPU takes some 60 to 90% of the time. How long it took is said once, by
-            TorchRL's logger. Needs a C++ compiler (on CUDA Triton).
-        cudagraphs: let :meth:`learn` replay a CUDA graph of a step, everything from what was read
-            from the buffer to the targets: see :class:`~layeredrl_trl.acceleration.DeviceUpdate`.
-            Not yet run on a GPU.
+        compile: compute losses and gradients of :meth:`learn` in code from ``torch.compile``: the
+            same numbers but for rounding, on a CPU in some 60 to 90% of the time. The first call,
+            and the first with other batch sizes, takes half a minute, which TorchRL's logger says
+            once. Needs a C++ compiler, on CUDA Triton.
+        cudagraphs: take the steps of :meth:`learn` as a CUDA graph, see
+            :class:`~layeredrl_trl.acceleration.DeviceUpdate`. Not yet run on a GPU.
 
     Attributes:
         loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
@@ -95,12 +75,7 @@ class RewardPredictor(Predictor):
 
     Example:
         >>> from torchrl.data import LazyTensorStorage
-        >>> from layeredrl_trl.modules import (
-        ...     IdentityEncoder,
-        ...     ProbabilisticEnsemble,
-        ...     RewardNet,
-        ...     ValueNet,
-        ... )
+        >>> from layeredrl_trl import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
         >>> predictor = RewardPredictor(
         ...     ProbabilisticEnsemble(3, 0, 1, n_models=5),
         ...     ValueNet(3, 0),
@@ -155,21 +130,10 @@ class RewardPredictor(Predictor):
         compile: bool = False,
         cudagraphs: bool = False,
     ) -> None:
-        super().__init__(
-            model,
-            val_func,
-            rew_func,
-            encoder,
-            latent_state_dim,
-            context_dim,
-            device,
-            writer,
-            log_interval,
-        )
+        dims = latent_state_dim, context_dim
+        super().__init__(model, val_func, rew_func, encoder, *dims, device, writer, log_interval)
         if not 0 <= tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {tau}.")
-        if cudagraphs and not can_record(torch.device(device)):
-            raise ValueError(f"cudagraphs: they need CUDA, got device {torch.device(device)}.")
         self.standardizer = DeltaStandardizer(latent_state_dim) if delta_standardizer else None
         self.to(device)
         loss_module = RewardPredictorLoss(
@@ -190,16 +154,13 @@ class RewardPredictor(Predictor):
         # The loss holds the same parts: registering it too would put each into the state twice.
         # Its target parameters are the only state of its own.
         self.__dict__["loss_module"] = loss_module
-        rates = {
-            "delta_standardizer_lr": delta_standardizer_lr,
-            "encoder_lr": encoder_lr,
-            "reward_lr": reward_lr,
-            "model_lr": model_lr,
-            "value_lr": value_lr,
-        }
-        for name, rate in rates.items():
-            check_rate(name, rate)
-        self._rates = {name.removesuffix("_lr"): rate for name, rate in rates.items()}
+        self._rates = LearningRates(
+            delta_standardizer=delta_standardizer_lr,
+            encoder=encoder_lr,
+            reward=reward_lr,
+            model=model_lr,
+            value=value_lr,
+        )
         self._update_options = {
             "tau": tau,
             "clip_grad_max_norm": clip_grad_max_norm,
@@ -208,7 +169,7 @@ class RewardPredictor(Predictor):
             "cudagraphs": cudagraphs,
         }
         self.n_learn_calls = 0
-        self.update = self._make_update(**self._update_options)
+        self.update = make_update(self.loss_module, **self._update_options)
         if loss_module.has_value:
             self.target_val_params = loss_module.target_value_network_params
         self._sampler = TransitionSliceSampler(slice_len=loss_module.slice_len)
@@ -233,7 +194,7 @@ class RewardPredictor(Predictor):
         Returns:
             TensorDict ``[B, k_steps]``: ``latent``, ``context``, ``action``,
             ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
-            ``bootstrap_value`` (what the target ends with, before its discount; 0 where nothing),
+            ``bootstrap_value`` (before its discount; 0 where there is none),
             ``("collector", "mask")``, ``planned`` and ``index`` (storage positions). ``latent`` and
             ``context`` carry gradient if ``learn_encoder``.
 
@@ -338,7 +299,7 @@ class RewardPredictor(Predictor):
         check_counts(n_steps=n_steps, batch_size=batch_size, model_batch_size=model_batch_size)
         check_count("n_total_env_steps", n_total_env_steps, least=0)
         groups = self.update.optimizer.param_groups
-        rates = rates_at(n_total_env_steps, self._rates, [group["name"] for group in groups])
+        rates = self._rates.at(n_total_env_steps, [group["name"] for group in groups])
         for group in groups:
             group["lr"] = rates[group["name"]]
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
@@ -366,14 +327,10 @@ class RewardPredictor(Predictor):
     def set_keys(self, **names: NestedKey) -> None:
         """Rename the entries that are read from buffers.
 
-        Observation and action are called what ``encoder`` and ``model`` call them, unless named
-        here.
-
         Args:
-            names: of :class:`~layeredrl_trl.objectives.RewardPredictorLoss`: ``observation``,
-                ``action``, ``reward``, ``terminated``, ``planned``; all but ``observation``,
-                ``action`` and ``planned`` under ``"next"``. ``done`` and ``truncated`` are looked
-                for beside ``terminated``.
+            names: of ``observation`` and ``action`` (by default what ``encoder`` and ``model`` call
+                them), ``planned``, and of ``reward`` and ``terminated`` under ``"next"``. ``done``
+                and ``truncated`` are looked for beside ``terminated``.
 
         Raises:
             ValueError: if there is no such entry.
@@ -415,21 +372,15 @@ class RewardPredictor(Predictor):
             self._tensor(x) for x in (state, context, action, next_state, fixed_std)
         )
         each = (*state.shape[:-1], self.model.n_models, self.model.n_modes, state.shape[-1])
-        fits = len(fixed_std.shape) <= len(each) and all(
-            size in (1, expected)
-            for size, expected in zip(fixed_std.shape[::-1], each[::-1], strict=False)
-        )
-        if not fits:
+        if not _broadcasts_to(fixed_std.shape, each):
             raise ValueError(
                 f"fixed_std: expected a shape that broadcasts to {list(each)}, got "
                 f"{list(fixed_std.shape)}."
             )
         if not (fixed_std > 0).all():
             raise ValueError("fixed_std: every standard deviation must be positive.")
-        if self.standardizer is None:
-            matrix = torch.eye(self.latent_state_dim, device=state.device)
-        else:
-            matrix = self.standardizer.matrix
+        matrix = torch.eye(self.latent_state_dim, device=state.device)
+        matrix = matrix if self.standardizer is None else self.standardizer.matrix
         log_prob, term_prob = self.model.log_prob(
             state, context, action, next_state, std=fixed_std, transform=matrix
         )
@@ -442,11 +393,8 @@ class RewardPredictor(Predictor):
         no state; after loading it is what it was.
         """
         return {
-            "rates": rates_to_state(self._rates),
-            "optimizer": self.update.optimizer.state_dict(),
-            "parameters": self._parameter_shapes,
-            "steps": self.update.steps,
-            "skipped": self.update.skipped,
+            "rates": self._rates.state_dict(),
+            **update_state(self.update),
             "n_learn_calls": self.n_learn_calls,
         }
 
@@ -457,71 +405,15 @@ class RewardPredictor(Predictor):
             ValueError: if it is that of a predictor with other parts or layers; then nothing has
                 changed yet, :meth:`load_state_dict` comes here first.
         """
-        self._check_parameters(state)
-        # the optimiser would keep the very tensors of the state, and share them with its owner
-        self.update.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        self.update.steps = state["steps"]
-        self.update.skipped = state["skipped"]
+        load_update_state(self.update, state)
         self.n_learn_calls = state["n_learn_calls"]
-        self._rates |= rates_from_state(state["rates"])
-
-    @property
-    def _parameter_shapes(self) -> dict[str, list[list[int]]]:
-        """Shapes of the parameters that the optimiser changes, by the name of the part."""
-        groups = self.update.optimizer.param_groups
-        return {group["name"]: [list(p.shape) for p in group["params"]] for group in groups}
-
-    def _check_parameters(self, state: dict[str, Any]) -> None:
-        own, given = self._parameter_shapes, state.get("parameters")
-        if given is None or given == own:  # None: saved by an earlier version
-            return
-        if list(given) != list(own):
-            raise ValueError(
-                f"state_dict: it is of a predictor whose parts {list(given)} learn; here "
-                f"{list(own)} do."
-            )
-        name = next(name for name, shapes in own.items() if shapes != given[name])
-        raise ValueError(
-            f"state_dict: expected parameters of {name!r} of the shapes {own[name]}, got "
-            f"{given[name]}: it is of a predictor of another architecture."
-        )
+        self._rates.load_state_dict(state["rates"])
 
     def train(self, mode: bool = True) -> RewardPredictor:
         """Set training or evaluation mode; in the latter :meth:`loss` changes no statistics."""
         super().train(mode)
         self.loss_module.train(mode)
         return self
-
-    def _make_update(
-        self,
-        tau: float,
-        clip_grad_max_norm: float | None,
-        encoder_warm_up: int,
-        compile: bool,
-        cudagraphs: bool,
-    ) -> Update | DeviceUpdate:
-        loss = self.loss_module
-        parts = {
-            "model": self.model,
-            "value": self.val_func,
-            "reward": self.rew_func,
-            "encoder": self.encoder if loss.learn_encoder else None,
-            "delta_standardizer": self.standardizer,
-        }
-        params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
-        groups = [{"params": ps, "name": name} for name, ps in params.items() if ps]
-        update = Update(
-            loss,
-            torch.optim.Adam(groups, fused=True),
-            target_updater=ForeachSoftUpdate(loss, tau) if params.get("value") else None,
-            clip_grad_max_norm=clip_grad_max_norm,
-            # Without a reward nothing would learn in the warm-up.
-            warm_up=encoder_warm_up if loss.learn_encoder and self.rew_func is not None else 0,
-            warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
-        )
-        if compile:
-            update.compute = CompiledLoss(loss)
-        return DeviceUpdate(update) if cudagraphs else update
 
     @property
     def _reader(self) -> ReadAhead:
@@ -546,7 +438,12 @@ class RewardPredictor(Predictor):
     def _remake_update(self, extra_state: dict[str, Any]) -> None:
         """Bind optimiser and target updater to parameters that were moved, copied or unpickled."""
         buffers = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
-        self.update = self._make_update(**self._update_options)
+        self.update = make_update(self.loss_module, **self._update_options)
         for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters
             buffer.copy_(old)
         self.set_extra_state(extra_state)
+
+
+def _broadcasts_to(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    sizes = zip(shape[::-1], expected[::-1], strict=False)
+    return len(shape) <= len(expected) and all(size in (1, other) for size, other in sizes)

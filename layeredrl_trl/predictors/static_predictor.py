@@ -14,19 +14,12 @@ class StaticPredictor(Predictor):
     """Predict with given parts and learn nothing: for a known or an already learned model.
 
     It takes the place of any other predictor: a loop that trains runs, and changes no parameter,
-    no buffer and no running statistic. A
-    :class:`~layeredrl_trl.modules.SymmetryBreakingStart` stays where it is, too.
+    no buffer and no running statistic. A symmetry-breaking start stays where it is, too.
 
     Args:
-        model: of the dynamics.
-        val_func: state value or Q-function, or ``None``.
-        rew_func: of the reward, or ``None``.
-        encoder: of observations.
-        latent_state_dim: ``D``.
-        context_dim: ``C``.
-        device: where all parts are moved to.
-        writer: not written to, as nothing happens.
-        log_interval: without effect.
+        model, val_func, rew_func, encoder, latent_state_dim, context_dim, device: as for
+            :class:`~layeredrl_trl.predictors.Predictor`.
+        writer, log_interval: without effect, as nothing happens.
 
     Raises:
         ValueError: if sizes of the parts differ from ``latent_state_dim`` and ``context_dim``.
@@ -43,11 +36,7 @@ class StaticPredictor(Predictor):
     def loss(
         self, batch: TensorDictBase, model_batch: TensorDictBase | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return 0 and no terms.
-
-        Args:
-            batch: not read.
-            model_batch: not read.
+        """Return 0 and no loss terms; neither batch is read.
 
         Returns:
             A scalar of its own that wants a gradient, so that ``backward`` works and reaches
@@ -63,14 +52,7 @@ class StaticPredictor(Predictor):
         model_batch_size: int,
         n_total_env_steps: int,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Learn nothing.
-
-        Args:
-            buffer: not read; it may be empty.
-            n_steps: without effect, as are the others.
-            batch_size: see above.
-            model_batch_size: see above.
-            n_total_env_steps: see above.
+        """Learn nothing; the buffer is not read and may be empty.
 
         Returns:
             The scalar 0 and an empty dictionary.

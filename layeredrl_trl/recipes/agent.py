@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
@@ -23,19 +24,16 @@ from layeredrl_trl.recipes.config import RecipeError, TrainConfig
 _PLANNERS = {"icem": ICEMPlanner, "cem": CrossEntropyPlanner, "mppi": PathIntegralPlanner}
 
 
-def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> RewardPredictor:
+def make_predictor(config: TrainConfig, env: EnvBase) -> RewardPredictor:
     """Make a predictor for the spaces of ``env``."""
     obs_dim = env.observation_spec_unbatched[keys.OBSERVATION].shape[-1]
     action_spec = env.action_spec_unbatched
-    action_dim = action_spec.shape[-1]
-    hidden_sizes = (config.hidden_size, config.hidden_size)
-    rate = config.learning_rate
+    net = {"hidden_sizes": (config.hidden_size, config.hidden_size)}
+    rates = dict.fromkeys(("reward_lr", "model_lr", "value_lr"), config.learning_rate)
     return RewardPredictor(
-        ProbabilisticEnsemble(
-            obs_dim, 0, action_spec, n_models=config.n_models, hidden_sizes=hidden_sizes
-        ),
-        ValueNet(obs_dim, 0, hidden_sizes=hidden_sizes),
-        RewardNet(obs_dim, 0, action_dim, hidden_sizes=hidden_sizes),
+        ProbabilisticEnsemble(obs_dim, 0, action_spec, n_models=config.n_models, **net),
+        ValueNet(obs_dim, 0, **net),
+        RewardNet(obs_dim, 0, action_spec.shape[-1], **net),
         IdentityEncoder(obs_dim),
         latent_state_dim=obs_dim,
         context_dim=0,
@@ -44,23 +42,15 @@ def make_predictor(config: TrainConfig, env: EnvBase, writer: object = None) -> 
         n_steps=config.n_steps,
         learn_encoder=False,
         clip_grad_max_norm=config.clip_grad_max_norm,
-        reward_lr=rate,
-        model_lr=rate,
-        value_lr=rate,
         device=config.device,
-        writer=writer,
+        **rates,
     )
 
 
 def make_policy(
     config: TrainConfig, predictor: RewardPredictor, action_spec: TensorSpec
 ) -> tuple[TensorDictSequential, SamplingPlanner]:
-    """Make a policy that plans in the model.
-
-    Args:
-        config: options of the planner.
-        predictor: the predictor whose model is planned in.
-        action_spec: of one real env.
+    """Make a policy that plans in the predictor's model, for actions of one real env.
 
     Returns:
         The policy for the real env, and the planner inside the policy. The planner's primer
@@ -148,9 +138,11 @@ class Explorer(TensorDictModuleBase):
             tensordict.set(keys.ACTION, self.action_spec.rand(tensordict.batch_size))
             if self.planner is not None:
                 self.planner.forget(tensordict)
-                nothing = torch.full((*tensordict.batch_size, 1), torch.nan)
                 for key in self.planner.statistics_keys:
-                    tensordict.set(key, nothing.to(tensordict.device))
+                    tensordict.set(key, _full(tensordict, torch.nan))
         self.steps += tensordict.numel()
-        flag = torch.full((*tensordict.batch_size, 1), planned, device=tensordict.device)
-        return tensordict.set(keys.PLANNED, flag)
+        return tensordict.set(keys.PLANNED, _full(tensordict, planned))
+
+
+def _full(tensordict: TensorDictBase, value: float) -> Tensor:
+    return torch.full((*tensordict.batch_size, 1), value, device=tensordict.device)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +75,14 @@ class Checkpoint:
             raise RecipeError(
                 f"checkpoint: {str(path)!r} was not written by `layeredrl_trl train`."
             )
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        if unknown := sorted(set(content["config"]) - known):
+        options = content["config"]
+        if unknown := sorted(options.keys() - {field.name for field in fields(TrainConfig)}):
             raise RecipeError(
                 f"checkpoint: {str(path)!r} is of another version, with the unknown options "
                 f"{unknown}."
             )
-        options = content["config"] | {"logdir": Path(content["config"]["logdir"])}
-        content["config"] = TrainConfig(**options | {"device": device})
-        return cls(**content)
+        options |= {"logdir": Path(options["logdir"]), "device": device}
+        return cls(**content | {"config": TrainConfig(**options)})
 
 
 def restore(predictor: RewardPredictor, state: dict[str, Any], path: Path) -> None:
@@ -94,7 +92,7 @@ def restore(predictor: RewardPredictor, state: dict[str, Any], path: Path) -> No
         RecipeError: if the state belongs to another architecture; ``predictor`` is not changed.
     """
     here, there = (
-        {key: x.shape for key, x in entries.items() if isinstance(x, torch.Tensor)}
+        {key: list(x.shape) for key, x in entries.items() if isinstance(x, torch.Tensor)}
         for entries in (predictor.state_dict(), state)
     )
     differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
@@ -102,11 +100,7 @@ def restore(predictor: RewardPredictor, state: dict[str, Any], path: Path) -> No
         key = differing[0]
         raise RecipeError(
             f"checkpoint: {str(path)!r} is of another architecture: {len(differing)} entries "
-            f"differ, the first is {key!r} (here {_shape(here, key)}, in the file "
-            f"{_shape(there, key)})."
+            f"differ, the first is {key!r} (here {here.get(key, 'missing')}, in the file "
+            f"{there.get(key, 'missing')})."
         )
     predictor.load_state_dict(state)
-
-
-def _shape(shapes: dict[str, torch.Size], key: str) -> str:
-    return str(list(shapes[key])) if key in shapes else "missing"

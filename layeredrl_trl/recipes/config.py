@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -95,67 +95,29 @@ class TrainConfig:
         Raises:
             RecipeError: naming the option, what is expected and what came.
         """
-        positive = (
-            "total_frames",
-            "action_repeat",
-            "init_random_frames",
-            "num_threads",
-            "checkpoint_interval",
-            "eval_episodes",
-            "frames_per_batch",
-            "batch_size",
-            "n_models",
-            "hidden_size",
-            "learning_rate",
-            "clip_grad_max_norm",
-            "n_steps",
-            "planning_horizon",
-            "num_candidates",
-            "top_k",
-            "num_particles",
-            "optim_steps",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("updates_per_frame", "planned_frames", "random_frames"):
-            if not getattr(self, name) >= 0:
-                raise RecipeError(f"{name} must not be negative, got {getattr(self, name)}.")
+        fractions, phases = ("gamma", "tau"), ("planned_frames", "random_frames")
+        _require_positive(self, but=("seed", "updates_per_frame", *fractions, *phases))
+        for name in fractions:
+            _require(self, name, 0 <= getattr(self, name) <= 1, "be in [0, 1]")
+        for name in ("updates_per_frame", *phases):
+            _require(self, name, getattr(self, name) >= 0, "not be negative")
         if bool(self.planned_frames) != bool(self.random_frames):
             raise RecipeError(
                 "planned_frames and random_frames must both be 0 or both be positive, got "
                 f"{self.planned_frames} and {self.random_frames}."
             )
-        if self.num_particles >= self.n_models and self.num_particles % self.n_models:
-            raise RecipeError(
-                f"num_particles must be below n_models={self.n_models} or a multiple of it, got "
-                f"{self.num_particles}."
-            )
-        for name in (
-            "total_frames",
-            "frames_per_batch",
-            "init_random_frames",
-            "planned_frames",
-            "random_frames",
-        ):
-            if getattr(self, name) % self.action_repeat:
-                raise RecipeError(
-                    f"{name} must be a multiple of action_repeat={self.action_repeat}, "
-                    f"got {getattr(self, name)}."
-                )
+        multiple = f"be a multiple of action_repeat={self.action_repeat}"
+        for name in ("total_frames", "frames_per_batch", "init_random_frames", *phases):
+            _require(self, name, getattr(self, name) % self.action_repeat == 0, multiple)
+        even = self.num_particles < self.n_models or self.num_particles % self.n_models == 0
+        expected = f"be below n_models={self.n_models} or a multiple of it"
+        _require(self, "num_particles", even, expected)
+        expected = f"not exceed num_candidates={self.num_candidates}"
+        _require(self, "top_k", self.top_k <= self.num_candidates, expected)
+        fits = self.resume is not None or self.init_random_frames <= self.total_frames
+        expected = f"not exceed total_frames={self.total_frames}"
+        _require(self, "init_random_frames", fits, expected)
         check_device(self.device)
-        for name in ("gamma", "tau"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        if self.top_k > self.num_candidates:
-            raise RecipeError(
-                f"top_k must not exceed num_candidates={self.num_candidates}, got {self.top_k}."
-            )
-        if self.resume is None and self.init_random_frames > self.total_frames:
-            raise RecipeError(
-                f"init_random_frames must not exceed total_frames={self.total_frames}, "
-                f"got {self.init_random_frames}."
-            )
 
 
 def check_device(device: str) -> None:
@@ -192,12 +154,18 @@ class EvaluateConfig:
     """Threads of torch on the CPU."""
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            RecipeError: naming the option, what is expected and what came.
-        """
-        for name in ("episodes", "num_threads"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be positive, got {getattr(self, name)}.")
+        """Check ranges, as in :class:`TrainConfig`."""
+        _require_positive(self, but=("seed",))
         check_device(self.device)
+
+
+def _require_positive(config: TrainConfig | EvaluateConfig, but: tuple[str, ...]) -> None:
+    """Check that every option that is a number is positive, but for those named."""
+    for field in fields(config):
+        if field.type in ("int", "float") and field.name not in but:
+            _require(config, field.name, getattr(config, field.name) > 0, "be positive")
+
+
+def _require(config: TrainConfig | EvaluateConfig, name: str, legal: bool, expected: str) -> None:
+    if not legal:
+        raise RecipeError(f"{name} must {expected}, got {getattr(config, name)}.")

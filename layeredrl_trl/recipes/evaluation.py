@@ -19,11 +19,7 @@ def run_episodes(
 ) -> TensorDictBase:
     """Act by planning, one episode in each of ``episodes`` envs.
 
-    Args:
-        config: options of the run that trained ``predictor``.
-        predictor: the predictor to plan with.
-        episodes: number of episodes.
-        seed: seed of environments and planner.
+    ``config`` holds the options of the run that trained the predictor; envs and planner are seeded.
 
     Returns:
         The rollout ``[episodes, T]``, where ``T`` is the length of the longest episode;

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -78,7 +77,6 @@ def draw_learning_curve(
 ) -> None:
     """Draw the return of every training episode and of the final evaluation."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     if episodes:
         steps, returns = zip(*episodes, strict=True)
@@ -113,7 +111,6 @@ def draw_imagination(
 ) -> None:
     """Draw an episode imagined open-loop, returns of all segments, and members' disagreement."""
     figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1)
     dims = min(4, predictor.latent_state_dim)
     _draw_rollout(top.subplots(1, dims, squeeze=False)[0], predictor, rollout, horizon)

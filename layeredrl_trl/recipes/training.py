@@ -8,8 +8,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,17 +36,8 @@ from layeredrl_trl.recipes.pictures import (
     score_imagination,
 )
 
-_STORED = (
-    keys.OBSERVATION,
-    keys.ACTION,
-    keys.PLANNED,
-    keys.TRAJ_IDS,
-    keys.NEXT_OBSERVATION,
-    keys.NEXT_REWARD,
-    keys.NEXT_TERMINATED,
-    keys.NEXT_TRUNCATED,
-    keys.NEXT_DONE,
-)
+_STORED = (keys.OBSERVATION, keys.ACTION, keys.PLANNED, keys.TRAJ_IDS)
+_STORED_NEXT = (keys.OBSERVATION, keys.REWARD, keys.TERMINATED, keys.TRUNCATED, keys.DONE)
 
 
 @dataclass
@@ -96,11 +88,11 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         RecipeError: if the environment is not supported, the folder is not writable, or the run
             cannot go on from ``config.resume``; no file has been written then.
     """
-    resumed = None
+    resumed, seed = None, config.seed
     if config.resume is not None:
         resumed = Checkpoint.load(config.resume, config.device)
         config = _resumed_config(config, resumed)
-    seed = config.seed if resumed is None else seed_after(config.seed, resumed.frames)
+        seed = seed_after(config.seed, resumed.frames)
     torch.manual_seed(seed)
     repeat = config.action_repeat
     env = make_env(config.env, seed=seed, action_repeat=repeat)
@@ -118,6 +110,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
                 transitions.get(key)[-1] = True
             buffer.extend(transitions)
     predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
+    job = _Job(config, predictor, planner, buffer, logger, run)
     env.append_transform(planner.make_tensordict_primer())
     explorer = Explorer(
         policy,
@@ -135,34 +128,28 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         auto_register_policy_transforms=False,
     )
     explorer.steps = run.frames // repeat  # the collector has called the policy once to try it
-    bar = tqdm(
-        total=config.total_frames,
-        initial=run.frames,
-        unit="step",
-        desc=config.env,
-        dynamic_ncols=True,
-        mininterval=0.5,
-        miniters=1,
-    )
+    layout = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}
+    bar = tqdm(desc=config.env, total=config.total_frames, initial=run.frames, **layout)
     started = time.perf_counter()
     try:
         for batch in collector:
-            buffer.extend(batch.select(*_STORED).reshape(-1))
+            stored = batch.select(*_STORED, *(("next", key) for key in _STORED_NEXT))
+            buffer.extend(stored.reshape(-1))
             new_frames = batch.numel() * repeat
-            _note_episodes(run, batch, repeat, logger)
-            _log_plans(planner, batch, run.frames, logger)
-            info = _learn(config, predictor, buffer, run.frames, new_frames)
+            _note_episodes(job, batch)
+            _log_plans(job, batch)
+            info = _learn(job, new_frames)
             bar.set_postfix_str(_status(run, info), refresh=False)
             bar.update(new_frames)
             if run.frames % config.checkpoint_interval < new_frames:
-                _save(config, predictor, buffer, run)
+                _save(job)
     except KeyboardInterrupt:
         run.interrupted = True
     finally:
         bar.close()
         collector.shutdown()
     run.seconds = time.perf_counter() - started
-    _save(config, predictor, buffer, run)
+    _save(job)
     if run.interrupted:
         say(f"Interrupted after {run.frames} steps. Checkpoint: {run.checkpoint}")
         say(
@@ -170,25 +157,18 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
             f"--total-frames {config.total_frames}"
         )
         return run
-    _evaluate(config, predictor, buffer, run, logger)
+    _evaluate(job)
     for line in _summary(config, run):
         say(line)
     return run
 
 
 def seed_after(seed: int, frames: int) -> int:
-    """Compute the seed with which a run goes on after ``frames`` env steps.
+    """Compute the seed with which a run goes on after ``frames`` env steps, an integer of 31 bits.
 
     The new seed is a hash of both numbers, so the resumed run does not repeat the random numbers
     of its own start, nor, as with ``seed + frames``, those of another run's start. A run resumed
-    twice from the same checkpoint goes on with the same seed.
-
-    Args:
-        seed: seed of the run, at least 0.
-        frames: number of env steps taken.
-
-    Returns:
-        An integer of 31 bits; ``seed`` itself if ``frames`` is 0.
+    twice from the same checkpoint goes on with the same seed, and after 0 steps with its own.
     """
     if frames == 0:
         return seed
@@ -205,75 +185,70 @@ def _resumed_config(config: TrainConfig, resumed: Checkpoint) -> TrainConfig:
     return replace(resumed.config, total_frames=config.total_frames, resume=config.resume)
 
 
-def _save(
-    config: TrainConfig, predictor: RewardPredictor, buffer: TensorDictReplayBuffer, run: Run
-) -> None:
+class _Job(NamedTuple):
+    """A run and its parts."""
+
+    config: TrainConfig
+    predictor: RewardPredictor
+    planner: SamplingPlanner
+    buffer: TensorDictReplayBuffer
+    logger: TensorboardLogger
+    run: Run
+
+
+def _save(job: _Job) -> None:
     """Write the checkpoint and the table of episodes."""
-    transitions = buffer[:].exclude(keys.INDEX).to_dict() if len(buffer) else {}
-    Checkpoint(
-        replace(config, resume=None), run.frames, run.episodes, predictor.state_dict(), transitions
-    ).save(run.checkpoint)
+    config, run = replace(job.config, resume=None), job.run
+    transitions = job.buffer[:].exclude(keys.INDEX).to_dict() if len(job.buffer) else {}
+    state = job.predictor.state_dict()
+    Checkpoint(config, run.frames, run.episodes, state, transitions).save(run.checkpoint)
     with (run.folder / "episodes.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("env_steps", "return"), *run.episodes])
 
 
-def _learn(
-    config: TrainConfig,
-    predictor: RewardPredictor,
-    buffer: TensorDictReplayBuffer,
-    frames: int,
-    new_frames: int,
-) -> dict[str, float]:
+def _learn(job: _Job, new_frames: int) -> dict[str, float]:
     """Take the optimisation steps that are due; those of the first random phase all at its end."""
+    config, frames = job.config, job.run.frames
     if frames < config.init_random_frames:
         return {}
     due = new_frames if frames - new_frames >= config.init_random_frames else frames
-    n_steps = round(config.updates_per_frame * due)
+    n_steps, n = round(config.updates_per_frame * due), config.batch_size
     if not n_steps:
         return {}
-    _, info = predictor.learn(
-        buffer,
-        n_steps=n_steps,
-        batch_size=config.batch_size,
-        model_batch_size=config.batch_size,
-        n_total_env_steps=frames,
-    )
+    sizes = {"batch_size": n, "model_batch_size": n}
+    _, info = job.predictor.learn(job.buffer, n_steps, **sizes, n_total_env_steps=frames)
     return info
 
 
-def _evaluate(
-    config: TrainConfig,
-    predictor: RewardPredictor,
-    buffer: TensorDictReplayBuffer,
-    run: Run,
-    logger: TensorboardLogger,
-) -> None:
+def _evaluate(job: _Job) -> None:
     """Run evaluation episodes, measure the model on them, and write and draw the results."""
+    config, predictor, run, folder = job.config, job.predictor, job.run, job.run.folder
     horizon, seed = config.planning_horizon, 10_000 + config.seed
     rollout = run_episodes(config, predictor, episodes=config.eval_episodes, seed=seed)
     run.eval_returns = episode_returns(rollout).tolist()
     mean_return = sum(run.eval_returns) / len(run.eval_returns)
-    logger.log_scalar("eval/mean_return", mean_return, run.frames)
+    job.logger.log_scalar("eval/mean_return", mean_return, run.frames)
     run.imagination = score_imagination(predictor, rollout, horizon=horizon)
-    logger.log_scalar("eval/imagined_return_correlation", run.imagination.correlation, run.frames)
-    make_report = ModelReportHook(predictor, as_buffer(rollout), horizon, writer=logger)
+    correlation = run.imagination.correlation
+    job.logger.log_scalar("eval/imagined_return_correlation", correlation, run.frames)
+    make_report = ModelReportHook(predictor, as_buffer(rollout), horizon, writer=job.logger)
     run.report = make_report(run.frames)
-    (run.folder / "model_report.md").write_text(run.report.markdown() + "\n")
-    run.report.figure().savefig(run.folder / "model_report.png", dpi=130)
-    draw_learning_curve(run.folder / "learning_curve.png", config, run.episodes, run.eval_returns)
-    draw_imagination(run.folder / "imagination.png", predictor, buffer, rollout, run.imagination)
+    (folder / "model_report.md").write_text(run.report.markdown() + "\n")
+    run.report.figure().savefig(folder / "model_report.png", dpi=130)
+    draw_learning_curve(folder / "learning_curve.png", config, run.episodes, run.eval_returns)
+    draw_imagination(folder / "imagination.png", predictor, job.buffer, rollout, run.imagination)
     summary = {
-        "config": {name: str(value) for name, value in asdict(config).items()},
+        "config": {name: str(value) for name, value in vars(config).items()},
         "frames": run.frames,
         "seconds": run.seconds,
         "eval_returns": run.eval_returns,
-        "imagined_return_correlation": run.imagination.correlation,
+        "imagined_return_correlation": correlation,
     }
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _make_folder(config: TrainConfig) -> Path:
-    """Make a new folder for the run's files and check that it is writable."""
+    """Make a new folder for the run's files."""
     name = f"{config.env.replace('/', '_')}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = config.logdir / name, 1
     while folder.exists():
@@ -281,8 +256,6 @@ def _make_folder(config: TrainConfig) -> Path:
         folder = config.logdir / f"{name}-{number}"
     try:
         folder.mkdir(parents=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
     except OSError as error:
         raise RecipeError(
             f"logdir: cannot write to {str(config.logdir)!r}: {error.strerror}."
@@ -290,29 +263,26 @@ def _make_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _note_episodes(
-    run: Run, batch: TensorDictBase, action_repeat: int, logger: TensorboardLogger
-) -> None:
+def _note_episodes(job: _Job, batch: TensorDictBase) -> None:
     """Count the env steps of a batch, and keep and log the episodes that ended in it."""
-    before = run.frames
-    run.frames += batch.numel() * action_repeat
-    done = batch.get(keys.NEXT_DONE).flatten()
+    run, repeat = job.run, job.config.action_repeat
     returns = batch.get(("next", "episode_reward")).flatten()
-    for i in done.nonzero().flatten().tolist():
-        step = before + (i + 1) * action_repeat
-        run.episodes.append((step, returns[i].item()))
-        logger.log_scalar("train/episode_return", returns[i].item(), step)
+    before = run.frames
+    run.frames += batch.numel() * repeat
+    for i in batch.get(keys.NEXT_DONE).flatten().nonzero().flatten().tolist():
+        step, value = before + (i + 1) * repeat, returns[i].item()
+        run.episodes.append((step, value))
+        job.logger.log_scalar("train/episode_return", value, step)
 
 
-def _log_plans(
-    planner: SamplingPlanner, batch: TensorDictBase, frames: int, logger: TensorboardLogger
-) -> None:
+def _log_plans(job: _Job, batch: TensorDictBase) -> None:
     """Log each of the planner's statistics, as its mean over the planned steps of a batch."""
     planned = batch.get(keys.PLANNED)
     if not planned.any():
         return
-    for key in planner.statistics_keys:
-        logger.log_scalar(f"planner/{key}", batch.get(key)[planned].mean().item(), frames)
+    for key in job.planner.statistics_keys:
+        value = batch.get(key)[planned].mean().item()
+        job.logger.log_scalar(f"planner/{key}", value, job.run.frames)
 
 
 def _status(run: Run, info: dict[str, float]) -> str:
@@ -323,14 +293,16 @@ def _status(run: Run, info: dict[str, float]) -> str:
 
 
 def _summary(config: TrainConfig, run: Run) -> list[str]:
-    returns = torch.tensor(run.eval_returns)
+    returns, value = torch.tensor(run.eval_returns), run.imagination.correlation
+    none = "no correlation to be had, one of them is always the same,"
+    correlation = none if math.isnan(value) else f"correlation {value:.3f}"
     return [
         "",
         f"{config.env}, seed {config.seed}: {run.frames} env steps in {run.seconds:.0f} s",
         f"  mean return of {len(returns)} evaluation episodes: {returns.mean():.1f} "
         f"(worst {returns.min():.1f}, best {returns.max():.1f})",
         f"  imagined against real {run.imagination.horizon}-step returns: "
-        f"{_correlation(run.imagination)} over {run.imagination.segments} segments",
+        f"{correlation} over {run.imagination.segments} segments",
         f"  learning curve   {run.folder / 'learning_curve.png'}",
         f"  imagination      {run.folder / 'imagination.png'}",
         f"  model report     {run.folder / 'model_report.md'} (and .png)",
@@ -339,12 +311,6 @@ def _summary(config: TrainConfig, run: Run) -> list[str]:
         f"--checkpoint {run.checkpoint}",
         f"  all the scalars  {_program('tensorboard')} --logdir {run.folder}",
     ]
-
-
-def _correlation(score: ImaginationScore) -> str:
-    if math.isnan(score.correlation):
-        return "no correlation to be had, one of them is always the same,"
-    return f"correlation {score.correlation:.3f}"
 
 
 def _program(name: str) -> str:

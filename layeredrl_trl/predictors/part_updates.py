@@ -1,0 +1,98 @@
+"""The optimisation step of a predictor: an optimiser with a group of parameters for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from layeredrl_trl.acceleration import CompiledLoss, DeviceUpdate
+from layeredrl_trl.objectives import ForeachSoftUpdate, RewardPredictorLoss, Update
+
+
+def make_update(
+    loss: RewardPredictorLoss,
+    *,
+    tau: float,
+    clip_grad_max_norm: float | None,
+    encoder_warm_up: int,
+    compile: bool,
+    cudagraphs: bool,
+) -> Update | DeviceUpdate:
+    """Put the optimisation step together; the door to what makes it faster.
+
+    Args:
+        loss: to minimise.
+        tau: of the value's target.
+        clip_grad_max_norm: see :class:`~layeredrl_trl.objectives.Update`.
+        encoder_warm_up: steps in which only ``encoder`` and ``reward`` learn.
+        compile: compute the loss in compiled code.
+        cudagraphs: take the step as a CUDA graph.
+    """
+    parts = {
+        "model": loss.dynamics,
+        "value": loss.value_network if loss.has_value else None,
+        "reward": loss.reward,
+        "encoder": loss.encoder if loss.learn_encoder else None,
+        "delta_standardizer": loss.standardizer,
+    }
+    params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
+    groups = [{"params": own, "name": name} for name, own in params.items() if own]
+    # without both, nothing would learn in the warm-up, or nothing would be warmed up
+    has_warm_up = loss.learn_encoder and loss.reward is not None
+    update = Update(
+        loss,
+        torch.optim.Adam(groups, fused=True),
+        target_updater=ForeachSoftUpdate(loss, tau) if params.get("value") else None,
+        clip_grad_max_norm=clip_grad_max_norm,
+        warm_up=encoder_warm_up if has_warm_up else 0,
+        warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
+    )
+    if compile:
+        update.compute = CompiledLoss(loss)
+    return DeviceUpdate(update) if cudagraphs else update
+
+
+def update_state(update: Update | DeviceUpdate) -> dict[str, Any]:
+    """Return the state of an update: the optimiser's, and counters."""
+    return {
+        "optimizer": update.optimizer.state_dict(),
+        "parameters": _parameter_shapes(update),
+        "steps": update.steps,
+        "skipped": update.skipped,
+    }
+
+
+def load_update_state(update: Update | DeviceUpdate, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`update_state` returned.
+
+    Raises:
+        ValueError: if it is that of other parts or layers; nothing has changed then.
+    """
+    _check_parameters(_parameter_shapes(update), state.get("parameters"))
+    # the optimiser would keep the very tensors of the state, and share them with its owner
+    update.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+    update.steps, update.skipped = state["steps"], state["skipped"]
+
+
+def _parameter_shapes(update: Update | DeviceUpdate) -> dict[str, list[list[int]]]:
+    """Return the shapes of the parameters that the optimiser changes, by the name of the part."""
+    groups = update.optimizer.param_groups
+    return {group["name"]: [list(p.shape) for p in group["params"]] for group in groups}
+
+
+def _check_parameters(own: dict[str, Any], given: dict[str, Any] | None) -> None:
+    if given is None or given == own:  # None: saved by an earlier version
+        return
+    if list(given) != list(own):
+        raise ValueError(
+            f"state_dict: it is of a predictor whose parts {list(given)} learn; here "
+            f"{list(own)} do."
+        )
+    name = next(name for name, shapes in own.items() if shapes != given[name])
+    raise ValueError(
+        f"state_dict: expected parameters of {name!r} of the shapes {own[name]}, got "
+        f"{given[name]}: it is of a predictor of another architecture."
+    )
