@@ -24,7 +24,7 @@ from benchmarks.workloads import (
     action_spec,
     make_predictor,
 )
-from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.envs import ImaginedState, PredictorEnv
 
 HORIZON = 15
 ENDS = {"soft": 0.0, "sample, never drawn": 30.0, "sample, one of 400 steps": 6.0}
@@ -56,15 +56,14 @@ def make_policy(kind: str) -> TensorDictModule:
 def by_hand(env: PredictorEnv, state: TensorDictBase, policy: TensorDictModule) -> list[Tensor]:
     """The same steps, in the order of time; an env that has terminated is not reset."""
     steps, batch = [], state.batch_size
-    latent, context, alive, member = (state[k] for k in ("latent", "context", "alive", "member"))
+    imagined = ImaginedState(*(state[k] for k in ("latent", "context", "alive", "member")))
     observation = state["observation"]
     for _ in range(HORIZON):
         seen = policy(TensorDict({"observation": observation}, batch))
-        outcome = env.world_model.step(
-            latent, context, alive, seen["action"], member, deterministic=False
-        )
-        latent, alive, member = outcome.latent, outcome.alive, outcome.member
-        observation = latent[:, 0, 0]  # what the identity encoder decodes
+        outcome = env.world_model.step(imagined, seen["action"], deterministic=False)
+        after = {"latent": outcome.latent, "alive": outcome.alive, "member": outcome.member}
+        imagined = imagined._replace(**after)
+        observation = outcome.latent[:, 0, 0]  # what the identity encoder decodes
         parts = (*seen.values(), *outcome, observation)
         steps.append([x for x in parts if x is not None])
     return [torch.stack(x, 1) for x in zip(*steps, strict=True)]

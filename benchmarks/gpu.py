@@ -9,6 +9,10 @@ learning steps, rollouts and plans are timed in each of these ways, beside three
 arithmetic: operations of the networks over the measured rate of a matrix product, bytes that must
 be read and written over the measured bandwidth, and 2 us for each kernel that is launched.
 
+The last two ways are what others offer for the same: ``tensordict.nn.CudaGraphModule`` in the place
+of ``GraphReplay``, and ``torch.compile(mode="reduce-overhead")`` of the loss and of a whole rollout
+(a plan would take too long to compile).
+
 What fails is said, and the rest goes on. After `--minutes` nothing more is begun: compiling takes
 most of the time, and what matters most comes first. What was left out is listed at the end; the
 exit status is 1 if anything failed or was left out.
@@ -20,7 +24,6 @@ import argparse
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -28,7 +31,9 @@ from typing import NamedTuple
 import torch
 import torchrl
 from tensordict import TensorDict
+from tensordict.nn import CudaGraphModule
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.workloads import (
     ACTION_DIM,
@@ -44,13 +49,57 @@ from benchmarks.workloads import (
     make_predictor,
     make_transitions,
 )
+from layeredrl_trl.acceleration import DeviceUpdate
+from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.planners import ICEMPlanner
+from layeredrl_trl.predictors import RewardPredictor
+
+
+def graph_module(function: Callable) -> Callable:
+    """TensorDict's replay of a function; it takes tensors of one shape only."""
+    return CudaGraphModule(function, warmup=5)  # two learning steps start statistics
+
+
+def reduced_overhead(function: Callable) -> Callable:
+    """Compile as ``mode="reduce-overhead"`` does, but draw the random numbers of eager code."""
+    compiled = torch.compile(function, options={"triton.cudagraphs": True, "fallback_random": True})
+
+    def call(*arguments):
+        # the next call writes to the same memory
+        return tree_map_only(torch.Tensor, torch.clone, compiled(*arguments))
+
+    return call
+
+
+class Way(NamedTuple):
+    """How learning steps, rollouts and plans are carried out.
+
+    Attributes:
+        compile: in code that ``torch.compile`` makes of a learning step and of a step of the model.
+        cudagraphs: by replaying CUDA graphs.
+        replay: makes what replays a function; ``None`` for ``GraphReplay``.
+        compile_loss: makes code of a loss; ``None`` for ``CompiledLoss``, if that is asked for.
+        plans: whether plans are made in this way too.
+    """
+
+    compile: bool = False
+    cudagraphs: bool = False
+    replay: Callable[[Callable], Callable] | None = None
+    compile_loss: Callable[[Callable], Callable] | None = None
+    plans: bool = True
+
+
+EAGER, BEST = "eager", "compiled and replayed"
 
 WAYS = {
-    "eager": {"compile": False, "cudagraphs": False},
-    "compiled": {"compile": True, "cudagraphs": False},
-    "replayed": {"compile": False, "cudagraphs": True},
-    "compiled and replayed": {"compile": True, "cudagraphs": True},
+    EAGER: Way(),
+    "compiled": Way(compile=True),
+    "replayed": Way(cudagraphs=True),
+    BEST: Way(compile=True, cudagraphs=True),
+    "CudaGraphModule": Way(compile=True, cudagraphs=True, replay=graph_module),
+    "reduce-overhead": Way(
+        cudagraphs=True, replay=reduced_overhead, compile_loss=reduced_overhead, plans=False
+    ),
 }
 
 STEPS = 20
@@ -85,12 +134,49 @@ class Machine(NamedTuple):
 
 
 def ways_on(device: str) -> list[str]:
-    return [way for way, x in WAYS.items() if device != "cpu" or not x["cudagraphs"]]
+    return [name for name, way in WAYS.items() if device != "cpu" or not way.cudagraphs]
 
 
-def imagining(way: str) -> dict[str, bool]:
-    """Options of an env."""
-    return {"compile_imagine": WAYS[way]["compile"], "cudagraphs": WAYS[way]["cudagraphs"]}
+def make_learner(workload: Workload, device: str, way: Way) -> RewardPredictor:
+    """A predictor that learns in one way."""
+    if way.compile_loss is not None:
+        predictor = make_predictor(workload, device, compile=True)
+        predictor.update.compute._compiled = way.compile_loss(predictor.loss_module)
+        return predictor
+    options = {"compile": way.compile, "cudagraphs": way.cudagraphs}
+    predictor = make_predictor(workload, device, **options)
+    replay_by(way, predictor.update)
+    return predictor
+
+
+def make_env(predictor: RewardPredictor, device: str, way: Way, **options) -> PredictorEnv:
+    """An env that imagines in one way."""
+    options |= {"compile_imagine": way.compile, "cudagraphs": way.cudagraphs}
+    env = predictor.env(action_spec(device), **options)
+    replay_by(way, env)
+    return env
+
+
+def make_planner(env: PredictorEnv, way: Way) -> ICEMPlanner:
+    """A planner that plans in one way."""
+    planner = ICEMPlanner(
+        env,
+        planning_horizon=15,
+        optim_steps=6,
+        num_candidates=128,
+        top_k=12,
+        gamma=GAMMA,
+        cudagraphs=way.cudagraphs and way.plans,
+    ).to(env.device)
+    if way.plans:
+        replay_by(way, planner)
+    return planner
+
+
+def replay_by(way: Way, owner: DeviceUpdate | PredictorEnv | ICEMPlanner) -> None:
+    """Let something that replays do it in another way, if that is asked for."""
+    if way.replay is not None:
+        owner._replay = way.replay(owner._replay.function)
 
 
 def sync(device: str) -> None:
@@ -188,13 +274,7 @@ class Jobs:
             self.left_out.append(what)
             return
         try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                work()
-            for warning in said:
-                if "cannot be" in str(warning.message):
-                    self.failed.append(what)
-                    print(f"WARNED in {what}: {warning.message}", flush=True)
+            work()
         except Exception:
             self.failed.append(what)
             print(f"FAILED: {what}\n{traceback.format_exc()}", flush=True)
@@ -235,8 +315,8 @@ def check_learning(workload: Workload, device: str, way: str) -> None:
     learning rate in each.
     """
     buffer, states = make_buffer(make_transitions(2000), device), []
-    for options in (WAYS["eager"], WAYS[way]):
-        predictor = make_predictor(workload, device, **options)
+    for name in (EAGER, way):
+        predictor = make_learner(workload, device, WAYS[name])
         for seed in range(3):
             torch.manual_seed(seed)
             predictor.learn(buffer, 8, BATCH_SIZE, BATCH_SIZE, 0)
@@ -250,9 +330,9 @@ def check_learning(workload: Workload, device: str, way: str) -> None:
 @torch.no_grad()
 def check_imagining(workload: Workload, device: str, way: str) -> None:
     """Rollouts and plans in one way are eager ones, and a seed repeats what they draw."""
-    predictor, options = make_predictor(workload, device), {"num_particles": 1, "cudagraphs": False}
-    eager = predictor.env(action_spec(device), compile_imagine=False, **options)
-    env = predictor.env(action_spec(device), **options | imagining(way))
+    predictor, options = make_predictor(workload, device), {"num_particles": 1}
+    eager = make_env(predictor, device, WAYS[EAGER], **options)
+    env = make_env(predictor, device, WAYS[way], **options)
     for i in range(6):
         state = start(eager, torch.randn(8, OBSERVATION_DIM, device=device))
         actions, outs = torch.rand(8, 5, ACTION_DIM, device=device), []
@@ -262,11 +342,11 @@ def check_imagining(workload: Workload, device: str, way: str) -> None:
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-3)
         drawn = [env.imagine(state, actions)["next", "reward"] for _ in range(2)]
         assert not torch.equal(*drawn), "two rollouts draw the same"
-    planner = make_planner(env, cudagraphs=WAYS[way]["cudagraphs"])
-    for work in (
-        lambda: env.imagine(state, actions)["next", "reward"],
-        lambda: planner(state.copy())["plan_return"],
-    ):
+    works = [lambda: env.imagine(state, actions)["next", "reward"]]
+    if WAYS[way].plans:
+        planner = make_planner(env, WAYS[way])
+        works.append(lambda: planner(state.copy())["plan_return"])
+    for work in works:
         for _ in range(5):
             work()
         outs = []
@@ -277,23 +357,11 @@ def check_imagining(workload: Workload, device: str, way: str) -> None:
         assert not torch.equal(outs[0], outs[2]), "another seed draws the same"
 
 
-def start(env, observation: torch.Tensor) -> TensorDict:
+def start(env: PredictorEnv, observation: torch.Tensor) -> TensorDict:
     batch = observation.shape[:1]
     return env.initial_state(
         TensorDict(observation=observation, batch_size=batch, device=env.device)
     )
-
-
-def make_planner(env, **options) -> ICEMPlanner:
-    return ICEMPlanner(
-        env,
-        planning_horizon=15,
-        optim_steps=6,
-        num_candidates=128,
-        top_k=12,
-        gamma=GAMMA,
-        **options,
-    ).to(env.device)
 
 
 class Report:
@@ -322,7 +390,7 @@ class Report:
 
         def timed() -> None:
             seconds = least(call, machine.device) / repeats
-            if way == "eager":
+            if way == EAGER:
                 self._eager[work] = seconds
             own = [
                 floors.operations / machine.operations_per_second,
@@ -345,7 +413,7 @@ class Report:
 def time_learning(report: Report, workload: Workload, device: str, ways: list[str]) -> None:
     buffer = make_buffer(make_transitions(BUFFER_SIZE), device)
     for way in ways:
-        predictor = make_predictor(workload, device, **WAYS[way])
+        predictor = make_learner(workload, device, WAYS[way])
         report.row(
             f"learn, {workload.name}",
             way,
@@ -364,21 +432,19 @@ def time_imagining(report: Report, workload: Workload, device: str, ways: list[s
         actions = torch.rand(n_envs, horizon, ACTION_DIM, device=device)
         floors = floors_of_rollout(predictor, workload, n_envs * horizon, n_particles)
         for way in ways:
-            env = predictor._rollout_env(False, False)
-            env._recorded.forget()
-            env._recorded.cudagraphs = WAYS[way]["cudagraphs"]
-            env._generating.compile = WAYS[way]["compile"]
+            env = make_env(predictor, device, WAYS[way])
+            state = start(env, observation)
             report.row(
                 f"rollout, {workload.name}, {n_envs} x {horizon}",
                 way,
-                lambda o=observation, a=actions: predictor.rollout(o, a),
+                lambda e=env, s=state, a=actions: e.imagine(s, a),
                 floors,
             )
     for n_envs in (8, 1):
-        for way in ways:
-            env = predictor.env(action_spec(device), num_particles=1, **imagining(way))
+        for way in (name for name in ways if WAYS[name].plans):
+            env = make_env(predictor, device, WAYS[way], num_particles=1)
             state = start(env, torch.randn(n_envs, OBSERVATION_DIM, device=device))
-            planner = make_planner(env, cudagraphs=WAYS[way]["cudagraphs"])
+            planner = make_planner(env, WAYS[way])
             rows = sum(planner._num_candidates(i) for i in range(6)) * 15 * n_envs
             report.row(
                 f"plan, {workload.name}, {n_envs} envs, one particle",
@@ -424,7 +490,7 @@ def main() -> None:
         report.head()
         for precision in machines:
             # with TF32 in the best way only: all is compiled anew
-            those = ways if precision == "highest" else ways[-1:]
+            those = ways if precision == "highest" else [BEST]
             with precision_of_products(precision):
                 time_learning(report, workload, device, those)
                 time_imagining(report, workload, device, those)

@@ -32,8 +32,7 @@ from benchmarks.workloads import (
     make_predictor,
     make_transitions,
 )
-from layeredrl_trl.modules import mlp, open_loop, recorded
-from layeredrl_trl.objectives import update
+from layeredrl_trl.acceleration import device_update, ensemble_rollout, graph_replay, pieces
 from layeredrl_trl.planners import ICEMPlanner
 from layeredrl_trl.predictors import RewardPredictor
 from tests.replaying import Recorder
@@ -63,7 +62,8 @@ class Counter:
         self.compiled = 0
 
     def __call__(self, work: Callable[[], object], device: torch.device):
-        recorder, state, step, parts = Recorder(), torch.get_rng_state(), open_loop._step, []
+        recorder, state, parts = Recorder(), torch.get_rng_state(), []
+        step = ensemble_rollout._step
 
         def noted(*given):
             start = len(recorder.steps)
@@ -71,7 +71,7 @@ class Counter:
             parts.append((start, len(recorder.steps)))
             return outcome
 
-        with recorder, patch.object(open_loop, "_step", noted):
+        with recorder, patch.object(ensemble_rollout, "_step", noted):
             outputs = work()
         torch.set_rng_state(state)
         count = [is_kernel(f, (a, k), o) for f, a, k, o in recorder.steps]
@@ -82,7 +82,7 @@ class Counter:
 
 def kernels_of_step(predictor: RewardPredictor) -> int:
     """Kernels in the code of a step of the model: products, and what is generated."""
-    env = predictor.env(action_spec(), compile_imagine=True, cudagraphs=False)
+    env = predictor.env(action_spec(), compile_imagine=True)
     state = env.initial_state(TensorDict(observation=torch.randn(9, OBSERVATION_DIM), batch_size=9))
     with torch.no_grad():
         _, (code,) = run_and_get_code(env.imagine, state, torch.rand(9, 2, ACTION_DIM))
@@ -106,13 +106,13 @@ def main() -> None:
     buffer = make_buffer(make_transitions(3000))
     print("| work | kernels | compiled | host, us |\n|---|---|---|---|")
     with (
-        patch.object(recorded, "record", counter),
-        patch.object(recorded, "can_record", lambda _: True),
-        patch.object(update, "can_record", lambda _: True),
-        patch.object(mlp, "pays_in_pieces", lambda *_: False),  # on a CPU only
+        patch.object(graph_replay, "record", counter),
+        patch.object(graph_replay, "can_record", lambda _: True),
+        patch.object(device_update, "can_record", lambda _: True),
+        patch.object(pieces, "pays_in_pieces", lambda _: False),  # on a CPU only
     ):
         for name, workload in WORKLOADS.items():
-            predictor = make_predictor(workload, compile=False)
+            predictor = make_predictor(workload, cudagraphs=True)
             counter.kernels_of_step = kernels_of_step(predictor)
             predictor.learn(buffer, 10, BATCH_SIZE, BATCH_SIZE, 0)
             kernels = counter.kernels
@@ -122,13 +122,21 @@ def main() -> None:
                 print(f"| learn, {name}, {n} steps a call | {kernels} | | {1e6 * seconds:.0f} |")
             observation = torch.randn(N_ENVS, OBSERVATION_DIM)
             actions = torch.rand(N_ENVS, 15, ACTION_DIM)
+            env = predictor.env(action_spec(), cudagraphs=True)
+            state = env.initial_state(TensorDict(observation=observation, batch_size=[N_ENVS]))
             with torch.no_grad():
-                seconds = least(lambda p=predictor, o=observation, a=actions: p.rollout(o, a))
+                seconds = least(lambda e=env, s=state, a=actions: e.imagine(s, a))
             kernels = f"{counter.kernels} | {counter.compiled}"
             print(f"| rollout of 15 steps, {name} | {kernels} | {1e6 * seconds:.0f} |")
             env = predictor.env(action_spec(), num_particles=1)
             planner = ICEMPlanner(
-                env, planning_horizon=15, optim_steps=6, num_candidates=128, top_k=12, gamma=GAMMA
+                env,
+                planning_horizon=15,
+                optim_steps=6,
+                num_candidates=128,
+                top_k=12,
+                gamma=GAMMA,
+                cudagraphs=True,
             )
             state = env.initial_state(TensorDict(observation=observation, batch_size=[N_ENVS]))
             seconds = least(lambda p=planner, s=state: p(s.copy()))

@@ -1,8 +1,8 @@
 """How much of the package one step of `learn` and one plan pass through.
 
 `python -m benchmarks.walk` follows both with a tracer and prints, for each: the files and functions
-of the package that ran, the lines of these files, the lines that ran, and the package's frames on the
-stack at the first matrix product (of a plan). And of the package as a whole: files, lines, longest.
+of the package that ran, the lines of these files, the lines that ran, and the package's frames on
+the stack at the first matrix product. And of the package as a whole: files, lines, longest file.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def main() -> None:
     files = sorted(PACKAGE.rglob("*.py"), key=length)
     longest = files[-1].relative_to(PACKAGE).as_posix()
     total = sum(map(length, files))
-    print(f"\npackage: {len(files)} files, {total:,} lines, longest {longest} ({length(files[-1])})")
+    print(
+        f"\npackage: {len(files)} files, {total:,} lines, longest {longest} ({length(files[-1])})"
+    )
 
 
 if __name__ == "__main__":

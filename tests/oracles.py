@@ -299,3 +299,22 @@ def open_loop_errors(
          for found in squares]
         for which in (0, 1)
     )  # fmt: skip
+
+
+# --- rollouts
+
+
+def roll_out(model, latent, context, actions, member=None, *, deterministic=False):
+    """Move particles ``[N, E, P, D]`` by ``model`` under actions ``[N, H, ...]``, step by step.
+
+    Returns:
+        latent states after each step ``[N, H, E, P, D]`` and termination logits
+        ``[N, H, E, P, 1]``.
+    """
+    latents, term_logits = [], []
+    for action in actions.unbind(1):
+        prediction = model.predict_particles(latent, context, action, member)
+        latent = prediction.next_latent(deterministic)
+        latents.append(latent)
+        term_logits.append(prediction.term_logit)
+    return torch.stack(latents, 1), torch.stack(term_logits, 1)

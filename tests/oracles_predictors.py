@@ -16,8 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 
-from layeredrl_trl.modules import Encoder, ProbabilisticEnsemble, RewardNet, ValueNet
-from layeredrl_trl.predictors import RewardPredictor
+from layeredrl_trl.modules import Encoder
 
 # --- parts
 
@@ -33,17 +32,6 @@ class SplitEncoder(Encoder):
 
     def _encode(self, observation):
         return observation[..., :2], observation[..., 2:]
-
-
-class LearnedEncoder(Encoder):
-    """One linear layer; ``latent_state_dim`` latent and one context dim."""
-
-    def __init__(self, obs_dim: int = 3, latent_state_dim: int = 2, **keys):
-        super().__init__(obs_dim, latent_state_dim, 1, **keys)
-        self.net = nn.Linear(obs_dim, latent_state_dim + 1)
-
-    def _encode(self, observation):
-        return self.net(observation).split((self.latent_state_dim, 1), -1)
 
 
 class ToyValue(nn.Module):
@@ -70,26 +58,6 @@ class ToyQ(ToyValue):
     @staticmethod
     def oracle(w: list[float], latent, context, action) -> float:
         return ToyValue.oracle(w, latent, context, action) + 2 * action[0]
-
-
-def small_parts(value: str | None = "state", encoder: Encoder | None = None, n_models: int = 2):
-    """``(dynamics, value, reward, encoder)`` for observations of 3 and actions of 1 dim."""
-    hidden = {"hidden_sizes": (8,)}
-    encoder = LearnedEncoder() if encoder is None else encoder
-    dims = encoder.latent_state_dim, encoder.context_dim
-    values = {
-        None: lambda: None,
-        "state": lambda: ValueNet(*dims, **hidden),
-        "q": lambda: ValueNet(*dims, action_dim=1, **hidden),
-    }
-    dynamics = ProbabilisticEnsemble(*dims, 1, n_models=n_models, **hidden)
-    return dynamics, values[value](), RewardNet(*dims, 1, **hidden), encoder
-
-
-def small_predictor(value="state", encoder=None, n_models=2, **options) -> RewardPredictor:
-    model, val_func, rew_func, encoder = small_parts(value, encoder, n_models)
-    dims = encoder.latent_state_dim, encoder.context_dim
-    return RewardPredictor(model, val_func, rew_func, encoder, *dims, **options)
 
 
 # --- data
@@ -208,8 +176,9 @@ def target_oracle(
         q: whether ``value`` needs an action.
 
     Returns:
-        For each step ``row``, ``mask`` and, where that is True, ``target`` and ``size`` (the sum of
-        the magnitudes that went into it).
+        For each step ``row``, ``mask`` and, where that is True, ``target``, ``bootstrap`` (the
+        value that it ends with, before its discount; 0 behind a termination) and ``size`` (the sum
+        of the magnitudes that went into it).
     """
     lane = start[1]
     path = toy.walk(*start)
@@ -253,6 +222,7 @@ def target_oracle(
                 "row": path[j],
                 "mask": has_target,
                 "target": target + discount * tail,
+                "bootstrap": tail,
                 "size": size + abs(discount * tail),
             }
         )

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layeredrl_trl.modules import recorded
-from layeredrl_trl.objectives import update
-from layeredrl_trl.predictors import reward_predictor
+from layeredrl_trl.acceleration import device_update, graph_replay
 
 T = TypeVar("T")
 
@@ -113,7 +111,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """In place of ``layeredrl_trl.modules.cuda_graph.record``."""
+    """In place of ``layeredrl_trl.acceleration.cuda_graph.record``."""
     recorder, random_state = Recorder(), torch.get_rng_state()
 
     def refuse(*_, **__):
@@ -135,9 +133,9 @@ def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], No
 @pytest.fixture
 def replays(monkeypatch):
     """Let the CPU be a device that work can be recorded on."""
-    for place in (recorded, update, reward_predictor):
+    for place in (graph_replay, device_update):
         monkeypatch.setattr(place, "can_record", lambda device: True)
-    monkeypatch.setattr(recorded, "record", record)
+    monkeypatch.setattr(graph_replay, "record", record)
     # on a GPU it asks for no number
     monkeypatch.setattr(
         torch.nn.functional, "one_hot", lambda x, n: (x.unsqueeze(-1) == torch.arange(n)).long()

@@ -1,4 +1,6 @@
-"""The import rule of the house: a file imports only from the floors below its own.
+"""The import rules of the house: a file imports only from the floors below its own.
+
+No file imports from a test file: what tests share is in a helper module.
 
 The rules are read off the source, nothing is imported. Each rule is a function that takes the
 folder of a package and gives one line per breach, so that it can be tried on samples that break it.
@@ -14,11 +16,13 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "layeredrl_trl"
+TESTS = Path(__file__).parent
 
 # The floors from the ground up. Places on one floor are neighbours and do not import each other.
 # The command line stands on the recipes it runs, and the package's own names on everything.
 FLOORS = (
     ("checks", "functional", "keys", "schedules"),
+    ("acceleration",),
     ("modules", "data"),
     ("objectives",),
     ("envs",),
@@ -33,6 +37,15 @@ FLOOR_OF = {place: floor for floor, places in enumerate(FLOORS, start=1) for pla
 
 # What functional/ may import beside itself and the standard library.
 PURE_MATHS = {"torch"}
+
+# Only acceleration/ asks whether it is being compiled or recorded, or what can be read for nothing.
+QUESTIONS = {
+    "can_read",
+    "is_compiling",
+    "is_cuda",
+    "is_current_stream_capturing",
+    "without_reading",
+}
 
 TORCHRL_NAMES = {
     "CEMPlanner",
@@ -164,6 +177,28 @@ def reused_names(package: Path, file: Path) -> list[str]:
     ]
 
 
+def questions_of_speed(package: Path, file: Path) -> list[str]:
+    """Places outside of acceleration/ that ask how they are being run."""
+    if place_of(package, file) == "acceleration":
+        return []
+    return [
+        f"line {node.lineno}: {name} is for acceleration/ to ask"
+        for node in ast.walk(parse(file))
+        for name in _names_in(node)
+        if name in QUESTIONS
+    ]
+
+
+def _names_in(node: ast.AST) -> list[str]:
+    """The names that a piece of code uses: as such, as an attribute, imported, or as a string."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
+            return [name]
+        case ast.alias(name=name, asname=other):
+            return [*name.split("."), *filter(None, [other])]
+    return []
+
+
 def inits_that_do_more(package: Path, file: Path) -> list[str]:
     """Statements of an `__init__` beside docstring, imports, `__all__` and `__version__`."""
     if file.name != "__init__.py":
@@ -186,6 +221,15 @@ def _belongs_in_init(node: ast.stmt, position: int) -> bool:
     return False
 
 
+def imports_of_tests(package: Path, file: Path) -> list[str]:
+    """Imports from a test file."""
+    return [
+        f"line {imported.line}: {imported.module} is a test file"
+        for imported in imports_of(package, file)
+        if imported.file is not None and imported.file.name.startswith("test_")
+    ]
+
+
 def cycles(package: Path) -> list[str]:
     """A cycle of files that import each other, if there is one."""
     graph = {
@@ -205,6 +249,7 @@ FILE_RULES = (
     hidden_imports,
     impure_imports,
     reused_names,
+    questions_of_speed,
     inits_that_do_more,
 )
 
@@ -215,6 +260,13 @@ FILE_RULES = (
 @pytest.mark.parametrize("rule", FILE_RULES, ids=lambda rule: rule.__name__)
 def test_file_keeps_the_rule(rule, file):
     assert rule(PACKAGE, file) == []
+
+
+@pytest.mark.parametrize(
+    "file", files_of(TESTS), ids=lambda file: file.relative_to(TESTS).as_posix()
+)
+def test_what_tests_share_is_in_no_test_file(file):
+    assert imports_of_tests(TESTS, file) == []
 
 
 def test_no_import_cycles():
@@ -243,7 +295,7 @@ def breaches(package: Path) -> dict[str, list[str]]:
     """All breaches by the name of their rule."""
     found = {
         rule.__name__: [line for file in files_of(package) for line in rule(package, file)]
-        for rule in FILE_RULES
+        for rule in (*FILE_RULES, imports_of_tests)
     }
     found["cycles"] = cycles(package)
     return {rule: lines for rule, lines in found.items() if lines}
@@ -257,8 +309,12 @@ def test_sample_that_keeps_the_rules(make_package):
             "keys.py": 'LATENT = "latent"\n',
             "functional/__init__.py": "from .maths import f\n",
             "functional/maths.py": "import math\n\nimport torch.nn.functional as F\n\nf = F.mish\n",
+            "acceleration/__init__.py": "from .reads import can_read\n",
+            "acceleration/reads.py": "import torch\n"
+            "def can_read(x): return not (x.is_cuda or torch.compiler.is_compiling())\n",
             "modules/__init__.py": "from layeredrl_trl.modules.net import Net\n",
-            "modules/mlp.py": "import numpy\nfrom layeredrl_trl import keys\nMLP = 1\n",
+            "modules/mlp.py": '"""Not is_cuda."""\nimport numpy\nfrom layeredrl_trl import keys\n'
+            "from layeredrl_trl.acceleration import check\nMLP = keys.is_cuda_too\n",
             "modules/net.py": "from ..functional import f\nfrom .mlp import MLP\nclass Net: ...\n",
             "recipes/__init__.py": "from .train import main\n",
             "recipes/train.py": "import layeredrl_trl.modules\ndef main(): ...\n",
@@ -363,6 +419,70 @@ def test_sample_that_keeps_the_rules(make_package):
             {"envs/__init__.py": "import os\nHERE = os.getcwd()"},
             "line 2: HERE = os.getcwd()",
             id="constant-in-init",
+        ),
+        pytest.param(
+            "questions_of_speed",
+            {"modules/a.py": "import torch\n\nA = 2 if torch.compiler.is_compiling() else 1"},
+            "line 3: is_compiling is for acceleration/ to ask",
+            id="asks-whether-it-is-compiled",
+        ),
+        pytest.param(
+            "questions_of_speed",
+            {"envs/a.py": "import torch\nA = torch.cuda.is_current_stream_capturing"},
+            "line 2: is_current_stream_capturing is for acceleration/ to ask",
+            id="asks-whether-it-is-recorded",
+        ),
+        pytest.param(
+            "questions_of_speed",
+            {"functional/a.py": "def f(x):\n    return x.sum() if x.is_cuda else x"},
+            "line 2: is_cuda is for acceleration/ to ask",
+            id="asks-for-the-device",
+        ),
+        pytest.param(
+            "questions_of_speed",
+            {"functional/a.py": "def f(x):\n    return getattr(x, 'is_cuda')"},
+            "line 2: is_cuda is for acceleration/ to ask",
+            id="asks-by-a-string",
+        ),
+        pytest.param(
+            "questions_of_speed",
+            {
+                "acceleration/reads.py": "can_read = 1",
+                "data/a.py": "from layeredrl_trl.acceleration.reads import can_read as can",
+            },
+            "line 1: can_read is for acceleration/ to ask",
+            id="imports-the-question",
+        ),
+        pytest.param(
+            "questions_of_speed",
+            {
+                "acceleration/reads.py": "without_reading = 1",
+                "planners/a.py": "from layeredrl_trl.acceleration import reads\n"
+                "with reads.without_reading():\n    A = 1",
+            },
+            "line 2: without_reading is for acceleration/ to ask",
+            id="forbids-reading",
+        ),
+        pytest.param(
+            "upward_imports",
+            {"acceleration/a.py": "from ..modules import b", "modules/b.py": ""},
+            "line 1: acceleration imports layeredrl_trl.modules.b",
+            id="acceleration-that-knows-what-it-speeds-up",
+        ),
+        pytest.param(
+            "imports_of_tests",
+            {
+                "envs/test_a.py": "from layeredrl_trl.envs.test_b import c",
+                "envs/test_b.py": "c = 1",
+            },
+            "line 1: layeredrl_trl.envs.test_b is a test file",
+            id="test-that-imports-from-a-test",
+        ),
+        pytest.param(
+            "imports_of_tests",
+            {"envs/a.py": "import os\nfrom . import test_b", "envs/test_b.py": ""},
+            "line 2: layeredrl_trl.envs.test_b is a test file",
+            id="helper-that-imports-a-test",
         ),
         pytest.param(
             "cycles",

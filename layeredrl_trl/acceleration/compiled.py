@@ -21,6 +21,11 @@ T = TypeVar("T")
 _MOST_VARIANTS = 64
 """Variants of one function in a process: torch's 8 are few for many kinds and sizes of models."""
 
+_OPTIONS = {
+    "recompile_limit": _MOST_VARIANTS,
+    "skip_nnmodule_hook_guards": False,  # hooks may be registered after the code was made
+}
+
 _LEAST_SECONDS = 1.0
 """A call that took longer was compiled."""
 
@@ -45,7 +50,7 @@ class CompiledStep(Generic[T]):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.function(*arguments)
         start = time.perf_counter()
-        with dynamo_config.patch(recompile_limit=_MOST_VARIANTS):
+        with dynamo_config.patch(**_OPTIONS):
             out = _compile(self.function)(*map(_detached, arguments))
         self._has_reported = _report("a step of imagination", start, self._has_reported)
         return out

@@ -37,6 +37,9 @@ class DeviceUpdate:
             or its target updater is no ``SoftUpdate``.
     """
 
+    # any other attribute is the plain step's: to set it here would change nothing
+    __slots__ = ("_rates", "_rates_there", "_replay", "_skipped_on_device", "optimizer", "plain")
+
     def __init__(self, update: Any) -> None:
         optimizer, updater = update.optimizer, update.target_updater
         if not _can_skip(optimizer) or not (updater is None or isinstance(updater, SoftUpdate)):

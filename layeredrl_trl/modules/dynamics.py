@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -53,6 +53,11 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     A model has ``E`` members (:attr:`n_models`), each a mixture of ``M`` (:attr:`n_modes`)
     diagonal Gaussians over the next latent state and a termination probability. Its density is
     that of the even mixture of its members.
+
+    A class may promise faster ways (:func:`~layeredrl_trl.acceleration.promised`) by methods of its
+    own, see :class:`~layeredrl_trl.modules.ProbabilisticEnsemble`: ``fast_rollout(compile=)``
+    returns a function that rolls particles out under given actions, and ``score_members`` scores
+    transitions by every member.
 
     As a ``TensorDictModule`` it predicts one step for a plain latent state: the mean of the even
     mixture, or under ``set_exploration_type(ExplorationType.RANDOM)`` a draw from it.
@@ -116,56 +121,6 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a last dim or a leading shape does not fit.
         """
-
-    def propagate(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        actions: Tensor,
-        member: Tensor | None = None,
-        *,
-        deterministic: bool = False,
-        terminations: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Roll particles out under given actions, each moved by the member it belongs to.
-
-        Args:
-            latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
-            context: ``[N, C]``.
-            actions: ``[N, H, A]``, or indices ``[N, H]`` of discrete actions.
-            member: long ``[N, 1]``, as for :meth:`predict_particles`.
-            deterministic: move particles to the mean of their mixture instead of drawing.
-            terminations: whether to return the probabilities that steps terminate.
-
-        Returns:
-            latent states after each step ``[N, H, E, P, D]``, and the logits of the probabilities
-            that it terminates ``[N, H, E, P, 1]``, or ``None``.
-
-        Raises:
-            ValueError: if a last dim or a leading shape does not fit.
-        """
-        latents, term_logits = [], []
-        for action in actions.unbind(1):
-            prediction = self.predict_particles(latent, context, action, member)
-            latent = prediction.next_latent(deterministic)
-            latents.append(latent)
-            term_logits.append(prediction.term_logit)
-        return torch.stack(latents, 1), torch.stack(term_logits, 1) if terminations else None
-
-    def fast_rollout(self, *, compile: bool = False) -> Callable[..., Any] | None:
-        """Promise a faster way to do what :meth:`propagate` does, for several calls.
-
-        What these share may be computed once; the model does not change in between. Only the class
-        that defines this method makes the promise, see
-        :func:`~layeredrl_trl.acceleration.promised`.
-
-        Args:
-            compile: take steps in compiled code where no gradient is asked for.
-
-        Returns:
-            a function of the arguments of :meth:`propagate`; ``None``: there is no faster way.
-        """
-        return None
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None

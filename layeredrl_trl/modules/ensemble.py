@@ -190,20 +190,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         next_latent: Tensor,
         terminated: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Promise a faster way to score transitions by every member.
+        """Score transitions ``[...]`` by every member: likelihood and termination in nats.
 
-        Inputs are standardised once for all members, and the next latent state is brought to the
-        units of the networks' outputs instead of these to its.
-
-        Args:
-            latent: ``[..., D]``.
-            context: ``[..., C]``.
-            action: ``[..., A]``.
-            next_latent: ``[..., D]``.
-            terminated: bool ``[..., 1]``.
-
-        Returns:
-            Negative log-likelihood and cross-entropy of termination in nats, ``[..., E]``.
+        Returns the negative log-likelihood of the next latent state and the cross-entropy of the
+        termination, ``[..., E]``. Inputs are standardised once for all members, and the next latent
+        state is brought to the units of the networks' outputs instead of these to its.
         """
         batch = latent.shape[:-1]
         self._check_dims(latent, context, batch)
@@ -220,10 +211,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         return nll, bce
 
     def fast_rollout(self, *, compile: bool = False) -> EnsembleRollout | None:
-        """Promise :class:`~layeredrl_trl.acceleration.EnsembleRollout` for the default network.
+        """Return a faster rollout than step by step, if the networks are the default ones.
 
-        Forward hooks of the networks are not called by it. A subclass that predicts otherwise
-        rolls out step by step.
+        Forward hooks of the networks are not called by it. A subclass that predicts otherwise is
+        rolled out step by step.
         """
         return None if self.termination_net is None else EnsembleRollout(self, compile=compile)
 
@@ -303,16 +294,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         return torch.cat([latent, self.known_inputs(context, action, latent.shape[:-1])], -1)
 
     def known_inputs(self, context: Tensor, action: Tensor, batch: torch.Size) -> Tensor:
-        """Return what the networks read beside the latent state, not standardised.
-
-        Args:
-            context: ``[*batch, C]``.
-            action: ``[*batch, A]``, or indices ``[*batch]``.
-            batch: leading shape.
-
-        Returns:
-            ``[*batch, K]``.
-        """
+        """Return what the networks read beside the latent state, ``[*batch, K]``, unscaled."""
         features = action_features(action, batch, self.action_dim, indices=self.accepts_indices)
         return torch.cat([context, features], -1) if self.condition_on_context else features
 
@@ -374,22 +356,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         return mean, std, torch.log_softmax(logits, -1)
 
     def split_output(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split outputs ``[..., 2 M D + M]`` into Gaussians and modes.
-
-        Returns:
-            means and log standard deviations ``[..., 2, M, D]``, logits of the modes ``[..., M]``.
-        """
+        """Split outputs into means and log stds ``[..., 2, M, D]``, mode logits ``[..., M]``."""
         shape = (2, self.n_modes, self.latent_state_dim)
         return x[..., : math.prod(shape)].unflatten(-1, shape), x[..., math.prod(shape) :]
 
     def check_particles(
         self, latent: Tensor, context: Tensor, member: Tensor | None = None
     ) -> None:
-        """Check the shapes that :meth:`predict_particles` is given.
-
-        Raises:
-            ValueError: if one does not fit.
-        """
+        """Raise a ValueError where a shape for :meth:`predict_particles` does not fit."""
         n_rows = self.n_models if member is None else 1
         if latent.ndim < 3 or latent.shape[-3] != n_rows:
             raise ValueError(

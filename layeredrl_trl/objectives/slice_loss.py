@@ -166,10 +166,9 @@ class SliceLoss(LossModule):
                 ``("next", "terminated")``, and optionally ``weight`` ``[N, 1]`` and ``index``.
 
         Returns:
-            TensorDict ``[N]``: ``latent``, ``context``, ``action``, ``("next", "latent")``,
-            ``("next", "context")``, ``("next", "terminated")``, ``("collector", "mask")`` and those
-            of ``weight``, ``index`` that were there. For an encoder with running statistics also
-            both observations.
+            TensorDict ``[N]``: ``latent`` and ``context``, also under ``"next"``, ``action``,
+            ``("next", "terminated")``, ``("collector", "mask")``, ``weight`` and ``index`` if they
+            were there, and both observations for an encoder with running statistics.
 
         Raises:
             KeyError: if an entry is missing.

@@ -17,7 +17,6 @@ from benchmarks.workloads import (
     make_transitions,
 )
 from layeredrl_trl.functional import colouring_matrix
-from layeredrl_trl.objectives.columns import TransitionParts
 from layeredrl_trl.planners import ICEMPlanner
 
 N = 2000
@@ -48,13 +47,8 @@ def test_losses_and_steps(name):
         start, single = bare.draw()
         start[:3] = torch.tensor([N - 1, N - 2, 199])  # ends of episodes
         index, mask = predictor._sampler.slices_from(buffer.storage, (start,), loss.slice_len)
-
-        def read(names, steps, index=index[0]):
-            return buffer.storage[index.gather(1, steps)].select(*names, strict=False)
-
-        slices = loss.read_slices(read, mask)
-        transitions = transitions_at(columns, single)
-        info = predictor.update(slices, TransitionParts.read(transitions, loss.tensor_keys))
+        steps = buffer.storage[index[0]].set(loss.tensor_keys.mask, mask.unsqueeze(-1))
+        info = predictor.update(steps, transitions_at(columns, single))
         if bare.seen == 0:  # where modes start is no part of the comparison
             bare.mode_start.copy_(predictor.model.mode_start)
         total = bare.loss(start, single)

@@ -4,9 +4,7 @@ Most tests let torch trace steps but not generate code for them (``aot_eager``),
 """
 
 import copy
-import itertools
-import warnings
-from types import SimpleNamespace
+import pickle
 
 import pytest
 import torch
@@ -14,14 +12,18 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from layeredrl_trl.modules import Generating, ProbabilisticEnsemble, SymmetryBreakingStart
-from layeredrl_trl.modules import generating as code
-from tests.envs.test_predictor_env import SplitEncoder, make_env, observations, random_actions
-from tests.envs.test_replayed_imagination import count_rollouts
-from tests.planners.test_base import every_planner, make_planner
-from tests.planners.test_replayed_plans import predictor_env
-from tests.predictors.test_reward_predictor import small_predictor
+from layeredrl_trl.acceleration import compiled, graph_replay
+from layeredrl_trl.modules import ProbabilisticEnsemble, SymmetryBreakingStart
+from tests.envs.imagined import (
+    SplitEncoder,
+    count_rollouts,
+    make_env,
+    observations,
+    random_actions,
+)
+from tests.planners.small_planners import every_planner, make_planner, predictor_env
 from tests.replaying import replays  # noqa: F401
+from tests.small_predictors import small_predictor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 compile = torch.compile
@@ -35,7 +37,7 @@ def without_gradient():
 
 def start_anew():
     torch._dynamo.reset()
-    code._compiled.cache_clear()
+    compiled._compile.cache_clear()
     counters.clear()
 
 
@@ -56,11 +58,15 @@ def generates():
     start_anew()
 
 
-def both(**options):
-    plain = make_env(compile_imagine=False, **options)
-    own = copy.deepcopy(plain)
-    own._generating.compile = True
-    return own, plain
+def both(make=make_env, **options):
+    """Two envs of equal parts, the first of which takes compiled steps."""
+    envs = []
+    for compile_imagine in (True, False):
+        torch.manual_seed(0)
+        env = make(compile_imagine=compile_imagine, **options)
+        envs.append(env)
+        options.pop("cudagraphs", None)  # the other is plain
+    return envs
 
 
 def assert_same_imagination(own, plain, sizes=((4, 3), (7, 2), (5, 4))):
@@ -124,11 +130,10 @@ class Network(nn.Sequential):
 
 
 def test_networks_of_ones_own(graphs):
-    plain = make_env()
+    own, plain = both()
     model = ProbabilisticEnsemble(3, 0, 2, n_models=3, n_modes=2, network=Network)
-    plain.world_model.dynamics = model
-    own = copy.deepcopy(plain)
-    own._generating.compile = True
+    for env in (own, plain):
+        env.world_model.dynamics = model
     assert_same_imagination(own, plain)
     assert graphs() > 0
 
@@ -186,9 +191,7 @@ def test_impossible_terminations_raise(options, graphs):
 
 @every_planner
 def test_it_is_planning(name, graphs):
-    plain = predictor_env(name, deterministic=True, compile_imagine=False)
-    own = copy.deepcopy(plain)
-    own._generating.compile = True
+    own, plain = both(lambda **options: predictor_env(name, **options), deterministic=True)
     state = plain.reset(observations(plain, 2))
     outs = []
     for env in (own, plain):
@@ -208,12 +211,11 @@ def test_gradients_are_not_compiled(graphs):
 
 @pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
-def test_compiled_steps_are_recorded(propagation, graphs):
+def test_compiled_steps_are_recorded(propagation, graphs, monkeypatch):
     """They are compiled while warming up, and not again while they are recorded."""
-    own, plain = both(cudagraphs=False, propagation=propagation)
-    own._recorded.cudagraphs = True
+    own, plain = both(cudagraphs=True, propagation=propagation)
     calls, made = count_rollouts(own), []
-    record = own._recorded._record
+    record = graph_replay.record
 
     def noted(*args):
         made.append(graphs())
@@ -222,10 +224,18 @@ def test_compiled_steps_are_recorded(propagation, graphs):
         finally:
             made.append(graphs())
 
-    own._recorded._record = noted
+    monkeypatch.setattr(graph_replay, "record", noted)
     assert_same_imagination(own, plain, [(4, 3), (6, 3)] * 6)
     assert len(calls) == 8
     assert made[0] == made[1] == made[2] == made[3] > 0
+
+
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_take_compiled_steps_too(copied, propagation, graphs):
+    own, plain = both(propagation=propagation)
+    assert_same_imagination(copied(own), plain, [(4, 3)])
+    assert graphs() > 0
 
 
 # --- where code cannot be made
@@ -263,42 +273,15 @@ def test_what_must_be_compiled_raises(no_compiler):
     assert no_compiler.n_asked == 1
 
 
-def test_on_cuda_it_is_tried(no_compiler):
-    """And where it fails that is said once."""
-    tensor, function = SimpleNamespace(is_cuda=True), lambda x: x
-    generating = Generating("a step", None)
-    with pytest.warns(UserWarning, match="^a step cannot be compiled.*: no compiler here$"):
-        assert generating(lambda x: code.generated(function)(x), tensor) is tensor
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert generating(lambda x: code.generated(function)(x), tensor) is tensor
-    assert no_compiler.n_asked == 1
-    start_anew()
-    with pytest.warns(UserWarning, match="cannot be compiled"):  # a copy may be on another machine
-        copy.deepcopy(generating)(lambda x: code.generated(function)(x), tensor)
-
-
-def test_on_a_cpu_it_must_be_asked_for(no_compiler):
+def test_nothing_is_compiled_unless_it_is_asked_for(no_compiler):
     env = make_env()
     env.imagine(env.reset(observations(env, 4)), random_actions(env, 4, 3))
-    small_predictor().rollout(torch.randn(2, 3), torch.randn(2, 4, 1))
-    assert no_compiler.n_asked == 0
-
-
-def test_a_predictor_that_compiles_nothing_does_not_compile_rollouts():
-    for asked, expected in ((None, None), (True, None), (False, False)):
-        env = small_predictor(compile=asked)._rollout_env(False, False)
-        assert env._generating.compile is expected
-
-
-def test_compiling_is_reported_once(monkeypatch, caplog):
-    seconds = itertools.count(step=2.0)
-    monkeypatch.setattr(code.time, "perf_counter", lambda: next(seconds))
-    generating = Generating("a step", True)
-    with caplog.at_level("INFO", logger="torchrl"):
-        for _ in range(3):
-            generating(lambda x: x, torch.zeros(()))
-    assert caplog.text.count("a step was compiled in 2.0 s") == 1
+    for asked in (False, True):  # that is for learning
+        predictor = small_predictor(compile=asked)
+        n_asked = no_compiler.n_asked
+        predictor.rollout(torch.randn(2, 3), torch.randn(2, 4, 1))
+        assert no_compiler.n_asked == n_asked
+    assert n_asked == 1
 
 
 # --- on a GPU
@@ -314,9 +297,8 @@ def test_cuda_code_imagines_the_same(cudagraphs, num_particles, propagation, ter
         num_particles=num_particles,
         propagation=propagation,
         termination=termination,
-        cudagraphs=False,
+        cudagraphs=cudagraphs,
     )
-    own._recorded.cudagraphs = cudagraphs
     own, plain = own.to("cuda"), plain.to("cuda")
     calls = count_rollouts(own)
     state = plain.reset(observations(plain, 4).to("cuda"))

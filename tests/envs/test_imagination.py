@@ -5,7 +5,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from layeredrl_trl.envs import Imagination
+from layeredrl_trl.envs import Imagination, ImaginedState
 from layeredrl_trl.modules import (
     DynamicsModel,
     ParticlePrediction,
@@ -54,8 +54,9 @@ def step(model, n=4, p=2, reward=None, deterministic=True, member=None, state=No
     rows = 1 if member is not None else model.n_models
     latent = torch.zeros(n, rows, p, model.latent_state_dim) if state is None else state
     alive = torch.ones(n, rows, p, 1)
-    args = latent, torch.zeros(n, model.context_dim), alive, torch.ones(n, model.action_dim)
-    return imagination(model, reward, **options).step(*args, member, deterministic=deterministic)
+    state = ImaginedState(latent, torch.zeros(n, model.context_dim), alive, member)
+    action = torch.ones(n, model.action_dim)
+    return imagination(model, reward, **options).step(state, action, deterministic=deterministic)
 
 
 def members_that_moved(out):
@@ -95,9 +96,8 @@ def test_reward_is_that_of_the_current_state_weighted_by_alive():
     model, n = Shift(), 5
     latent, alive = torch.randn(n, 3, 2, 2), torch.rand(n, 3, 2, 1)
     action = torch.randn(n, 1)
-    out = imagination(model, Position()).step(
-        latent, torch.zeros(n, 0), alive, action, None, deterministic=True
-    )
+    state = ImaginedState(latent, torch.zeros(n, 0), alive)
+    out = imagination(model, Position()).step(state, action, deterministic=True)
     for b in range(n):
         total = 0.0
         for e in range(3):
@@ -116,14 +116,8 @@ def test_without_reward_it_is_0():
 def test_soft_termination_multiplies_alive_and_never_ends():
     model, probs = Shift(term_probs=[0.1, 0.5, 1.0]), torch.tensor([0.1, 0.5, 1.0])
     alive = torch.rand(4, 3, 2, 1)
-    out = imagination(model).step(
-        torch.zeros(4, 3, 2, 2),
-        torch.zeros(4, 0),
-        alive,
-        torch.ones(4, 1),
-        None,
-        deterministic=True,
-    )
+    state = ImaginedState(torch.zeros(4, 3, 2, 2), torch.zeros(4, 0), alive)
+    out = imagination(model).step(state, torch.ones(4, 1), deterministic=True)
     torch.testing.assert_close(out.term_prob, probs[:, None, None].expand(4, 3, 2, 1))
     torch.testing.assert_close(out.alive, alive * (1 - probs[:, None, None]))
     assert not out.terminated.any()
@@ -152,9 +146,9 @@ def test_sampled_termination_ends_when_all_particles_are_dead():
 
 def test_the_dead_stay_dead():
     model, alive = Shift(term_probs=[0.0] * 3), torch.zeros(4, 3, 2, 1)
-    out = imagination(model, Position(), termination="sample").step(
-        torch.ones(4, 3, 2, 2), torch.zeros(4, 0), alive, torch.ones(4, 1), None, deterministic=True
-    )
+    state = ImaginedState(torch.ones(4, 3, 2, 2), torch.zeros(4, 0), alive)
+    imagined = imagination(model, Position(), termination="sample")
+    out = imagined.step(state, torch.ones(4, 1), deterministic=True)
     assert (out.alive == 0).all() and out.terminated.all() and (out.reward == 0).all()
 
 
@@ -275,9 +269,8 @@ def test_gradient_flows_from_reward_and_state_to_model_and_action():
     reward = random_reward(model)
     action = torch.randn(4, 2, requires_grad=True)
     latent = torch.randn(4, 3, 2, 3, requires_grad=True)
-    out = imagination(model, reward).step(
-        latent, torch.zeros(4, 0), torch.ones(4, 3, 2, 1), action, None, deterministic=False
-    )
+    state = ImaginedState(latent, torch.zeros(4, 0), torch.ones(4, 3, 2, 1))
+    out = imagination(model, reward).step(state, action, deterministic=False)
     (out.latent.sum() + out.reward.sum() + out.alive.sum()).backward()
     for x in (action, latent, *model.parameters(), *reward.parameters()):
         assert (x.grad != 0).any() and torch.isfinite(x.grad).all()
@@ -351,15 +344,69 @@ def test_rollout_is_one_step_after_the_other(
     )
     rows = 1 if with_member else 3
     latent, alive = torch.randn(n, rows, 2, 3), torch.rand(n, rows, 2, 1)
-    context, actions = torch.zeros(n, 0), torch.randn(n, horizon, 2)
+    state, actions = (
+        ImaginedState(latent, torch.zeros(n, 0), alive, member),
+        torch.randn(n, horizon, 2),
+    )
     torch.manual_seed(1)
-    found = imagined.rollout(latent, context, alive, actions, member, deterministic=False)
+    found = imagined.rollout(state, actions, deterministic=False)
     torch.manual_seed(1)
     for t in range(horizon):
-        expected = imagined.step(latent, context, alive, actions[:, t], member, deterministic=False)
-        latent, alive, member = expected.latent, expected.alive, expected.member
+        expected = imagined.step(state, actions[:, t], deterministic=False)
+        after = {"latent": expected.latent, "alive": expected.alive, "member": expected.member}
+        state = state._replace(**after)
         for name, one in expected._asdict().items():
             other = getattr(found, name)
             assert (one is None) == (other is None), name
             if one is not None:
                 torch.testing.assert_close(other[:, t], one, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_rollout_that_was_asked_for_before_is_taken():
+    """A planner asks once, for all of its rounds."""
+    model = random_ensemble(n_modes=2)
+    imagined, asked = imagination(model, random_reward(model)), []
+    state = ImaginedState(torch.randn(5, 3, 2, 3), torch.zeros(5, 0), torch.rand(5, 3, 2, 1))
+    actions, fast = torch.randn(5, 4, 2), imagined.fast_rollout()
+
+    def rollout(*args, **options):
+        asked.append(options)
+        return fast(*args, **options)
+
+    outcomes = []
+    for given in (None, rollout):
+        torch.manual_seed(1)
+        outcomes.append(imagined.rollout(state, actions, deterministic=False, rollout=given))
+    assert asked == [{"deterministic": False, "terminations": True}]
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"propagation": "random_model"}, {"propagation": "expectation"}, {"termination": "sample"}],
+)
+def test_no_fast_rollout_where_something_else_moves_or_ends_a_particle(options):
+    model = random_ensemble()
+    assert imagination(model).fast_rollout() is not None
+    assert imagination(model, **options).fast_rollout() is None
+    assert imagination(Shift()).fast_rollout() is None
+
+
+@pytest.mark.parametrize("with_member", [True, False])
+@pytest.mark.parametrize("batch", [(4,), (2, 4)])
+def test_the_first_of_a_state(batch, with_member):
+    n = torch.Size(batch).numel()
+    state = ImaginedState(
+        torch.randn(n, 1, 2, 3),
+        torch.randn(n, 1),
+        torch.rand(n, 1, 2, 1),
+        torch.randint(3, (n, 1)) if with_member else None,
+    )
+    first = state.first(3, torch.Size(batch))
+    for x, kept in zip(state, first, strict=True):
+        if x is None:
+            assert kept is None
+        else:
+            expected = x.reshape(*batch, *x.shape[1:])[..., :3, *[slice(None)] * (x.ndim - 1)]
+            assert torch.equal(kept, expected.reshape(-1, *x.shape[1:]))

@@ -16,66 +16,20 @@ from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration
 from torchrl.modules import CEMPlanner, MPPIPlanner
 from torchrl.objectives.value import TDLambdaEstimator
 
-from layeredrl_trl.envs import PredictorEnv, spread_members
-from layeredrl_trl.modules import Encoder, IdentityEncoder, MLPEncoder, RewardNet, ValueNet
+from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.modules import IdentityEncoder, RewardNet, ValueNet
 from layeredrl_trl.planners import CrossEntropyPlanner
-from tests.oracles import imagine_one, member_alone, random_ensemble, random_reward
-
-CONTINUOUS = Bounded(-1.0, 1.0, (2,))
-ACTION_SPECS = {
-    "continuous": CONTINUOUS,
-    "one-hot": OneHot(4),
-    "categorical": Categorical(4),
-    "categorical-1": Categorical(4, shape=(1,)),
-}
-BATCH_SHAPES = [(), (3,), (2, 3)]
-
-
-class SplitEncoder(Encoder):
-    """Lossy: the last dim of the observation is the context, the others the latent state."""
-
-    def __init__(self, obs_dim, **keys):
-        super().__init__(obs_dim, obs_dim - 1, 1, **keys)
-
-    def _encode(self, observation):
-        return observation[..., :-1], observation[..., -1:]
-
-
-def make_env(
-    action_spec=CONTINUOUS,
-    *,
-    encoder=None,
-    n_models=3,
-    particles=2,
-    with_reward=True,
-    model_options=None,
-    **options,
-):
-    encoder = IdentityEncoder(3) if encoder is None else encoder
-    model = random_ensemble(
-        encoder.latent_state_dim,
-        encoder.context_dim,
-        action_spec,
-        n_models=n_models,
-        n_particles_per_model=particles,
-        n_modes=2,
-        condition_on_context=True,
-        **(model_options or {}),
-    )
-    with torch.no_grad():  # most particles live on for some steps
-        model.termination_net.biases[-1] -= 2.0
-    reward = random_reward(model) if with_reward else None
-    return PredictorEnv(encoder, model, reward, action_spec, **options)
-
-
-def observations(env, *batch):
-    (key,) = env.initial_state.in_keys
-    shape = env.initial_state.encoder.obs_shape
-    return TensorDict({key: torch.randn(*batch, *shape)}, batch_size=batch)
-
-
-def random_actions(env, *batch):
-    return env.action_spec.expand(*batch, *env.action_spec.shape).rand()
+from tests.changed_ensembles import Turned, Unchanged, as_kind
+from tests.envs.imagined import (
+    ACTION_SPECS,
+    BATCH_SHAPES,
+    CONTINUOUS,
+    SplitEncoder,
+    make_env,
+    observations,
+    random_actions,
+)
+from tests.oracles import imagine_one, member_alone, random_ensemble
 
 
 def play(env, state, actions, break_when_any_done=False, **options):
@@ -174,18 +128,6 @@ def test_layout_of_a_rollout(batch, action_spec, num_particles):
     assert set(out["next"].keys()) == {*shapes, "reward"}
 
 
-@pytest.mark.parametrize("batch", BATCH_SHAPES)
-def test_every_particle_starts_at_the_encoded_observation(batch):
-    env = make_env(encoder=SplitEncoder(4))
-    data = observations(env, *batch)
-    state = env.initial_state(data.clone())
-    expected = data["observation"][..., None, None, :3].expand(*batch, 3, 2, 3)
-    assert torch.equal(state["latent"], expected)
-    assert torch.equal(state["context"], data["observation"][..., 3:])
-    assert (state["alive"] == 1).all()
-    assert set(env.initial_state.out_keys) == set(env.observation_spec.keys())
-
-
 # --- oracle: imagine == rollout == a plain loop
 
 
@@ -266,53 +208,6 @@ def test_imagine_is_rollout(deterministic, propagation, num_particles, batch):
     assert_same(state, before)
 
 
-ENCODERS = {
-    "identity": lambda: IdentityEncoder(3),
-    "of another name": lambda: SplitEncoder(4, in_keys=["pixels"], out_keys=["z", "c"]),
-    "of an image": lambda: MLPEncoder((2, 3), 3, 1),
-}
-
-
-@pytest.mark.parametrize("batch", BATCH_SHAPES)
-@pytest.mark.parametrize("num_particles", [None, 1])
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("set_truncated", [False, True])
-def test_imagine_from_is_imagine_from_the_initial_state(
-    set_truncated, encoder, num_particles, batch
-):
-    encoder = ENCODERS[encoder]()
-    names = [*encoder.out_keys, "action"]
-    env = make_env(encoder=encoder, num_particles=num_particles, model_options={"in_keys": names})
-    start, actions = observations(env, *batch), random_actions(env, *batch, 4)
-    (observation,) = start.values()
-    before = observation.clone()
-    torch.manual_seed(1)
-    expected = env.imagine(env.initial_state(start), actions, set_truncated=set_truncated)
-    torch.manual_seed(1)
-    found = env.imagine_from(observation.double(), actions, set_truncated=set_truncated)
-    assert found.batch_size == expected.batch_size and found.names == expected.names
-    assert_same(found, expected)
-    assert found["next", "truncated"].any() == set_truncated
-    found.apply_(lambda x: x.zero_())
-    torch.testing.assert_close(observation, before)
-
-
-@pytest.mark.parametrize(
-    ("observation", "actions", "message"),
-    [
-        ((2, 4), (2, 5, 2), "observation: expected"),
-        ((4,), (5, 2), "observation: expected"),
-        ((), (5, 2), "observation: expected"),
-        ((2, 3), (3, 5, 2), r"actions: expected shape \[2, H, 2\], got \[3, 5, 2\]"),
-        ((2, 3), (2, 5, 3), "actions: expected"),
-        ((2, 3), (2, 0, 2), "at least one step"),
-    ],
-)
-def test_imagine_from_names_what_does_not_fit(observation, actions, message):
-    with pytest.raises(ValueError, match=message):
-        make_env().imagine_from(torch.zeros(observation), torch.zeros(actions))
-
-
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
 @pytest.mark.parametrize("num_particles", [None, 1])
 @pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
@@ -336,6 +231,44 @@ def test_imaginer_is_imagine(termination, propagation, num_particles, batch):
         }
         for (_, key), x in found.items():
             torch.testing.assert_close(x, expected[key])
+
+
+def make_env_of(kind, **options):
+    env = make_env(**options)
+    env.world_model.dynamics = as_kind(kind, env.world_model.dynamics)
+    return env
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("num_particles", [None, 1])
+@pytest.mark.parametrize("kind", [Unchanged, Turned])
+def test_a_subclass_of_the_ensemble_imagines_as_it_predicts(kind, num_particles, deterministic):
+    """It does not inherit the fast rollout of its base, which would not ask for its predictions."""
+    options = {"num_particles": num_particles, "deterministic": deterministic}
+    env = make_env_of(kind, **options)
+    assert env.world_model.fast_rollout() is None
+    state, actions = env.reset(observations(env, 6)), random_actions(env, 6, 4)
+    torch.manual_seed(1)
+    slow = play(env, state, actions)
+    torch.manual_seed(1)
+    assert_same(env.imagine(state, actions), slow)
+    names = [("next", key) for key in ("latent", "alive", "reward")]
+    torch.manual_seed(1)
+    for name, x in env.imaginer(state, names)(actions).items():
+        torch.testing.assert_close(x, slow[name])
+
+
+@pytest.mark.parametrize("num_particles", [None, 1])
+def test_a_subclass_that_changes_nothing_imagines_the_same(num_particles):
+    env = make_env(num_particles=num_particles)
+    assert env.world_model.fast_rollout() is not None
+    state, actions = env.reset(observations(env, 6)), random_actions(env, 6, 4)
+    outcomes = []
+    for kind in (type(env.world_model.dynamics), Unchanged):
+        env.world_model.dynamics = as_kind(kind, env.world_model.dynamics)
+        torch.manual_seed(1)
+        outcomes.append(env.imagine(state, actions))
+    assert_same(*outcomes)
 
 
 def test_imaginer_names_what_does_not_fit():
@@ -499,14 +432,6 @@ def test_arguments_are_not_changed():
 # --- members
 
 
-@pytest.mark.parametrize("batch", [(1,), (3,), (7,), (2, 5), (3, 4)])
-def test_members_are_spread_evenly_over_a_batch(batch):
-    member = spread_members(torch.Size(batch), 3, torch.device("cpu"))
-    assert member.shape == (*batch, 1) and member.dtype == torch.long
-    counts = torch.bincount(member.flatten(), minlength=3)
-    assert counts.max() - counts.min() <= 1
-
-
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
 @pytest.mark.parametrize("num_particles", [None, 1])
 def test_copies_of_a_state_are_spread_over_the_members(num_particles, batch):
@@ -523,11 +448,6 @@ def test_copies_of_a_state_are_spread_over_the_members(num_particles, batch):
         assert env.observation_spec["member"].expand(copies["member"].shape).is_in(copies["member"])
     env.imagine(copies, random_actions(env, *batch, 7, 4))
     assert_same(state, before)
-
-
-def test_a_single_env_may_get_any_member():
-    members = [spread_members(torch.Size(()), 3, torch.device("cpu")).item() for _ in range(60)]
-    assert set(members) == {0, 1, 2}
 
 
 def test_one_particle_goes_the_way_of_its_member_alone():
@@ -907,20 +827,6 @@ def test_a_state_of_another_shape_is_not_broadcast(name, shape, expected):
         env.imagine(state, random_actions(env, 4, 5))
 
 
-def test_initial_state_without_observation():
-    env = make_env()
-    with pytest.raises(KeyError, match=r"reads \['observation'\], .* only \['pixels'\]"):
-        env.initial_state(TensorDict(pixels=torch.zeros(4, 3), batch_size=[4]))
-
-
-@pytest.mark.parametrize("batch", [(), (4, 1)])
-def test_initial_state_of_another_batch_size(batch):
-    env = make_env()
-    data = TensorDict(observation=torch.zeros(4, 1, 2, 3), batch_size=batch)
-    with pytest.raises(ValueError, match=r"observation: expected the batch size"):
-        env.initial_state(data)
-
-
 def test_start_of_another_shape_than_the_observation():
     env = make_env(start=lambda shape: torch.zeros(*shape, 2))
     with pytest.raises(ValueError, match=r"start must return observations \[4, 3\].*got \[4, 2\]"):
@@ -1006,7 +912,7 @@ def test_latent_context_and_action_are_called_what_the_parts_call_them():
     torch.testing.assert_close(out["agent", "action"], actions)
     value = ValueNet(2, 1, in_keys=names[:2])
     options = {"planning_horizon": 3, "optim_steps": 1, "num_candidates": 8, "top_k": 2}
-    planner = CrossEntropyPlanner(env, terminal_value=value, **options)
+    planner = CrossEntropyPlanner(env, terminal_value=value, gamma=0.99, **options)
     assert planner(state)["agent", "action"].shape == (5, 2)
 
 
@@ -1139,11 +1045,3 @@ def test_own_functions_are_called_what_they_were_handed_in_as(name, function, er
     state = env.reset(observations(env, 4))
     with pytest.raises(error, match=rf"^{name} must return"):
         env.imagine(state, random_actions(env, 4, 2))
-
-
-def test_the_latent_of_an_initial_state_can_be_written_to():
-    env = make_env()
-    state = env.initial_state(observations(env, 4))
-    other = state["latent"][:, 1].clone()
-    state["latent"][:, 0] += 1.0
-    assert torch.equal(state["latent"][:, 1], other)

@@ -2,23 +2,29 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
+from torchrl.data import Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from layeredrl_trl.modules import IdentityEncoder, SymmetryBreakingStart, open_loop
-from tests.envs.test_predictor_env import (
+from layeredrl_trl.acceleration import member_groups
+from layeredrl_trl.envs import PredictorEnv
+from layeredrl_trl.modules import IdentityEncoder, SymmetryBreakingStart
+from tests.envs.imagined import (
     ACTION_SPECS,
     BATCH_SHAPES,
     SplitEncoder,
+    count_rollouts,
     make_env,
     observations,
     random_actions,
 )
-from tests.predictors.test_reward_predictor import small_predictor
 from tests.replaying import replays  # noqa: F401
+from tests.small_predictors import small_predictor
 
 on_a_stand_in = pytest.mark.usefixtures("replays")
 
@@ -27,18 +33,6 @@ on_a_stand_in = pytest.mark.usefixtures("replays")
 def without_gradient():
     with torch.no_grad():
         yield
-
-
-def count_rollouts(env):
-    """Let an env note how often Python imagines in it."""
-    rollout, calls = env.world_model.rollout, []
-
-    def noted(*args, **kwargs):
-        calls.append(1)
-        return rollout(*args, **kwargs)
-
-    env.world_model.__dict__["rollout"] = noted
-    return calls
 
 
 def assert_same_imagination(own, plain, batch=(4,), n=6, horizon=5):
@@ -55,10 +49,12 @@ def assert_same_imagination(own, plain, batch=(4,), n=6, horizon=5):
 
 
 def both(**options):
-    plain = make_env(cudagraphs=False, **options)
-    own = copy.deepcopy(plain)
-    own._recorded.cudagraphs = True
-    return own, plain
+    """Two envs of equal parts, the first of which replays."""
+    envs = []
+    for cudagraphs in (True, False):
+        torch.manual_seed(0)
+        envs.append(make_env(cudagraphs=cudagraphs, **options))
+    return envs
 
 
 @on_a_stand_in
@@ -83,8 +79,8 @@ def test_it_is_imagining(num_particles, propagation, termination):
 @pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
 def test_members_in_blocks(propagation, monkeypatch):
     """What a replay sorts into blocks is what is given to it, not what was when it was recorded."""
-    monkeypatch.setattr(open_loop, "_LEAST_SAVED_ROWS", -(2**30))
-    monkeypatch.setattr(open_loop, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(member_groups, "_LEAST_SAVED_ROWS", -(2**30))
+    monkeypatch.setattr(member_groups, "_LEAST_ROWS", 1)
     own, plain = both(num_particles=1, propagation=propagation)
     calls = count_rollouts(own)
     state, actions = own.reset(observations(own, 11)), random_actions(own, 11, 3)
@@ -173,39 +169,72 @@ def test_gradients_are_not_replayed():
 
 
 @on_a_stand_in
-def test_parts_of_anybody_else_are_replayed_on_demand():
+@pytest.mark.parametrize(("cudagraphs", "n_calls"), [(True, 4), (False, 6)])
+def test_it_is_replayed_if_that_is_asked_for_whosoever_the_parts_are(cudagraphs, n_calls):
     class Reward(nn.Module):
         def forward(self, latent, context, action):
             return latent[..., :1]
 
-    for reward, expected in ((None, True), (Reward(), False)):
-        env = make_env(with_reward=False)
-        if reward is not None:
-            env = type(env)(
-                IdentityEncoder(3), env.world_model.dynamics, reward, env.action_spec_unbatched
-            )
-        state, actions = env.reset(observations(env, 4)), random_actions(env, 4, 5)
-        for _ in range(5):
+    parts = make_env()
+    env = PredictorEnv(
+        IdentityEncoder(3),
+        parts.world_model.dynamics,
+        Reward(),
+        parts.action_spec_unbatched,
+        cudagraphs=cudagraphs,
+    )
+    calls = count_rollouts(env)
+    state, actions = env.reset(observations(env, 4)), random_actions(env, 4, 5)
+    for _ in range(6):
+        env.imagine(state, actions)
+    assert len(calls) == n_calls
+
+
+@on_a_stand_in
+def test_what_waits_for_a_number_raises():
+    env = make_env(
+        cudagraphs=True, termination_fn=lambda s, c, a, s_next: 0.5 * (s[..., :1] > s.sum().item())
+    )
+    state, actions = env.reset(observations(env, 4)), random_actions(env, 4, 5)
+    for _ in range(3):
+        env.imagine(state, actions)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot be recorded"):
             env.imagine(state, actions)
-        assert any(env._recorded._recordings.values()) is expected
 
 
 @on_a_stand_in
 @pytest.mark.parametrize(
     "encoder", [SplitEncoder(3), IdentityEncoder(3)], ids=["split", "identity"]
 )
-@on_a_stand_in
-def test_rollouts_of_predictors(encoder):
+def test_envs_of_predictors(encoder):
     predictor = small_predictor(encoder=encoder)
+    env = predictor.env(Unbounded((1,)), cudagraphs=True)
+    calls = count_rollouts(env)
     obs, act = torch.randn(6, 3), torch.randn(6, 4, 1)
     for i in range(8):
-        outs = []
-        for cudagraphs in (True, False):
-            env = predictor._rollout_env(False, False)
-            env._recorded.cudagraphs = cudagraphs
-            torch.manual_seed(i)
-            outs.append(predictor.rollout(obs + i, act)[0])
-        torch.testing.assert_close(outs[0].to_dict(), outs[1].to_dict(), rtol=1e-5, atol=1e-6)
+        torch.manual_seed(i)
+        expected, _ = predictor.rollout(obs + i, act)
+        torch.manual_seed(i)
+        start = env.initial_state(TensorDict(observation=obs + i, batch_size=[6]))
+        found = env.imagine(start, act)
+        for key in ("latent", ("next", "latent"), ("next", "reward"), ("next", "alive")):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+    assert len(calls) == 4
+
+
+@on_a_stand_in
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_imagine_on_their_own(copied):
+    own, plain = both()
+    assert_same_imagination(own, plain)
+    twin = copied(own)
+    with torch.no_grad():
+        for p in own.world_model.parameters():
+            p.mul_(0.5)
+    calls = count_rollouts(twin)
+    assert_same_imagination(twin, plain)
+    assert len(calls) == 4
 
 
 @on_a_stand_in
@@ -243,7 +272,8 @@ def test_cuda_graphs_imagine_the_same(num_particles, propagation):
 
 @pytest.mark.gpu
 def test_cuda_graphs_do_not_freeze_random_numbers():
-    own = both()[0].to("cuda")
+    own, _ = both()
+    own = own.to("cuda")
     state, actions = own.reset(observations(own, 4).to("cuda")), random_actions(own, 4, 5)
     outs = [own.imagine(state, actions)["next", "latent"] for _ in range(8)]
     assert len({x.sum().item() for x in outs}) == 8

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layeredrl_trl.functional import known_to_hold, zero_where_not
+from layeredrl_trl.functional import zero_where_not
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
@@ -20,18 +20,3 @@ def test_a_gradient_is_finite_behind_garbage():
     x = torch.tensor([2.0, torch.nan], requires_grad=True)
     (gradient,) = torch.autograd.grad(zero_where_not(mask, x).square().sum(), x)
     assert gradient.tolist() == [4.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"), [([True], True), ([True, False], False), ([], True)]
-)
-def test_known_to_hold(flags, expected):
-    assert known_to_hold(torch.tensor(flags, dtype=torch.bool)) is expected
-
-
-def test_nothing_is_known_while_a_graph_is_made():
-    """Reading a number would break it."""
-    compiled = torch.compile(
-        lambda x: x + 1 if known_to_hold(x > 0) else x - 1, backend="eager", fullgraph=True
-    )
-    assert compiled(torch.ones(1)) == 0

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layeredrl_trl.functional import discounted_window_sum, n_step_targets, n_step_window
+from layeredrl_trl.functional import (
+    add_bootstrap,
+    discounted_window_sum,
+    n_step_sums,
+    n_step_targets,
+    n_step_window,
+)
 from tests.oracles import n_step_target
 
 GAMMAS = [0.0, 0.3, 0.9, 0.99, 1.0]
@@ -109,6 +115,25 @@ def test_window_sum_like_a_loop(gamma, n):
             for i in range(min(n, 70 - t)):
                 expected[b, t] += gamma**i * reward[b, t + i]
     torch.testing.assert_close(discounted_window_sum(reward, gamma, n), expected)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_a_bootstrap_value_is_added_with_its_discount(batch):
+    total, discount = torch.randn(2, *batch, 4, dtype=torch.float64)
+    value = 1e4 * torch.randn(*batch, 4)
+    out = add_bootstrap(total, discount, value)
+    assert out.shape == (*batch, 4) and out.dtype == torch.float64
+    torch.testing.assert_close(out, total + discount * value.double(), rtol=1e-12, atol=1e-12)
+
+
+def test_targets_are_sums_with_a_bootstrap_value_added():
+    reward, length = torch.randn(5, 8), torch.randint(1, 9, (5, 1))
+    mask, terminated = torch.arange(8) < length, torch.rand(5, 8) < 0.5
+    window, value = n_step_window(terminated, mask, 5, 4), torch.randn(5, 5)
+    target = n_step_targets(reward, window, value, gamma=0.9, n_steps=4)
+    sums = n_step_sums(reward, window, gamma=0.9, n_steps=4)
+    expected = add_bootstrap(*sums, torch.where(window.bootstrap, value, 0.0)).float()
+    assert torch.equal(target, torch.where(window.valid, expected, 0.0))
 
 
 def test_gamma_0_is_the_reward():

@@ -212,11 +212,47 @@ def test_a_transition_of_weight_0_may_hold_anything():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_weights_by_storage_position():
-    class Picky(Shift):
-        def transition_weights(self, index):
-            return torch.stack([(index % 2).float(), torch.ones(index.shape)], -1)
+class Picky(Shift):
+    """Its first member sees every other transition."""
 
+    def transition_weights(self, index):
+        return torch.stack([(index % 2).float(), torch.ones(index.shape)], -1)
+
+
+@pytest.mark.parametrize("batch", [(), (6,), (2, 3)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+def test_all_that_weighs_is_multiplied(placed, weighted, masked, batch):
+    model, expected = Picky([1.0, 3.0]), torch.ones(*batch, 1)
+    given = {}
+    if placed:
+        given["index"] = torch.randint(9, batch)
+        expected = expected * model.transition_weights(given["index"])
+    if weighted:
+        given["weight"] = torch.rand(*batch, 1)
+        expected = expected * given["weight"]
+    if masked:
+        given["mask"] = torch.rand(*batch, 1) < 0.5
+        expected = expected * given["mask"]
+    found = model.joint_weight(batch, **given)
+    if not given:
+        assert found is None
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_weight_of_padding_may_be_nan():
+    mask, weight = torch.tensor([[True], [False]]), torch.tensor([[2.0], [NAN]])
+    assert Shift([1.0]).joint_weight((2,), mask=mask, weight=weight).tolist() == [[2.0], [0.0]]
+
+
+def test_where_all_weigh_alike_there_is_no_weight():
+    """A model that picks no transitions, such as an ensemble without bootstrap."""
+    assert Shift([1.0]).joint_weight((6,), index=torch.arange(6)) is None
+
+
+def test_weights_by_storage_position():
     model, data = Picky([1.0, 3.0]), batch_of(Shift([1.0]), 6)
     plain = Shift([1.0, 3.0])
     data["index"] = torch.arange(6)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import gymnasium
 import pytest
@@ -14,7 +13,8 @@ from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot
 
 from layeredrl_trl.functional import bootstrap_weights
-from layeredrl_trl.modules import DynamicsModel, ProbabilisticEnsemble
+from layeredrl_trl.modules import ProbabilisticEnsemble
+from tests.changed_ensembles import Turned, Unchanged, as_kind
 from tests.oracles import (
     even_mixture,
     member_alone,
@@ -194,9 +194,12 @@ def test_however_unevenly_envs_are_spread_over_members(member):
     rows = model.predict_particles(latent.expand(n, 3, 4, 3), context, action)
     for own, others in zip(out, rows, strict=True):
         torch.testing.assert_close(own[:, 0], others[torch.arange(n), member.squeeze(-1)])
-    found = torch.autograd.grad(out.mean.square().sum(), [latent, *model.parameters()])
-    picked = rows.mean[torch.arange(n), member.squeeze(-1)].square().sum()
-    for x, y in zip(found, torch.autograd.grad(picked, [latent, *model.parameters()]), strict=True):
+    picked = rows.mean[torch.arange(n), member.squeeze(-1)]
+    entries, gradients = [latent, *model.parameters()], []
+    for mean in (out.mean, picked):
+        loss = mean.square().sum()
+        gradients.append(torch.autograd.grad(loss, entries, materialize_grads=True))
+    for x, y in zip(*gradients, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -329,7 +332,7 @@ class SideBySide(nn.Module):
         super().__init__()
         self.nets = nn.ModuleList(nets)
 
-    def forward(self, x):
+    def forward(self, x, member=None):
         return torch.stack([net(row) for net, row in zip(self.nets, x, strict=True)])
 
 
@@ -517,7 +520,8 @@ def test_members_learn_apart_from_one_another():
     model = random_ensemble()
     args, (following, _) = inputs(model, 5), outcome(model, 5)
     model.predict(*args)[0][:, 1].sum().backward()
-    assert all((p.grad[[0, 2]] == 0).all() for p in model.parameters())
+    assert all((p.grad[[0, 2]] == 0).all() for p in model.net.parameters())
+    assert all(p.grad is None for p in model.termination_net.parameters())
     model.zero_grad()
     alone = member_alone(model, 1)
     nll, bce = model.negative_log_likelihood(*args, following, torch.ones(5, 1).bool())
@@ -541,18 +545,67 @@ def test_prediction_is_differentiable_in_its_inputs():
 def test_likelihood_is_that_of_what_is_predicted(batch, predict_delta, weight_dim):
     """The fast path scores in units of the networks' outputs, the slow one predicts first."""
     options = {"n_models": 3, "n_modes": 2, "context_dim": 1, "condition_on_context": True}
-    model = random_ensemble(predict_delta=predict_delta, learn_std_bounds=True, **options)
-    args = inputs(model, *batch)
-    following, terminated = outcome(model, *batch)
+    fast = random_ensemble(predict_delta=predict_delta, learn_std_bounds=True, **options)
+    args = inputs(fast, *batch)
+    following, terminated = outcome(fast, *batch)
     weight = None if weight_dim is None else torch.rand(*batch, weight_dim)
     results = []
-    for score in (model._score_members, partial(DynamicsModel._score_members, model)):
-        model._score_members = score
-        model.zero_grad()
+    for model in (fast, as_kind(Unchanged, fast)):
         nll, bce = model.negative_log_likelihood(*args, following, terminated, weight)
         (nll + bce).sum().backward()
         results.append((nll, bce, [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fast_way_is_taken_by_the_class_that_promises_it_alone(monkeypatch):
+    model = random_ensemble()
+    given = *inputs(model, 5), *outcome(model, 5)
+    expected = as_kind(Unchanged, model).negative_log_likelihood(*given)
+
+    def refuse(*args):
+        raise AssertionError("asked to predict")
+
+    for kind in (ProbabilisticEnsemble, Unchanged):
+        monkeypatch.setattr(kind, "predict_particles", refuse)
+    torch.testing.assert_close(model.negative_log_likelihood(*given), expected)
+    with pytest.raises(AssertionError, match="asked to predict"):
+        as_kind(Unchanged, model).negative_log_likelihood(*given)
+
+
+def test_a_subclass_that_changes_nothing_says_the_same(model):
+    other = as_kind(Unchanged, model)
+    args, (following, terminated) = inputs(model, 5), outcome(model, 5)
+    for name, more in (
+        ("predict", ()),
+        ("log_prob", (following,)),
+        ("negative_log_likelihood", (following, terminated)),
+        ("forward", ()),
+    ):
+        results = [getattr(m, name)(*args, *more) for m in (model, other)]
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_models", [1, 3])
+def test_a_subclass_that_predicts_otherwise_is_followed_everywhere(n_models):
+    model = random_ensemble(n_models=n_models, n_modes=2)
+    turned = as_kind(Turned, model)
+    args, (following, terminated) = inputs(model, 5), outcome(model, 5)
+    mean, weights, std, term_prob = model.predict(*args)
+    mean = 2 * args[0][:, None, None] - mean
+    expected = mean, weights.flip(-1), 2 * std, 1 - term_prob
+    torch.testing.assert_close(turned.predict(*args), expected)
+
+    mean, weights, std, term_prob = expected
+    log_prob, same = turned.log_prob(*args, following)
+    wanted = even_mixture(mean, std, weights).log_prob(following.double())
+    torch.testing.assert_close(log_prob.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(same, term_prob)
+
+    nll, bce = turned.negative_log_likelihood(*args, following, terminated)
+    by_member = mixture(mean, std, weights).log_prob(following.double()[:, None])
+    torch.testing.assert_close(nll.double(), -by_member.mean(-1, True), rtol=1e-4, atol=1e-4)
+    _, other = model.negative_log_likelihood(*args, following, ~terminated)
+    torch.testing.assert_close(bce, other)  # of the other end
 
 
 @pytest.mark.parametrize("distance", [1e2, 1e4])

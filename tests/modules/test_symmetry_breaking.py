@@ -1,9 +1,13 @@
 """The symmetry-breaking start: random linear predictions that give way to the learned model."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from layeredrl_trl.modules import DynamicsModel, ProbabilisticEnsemble, SymmetryBreakingStart
+from layeredrl_trl.acceleration import EnsembleRollout, promised
+from layeredrl_trl.modules import ProbabilisticEnsemble, SymmetryBreakingStart
+from tests.oracles import roll_out
 
 
 def start(latent_dim=2, action_dim=3, duration=100, **options) -> SymmetryBreakingStart:
@@ -69,44 +73,38 @@ def test_the_learned_model_is_blended_in_over_the_second_half(steps, share):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("with_member", [False, True])
 @pytest.mark.parametrize("steps", [0, 75, 100])
-def test_rollouts_are_single_steps_and_the_learned_models_in_the_end(
-    steps, with_member, deterministic
-):
+def test_rollouts_are_the_learned_models_in_the_end(steps, with_member, deterministic):
     model = start()
     model.advance(steps)
     latent = torch.randn(5, 1, 1, 2).expand(5, 1 if with_member else 2, 3, 2)
     member = torch.randint(2, (5, 1)) if with_member else None
     given = latent, torch.randn(5, 1), torch.randn(5, 4, 3), member
+    fast = [] if model.fast_rollout() is None else [model.fast_rollout()]
+    assert len(fast) == (steps == 100)
     outcomes = []
-    for propagate in (
-        model.propagate,
-        model.propagator(),
-        lambda *args, **options: DynamicsModel.propagate(model, *args, **options),
-        model.model.propagate,
-    ):
+    for roll in (partial(roll_out, model), partial(roll_out, model.model), *fast):
         torch.manual_seed(0)
-        outcomes.append(propagate(*given, deterministic=deterministic))
-    own, prepared, single_steps, learned = outcomes
-    for other in (prepared, single_steps):
-        for got, want in zip(own, other, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        outcomes.append(roll(*given, deterministic=deterministic))
+    own, learned, *fast = outcomes
+    for other in fast:
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
     assert torch.allclose(own[0], learned[0]) == (steps == 100)
 
 
-def test_the_fast_path_is_taken_once_the_start_is_over(monkeypatch):
+def test_a_rollout_that_is_fast_is_promised_once_the_start_is_over():
     model = start()
-    given = torch.zeros(5, 2, 1, 2), torch.zeros(5, 1), torch.zeros(5, 4, 3)
+    model.advance(99)
+    assert promised(model, "fast_rollout")() is None
+    model.advance(100)
+    assert isinstance(promised(model, "fast_rollout")(), EnsembleRollout)
 
-    def steps_alone(*args):
-        raise AssertionError("a single step")
 
-    monkeypatch.setattr(model.model, "predict_particles", steps_alone)
-    for prepare in (lambda: model.propagate, model.propagator):
-        model.advance(99)
-        with pytest.raises(AssertionError, match="single step"):
-            prepare()(*given)
-        model.advance(100)
-        assert prepare()(*given)[0].shape == (5, 4, 2, 1, 2)
+def test_no_rollout_is_promised_for_a_model_that_promises_none():
+    class Changed(ProbabilisticEnsemble):
+        pass
+
+    model = SymmetryBreakingStart(Changed(2, 1, 3), 0)
+    assert promised(model, "fast_rollout")() is None
 
 
 def test_a_subclass_that_predicts_otherwise_does_so_in_rollouts_too():
@@ -116,9 +114,9 @@ def test_a_subclass_that_predicts_otherwise_does_so_in_rollouts_too():
             return prediction._replace(mean=latent.unsqueeze(-2).expand_as(prediction.mean))
 
     model = Still(ProbabilisticEnsemble(2, 1, 3, n_models=2), 0)
+    assert promised(model, "fast_rollout") is None
     given = torch.ones(5, 2, 1, 2), torch.zeros(5, 1), torch.zeros(5, 4, 3)
-    for propagate in (model.propagate, model.propagator()):
-        assert (propagate(*given, deterministic=True)[0] == 1).all()
+    assert (roll_out(model, *given, deterministic=True)[0] == 1).all()
 
 
 def test_the_loss_is_always_that_of_the_learned_model():

@@ -18,19 +18,14 @@ from layeredrl_trl.data import TransitionSliceSampler
 from layeredrl_trl.modules import (
     DeltaStandardizer,
     IdentityEncoder,
+    LinearEncoder,
     ProbabilisticEnsemble,
     RewardNet,
     ValueNet,
 )
-from layeredrl_trl.objectives import RewardPredictorLoss
-from tests.oracles_predictors import (
-    LearnedEncoder,
-    SplitEncoder,
-    ToyQ,
-    ToyValue,
-    episodes,
-    small_parts,
-)
+from layeredrl_trl.objectives import RewardPredictorLoss, Slices
+from tests.oracles_predictors import SplitEncoder, ToyQ, ToyValue, episodes
+from tests.small_predictors import LearnedEncoder, small_parts
 
 MASK = ("collector", "mask")
 TERMS = ["loss_consistency", "loss_reward", "loss_standardizer", "loss_value"]
@@ -136,7 +131,7 @@ def test_a_flat_batch_is_the_rectangular_one(value):
 def test_shapes_and_keys_of_targets(k, n):
     loss = make_loss(k_steps=k, n_steps=n)
     slices = make_slices(5, loss.slice_len)
-    targets = compute_targets(loss, slices)
+    targets = loss.compute_targets(slices)
     assert targets.batch_size == (5, k)
     shapes = {key: tuple(x.shape[2:]) for key, x in targets.items(True, True)}
     assert shapes == {
@@ -146,20 +141,111 @@ def test_shapes_and_keys_of_targets(k, n):
         ("next", "reward"): (1,),
         ("next", "terminated"): (1,),
         "value_target": (1,),
+        "bootstrap_value": (1,),
         MASK: (1,),
         "planned": (1,),
     }
     assert targets[MASK].dtype == targets["planned"].dtype == torch.bool
     assert targets["planned"].all()
-    assert targets["latent"].requires_grad and not targets["value_target"].requires_grad
+    assert targets["latent"].requires_grad
+    assert not any(targets[key].requires_grad for key in ("value_target", "bootstrap_value"))
 
 
-def compute_targets(loss, slices, **options):
-    def read(names, steps):
-        row = torch.arange(len(slices))[:, None]
-        return slices.select(*names, strict=False)[row, steps]
+@pytest.mark.parametrize("stored", [True, False])
+def test_shapes_and_keys_of_transitions(stored):
+    loss, transitions = make_loss(), make_slices(5, 1)[:, 0]
+    shapes = {"latent": (2,), "context": (1,), "action": (1,), ("next", "latent"): (2,)}
+    shapes |= {("next", "context"): (1,), ("next", "terminated"): (1,), MASK: (1,)}
+    if stored:
+        transitions["weight"], transitions["index"] = torch.rand(5, 1), torch.arange(5)
+        shapes |= {"weight": (1,), "index": ()}
+    encoded = loss.encode_transitions(transitions)
+    assert encoded.batch_size == (5,)
+    assert {key: tuple(x.shape[1:]) for key, x in encoded.items(True, True)} == shapes
+    assert encoded[MASK].dtype == encoded["next", "terminated"].dtype == torch.bool
+    assert not any(x.requires_grad for x in encoded.values(True, True))
 
-    return loss.compute_targets(read, slices[MASK].squeeze(-1), **options)
+
+def test_transitions_hold_both_states_and_their_masks():
+    loss, transitions = make_loss(encoder=SplitEncoder()), make_slices(5, 1)[:, 0]
+    following = transitions["next", "observation"]
+    for mask in (torch.ones(5, 1).bool(), torch.tensor([[1], [0], [1], [1], [0]]).bool()):
+        encoded = loss.encode_transitions(transitions)
+        assert torch.equal(encoded["context"], transitions["observation"][:, 2:])
+        assert torch.equal(encoded["next", "latent"], following[:, :2])
+        assert torch.equal(encoded["next", "context"], following[:, 2:])
+        assert encoded[MASK].all()
+        first = loss.encode_transitions(to_slices(loss, transitions, mask))
+        assert torch.equal(first[MASK], mask)
+
+
+def to_slices(loss, transitions, mask) -> Slices:
+    """Transitions as the loss reads them, with a mask of their own."""
+    return Slices.read(transitions.clone().set(MASK, mask), loss.tensor_keys)
+
+
+@pytest.mark.parametrize("value", [None, "state", "q"])
+@pytest.mark.parametrize("given", [True, False])
+def test_the_loss_is_that_of_what_it_encodes(value, given):
+    """In one call, and with targets and transitions that were encoded before."""
+    loss = frozen(make_loss(value, k_steps=2, n_steps=2))
+    slices = make_slices(length=loss.slice_len, lengths=[1, 2, 3, 3, 2, 1], planned=True)
+    transitions = make_slices(9, 1)[:, 0] if given else None
+    encoded = loss.encode_transitions(slices[:, 0] if transitions is None else transitions)
+    same(loss.terms(loss.compute_targets(slices), encoded), loss(slices, transitions))
+
+
+def test_the_dynamics_learn_from_the_transitions_that_are_given():
+    loss, slices = frozen(make_loss()), make_slices(length=1)
+    transitions, others = make_slices(9, 1)[:, 0], make_slices(7, 1)[:, 0]
+    first, second = loss(slices, transitions), loss(slices, others)
+    for key in loss.out_keys:
+        differs = key in ("loss_consistency", "loss_standardizer", "nll", "term_bce")
+        assert (first[key] != second[key]).item() is differs, key
+    total(loss(slices, transitions)).backward()
+    expected = {key: p.grad for key, p in loss.dynamics.named_parameters()}
+    loss.zero_grad()
+    total(loss(make_slices(length=1), transitions)).backward()
+    torch.testing.assert_close(
+        {key: p.grad for key, p in loss.dynamics.named_parameters()}, expected
+    )
+
+
+def test_batches_that_were_read_before_are_taken_as_they_are():
+    loss = frozen(make_loss(k_steps=2, n_steps=2))
+    slices, transitions = make_slices(5, 3), make_slices(9, 1)[:, 0]
+    read = Slices.read(slices, loss.tensor_keys)
+    steps = Slices.read(transitions, loss.tensor_keys, with_reward=False, with_mask=False)
+    expected = loss(slices, transitions)
+    same(loss(read, steps), expected)
+    same(loss(loss.with_returns(read), steps), expected)
+    same(loss.compute_targets(read).detach(), loss.compute_targets(slices).detach())
+    same(loss.encode_transitions(steps), loss.encode_transitions(transitions))
+
+
+def test_numbers_of_steps_of_ones_own():
+    loss, other = make_loss(k_steps=3, n_steps=2, gamma=0.5), make_loss()
+    slices = make_slices(length=4, lengths=[1, 2, 3, 4, 4, 4])
+    own = loss.compute_targets(slices, k_steps=1, n_steps=4, gamma=0.0)
+    assert own.shape == (6, 1)
+    torch.testing.assert_close(own["value_target"], slices["next", "reward"][:, :1])
+    other.load_state_dict(loss.state_dict())
+    targets = other.compute_targets(slices, k_steps=3, n_steps=2, gamma=0.5)
+    same(targets.detach(), loss.compute_targets(slices).detach())
+
+
+def test_a_latent_called_like_the_observation_is_the_latent():
+    """An encoder with running statistics reads both observations beside it."""
+    shapes = {}
+    for name in ("observation", "latent"):
+        encoder = LinearEncoder(3, 2, 1, out_keys=[name, "context"])
+        ins = [name, "context", "action"]
+        dynamics = ProbabilisticEnsemble(2, 1, 1, in_keys=ins, out_keys=[("next", name), "p"])
+        loss = RewardPredictorLoss(encoder, dynamics, RewardNet(2, 1, 1, in_keys=ins), None)
+        encoded = loss.encode_transitions(make_slices(5, 1)[:, 0])
+        shapes[name] = encoded[name].shape, encoded["next", name].shape
+        assert total(loss(make_slices(length=1))).isfinite()
+    assert shapes["observation"] == shapes["latent"] == ((5, 2), (5, 2))
 
 
 def test_one_call_on_a_sample_in_a_plain_torchrl_loop():
@@ -269,20 +355,20 @@ def test_terms_by_hand():
 def test_value_targets_come_from_the_target_network():
     loss = make_loss()
     slices = make_slices(length=1)
-    before = compute_targets(loss, slices)["value_target"]
+    before = loss.compute_targets(slices)["value_target"]
     for p in loss.value_network.parameters():
         p.data.zero_()
-    torch.testing.assert_close(compute_targets(loss, slices)["value_target"], before)
+    torch.testing.assert_close(loss.compute_targets(slices)["value_target"], before)
     loss.target_value_network_params.data.zero_()
     torch.testing.assert_close(
-        compute_targets(loss, slices)["value_target"], slices["next", "reward"]
+        loss.compute_targets(slices)["value_target"], slices["next", "reward"]
     )
 
 
 def test_context_of_a_slice_is_that_of_its_first_step():
     loss = make_loss(encoder=SplitEncoder(), k_steps=3)
     slices = make_slices(length=3)
-    context = compute_targets(loss, slices)["context"]
+    context = loss.compute_targets(slices)["context"]
     torch.testing.assert_close(context, slices["observation"][:, :1, 2:].expand(-1, 3, 1))
 
 
@@ -293,8 +379,8 @@ def test_bootstrap_value_sees_the_context_of_the_first_step():
     other["observation"][:, 1:, 2] = 9.0
     other["next", "observation"][..., 2] = 9.0
     same(
-        compute_targets(loss, slices).select("value_target").detach(),
-        compute_targets(loss, other).select("value_target").detach(),
+        loss.compute_targets(slices).select("value_target").detach(),
+        loss.compute_targets(other).select("value_target").detach(),
     )
 
 
@@ -305,7 +391,7 @@ def test_state_after_a_truncated_end_is_bootstrapped():
     loss = RewardPredictorLoss(encoder, dynamics, reward, ToyValue(), gamma=0.5, n_steps=3)
     SoftUpdate(loss, tau=0.1)
     slices = make_slices(1, 3, [1])
-    target = compute_targets(loss, slices)["value_target"].item()
+    target = loss.compute_targets(slices)["value_target"].item()
     after = slices["next", "observation"][0, 0, :2].tolist()
     context = slices["observation"][0, 0, 2:].tolist()
     tail = ToyValue.oracle(loss.value_network.module.w.tolist(), after, context, None)
@@ -319,7 +405,7 @@ def test_q_is_never_bootstrapped_at_a_state_without_action():
     loss = RewardPredictorLoss(encoder, dynamics, reward, ToyQ(), **options)
     SoftUpdate(loss, tau=0.1)
     slices = make_slices(1, loss.slice_len, [2])  # two real steps, then an unfinished end
-    targets = compute_targets(loss, slices)
+    targets = loss.compute_targets(slices)
     assert targets[MASK].flatten().tolist() == [True, False]
     obs, act = slices["observation"][0], slices["action"][0]
     weights = loss.value_network.module.w.tolist()
@@ -330,7 +416,7 @@ def test_q_is_never_bootstrapped_at_a_state_without_action():
     slices["action"][:, 2:] = 1e6
     slices["next", "observation"][:] = torch.nan
     torch.testing.assert_close(
-        compute_targets(loss, slices)["value_target"], targets["value_target"]
+        loss.compute_targets(slices)["value_target"], targets["value_target"]
     )
 
 
@@ -371,37 +457,37 @@ def test_nan_in_padding_changes_neither_loss_nor_gradient(lengths, value, termin
 def test_nan_behind_a_terminated_end_changes_nothing(value):
     loss = frozen(make_loss(value, k_steps=2, n_steps=2, standardizer=False))
     slices = make_slices(4, loss.slice_len, [2] * 4, terminated=True)
-    clean = compute_targets(loss, slices).detach()
+    clean = loss.compute_targets(slices).detach()
     slices["next", "observation"][:, 1] = torch.nan
-    same(compute_targets(loss, slices).detach(), clean)
+    same(loss.compute_targets(slices).detach(), clean)
 
 
 def test_steps_without_plan_count_for_the_value_only_as_rewards():
     loss = frozen(make_loss(k_steps=2))
     slices = make_slices(length=2, planned=True)
-    targets = compute_targets(loss, slices)
+    targets = loss.compute_targets(slices)
     transitions = loss.encode_transitions(slices[:, 0])
-    clean = loss(targets, transitions)
+    clean = loss.terms(targets, transitions)
     targets["value_target"][~targets["planned"]] = torch.nan
-    terms = loss(targets, transitions)
+    terms = loss.terms(targets, transitions)
     same(terms, clean)
     total(terms).backward()
     assert all(p.grad.isfinite().all() for p in loss.parameters())
     targets["planned"] = torch.zeros_like(targets["planned"])
-    assert loss(targets, transitions)["loss_value"] == 0
-    assert loss(targets, transitions)["loss_reward"] == clean["loss_reward"]
+    assert loss.terms(targets, transitions)["loss_value"] == 0
+    assert loss.terms(targets, transitions)["loss_reward"] == clean["loss_reward"]
 
 
 def test_targets_with_nan_at_masked_steps():
     loss = frozen(make_loss(k_steps=2))
     slices = make_slices(4, 2, [2, 1, 1, 2])
-    targets, transitions = compute_targets(loss, slices), loss.encode_transitions(slices[:, 0])
-    clean = loss(targets, transitions)
+    targets, transitions = loss.compute_targets(slices), loss.encode_transitions(slices[:, 0])
+    clean = loss.terms(targets, transitions)
     masked = ~targets[MASK].squeeze(-1)
     targets = targets.detach().clone()
     for key in ("latent", "context", "action", ("next", "reward"), "value_target"):
         targets[key][masked] = torch.nan
-    same(loss(targets, transitions), clean)
+    same(loss.terms(targets, transitions), clean)
 
 
 def test_a_slice_of_nothing_but_padding_counts_for_nothing():
@@ -413,7 +499,7 @@ def test_a_slice_of_nothing_but_padding_counts_for_nothing():
     assert all(x.isfinite() for x in terms.values())
     assert all(g.isfinite().all() for g in grads(loss, slices).values())
     as_seen = loss.encode_transitions(slices[torch.tensor([0, 2, 4]), 0])
-    seen, alone = frozen(loss)(slices), loss(compute_targets(loss, slices), as_seen)
+    seen, alone = frozen(loss)(slices), loss.terms(loss.compute_targets(slices), as_seen)
     for key in ("nll", "loss_standardizer"):
         torch.testing.assert_close(seen[key], alone[key])
 
@@ -434,20 +520,20 @@ def test_flags_stored_as_numbers_are_flags(dtype):
 def test_targets_of_a_wrong_shape_are_refused(key):
     """A relabelled reward ``[B, k]`` was broadcast to ``[B, B, k]``."""
     loss = make_loss()
-    targets = compute_targets(loss, make_slices(length=1))
+    targets = loss.compute_targets(make_slices(length=1))
     targets.set(key, targets[key].squeeze(-1))
     transitions = loss.encode_transitions(make_slices(length=1)[:, 0])
     with pytest.raises(ValueError, match=r"expected shape \[6, 1, 1\]"):
-        loss(targets, transitions)
+        loss.terms(targets, transitions)
 
 
 @pytest.mark.parametrize("key", ["action", ("next", "latent"), ("next", "terminated")])
 def test_transitions_without_an_entry_name_it(key):
     loss = make_loss()
-    targets = compute_targets(loss, make_slices(length=1))
+    targets = loss.compute_targets(make_slices(length=1))
     transitions = loss.encode_transitions(make_slices(length=1)[:, 0]).exclude(key)
     with pytest.raises(KeyError, match="it has"):
-        loss(targets, transitions)
+        loss.terms(targets, transitions)
 
 
 def test_without_planned_every_step_is():
@@ -461,7 +547,7 @@ def test_without_planned_every_step_is():
 def test_gamma_zero_is_the_reward_alone():
     loss = make_loss(gamma=0.0, k_steps=2, n_steps=3)
     slices = make_slices(length=4, lengths=[1, 2, 3, 4, 4, 4])
-    targets = compute_targets(loss, slices)
+    targets = loss.compute_targets(slices)
     expected = torch.where(slices[MASK], slices["next", "reward"], 0.0)[:, :2]
     torch.testing.assert_close(targets["value_target"], expected)
 
@@ -540,11 +626,11 @@ def test_encoder_learns_neither_from_value_nor_dynamics_in_the_total():
 @pytest.mark.parametrize("learn_encoder", [True, False])
 def test_targets_carry_gradient_if_the_encoder_learns(learn_encoder):
     loss, slices = make_loss(learn_encoder=learn_encoder), make_slices(length=1)
-    targets = compute_targets(loss, slices)
+    targets = loss.compute_targets(slices)
     assert targets["latent"].requires_grad is targets["context"].requires_grad is learn_encoder
     # and whatever they carry, an encoder that does not learn gets none of it
-    targets = compute_targets(make_loss(encoder=loss.encoder), slices)
-    total(loss(targets, loss.encode_transitions(slices[:, 0]))).backward()
+    targets = make_loss(encoder=loss.encoder).compute_targets(slices)
+    total(loss.terms(targets, loss.encode_transitions(slices[:, 0]))).backward()
     assert all((p.grad is not None) is learn_encoder for p in loss.encoder.parameters())
 
 
@@ -597,7 +683,7 @@ def test_options_out_of_range(options, text):
         make_loss(**options)
     if "reduction" not in options:
         with pytest.raises(ValueError, match=text):
-            compute_targets(make_loss(), make_slices(), **options)
+            make_loss().compute_targets(make_slices(), **options)
 
 
 @pytest.mark.parametrize("name", ["k_steps", "n_steps"])
@@ -652,12 +738,6 @@ def test_batches_that_are_no_slices(shape):
     slices = make_slices(18, 1).reshape(-1)[: math.prod(shape)].reshape(shape)
     with pytest.raises(ValueError, match=rf"slice_len=3 .*got batch size \[{shape[0]}"):
         loss(slices)
-
-
-def test_targets_need_transitions():
-    loss = make_loss()
-    with pytest.raises(ValueError, match="need transitions as second argument"):
-        loss(compute_targets(loss, make_slices(length=1)))
 
 
 @pytest.mark.parametrize(("key", "text"), [("observation", "observation.*3"), ("action", "action")])

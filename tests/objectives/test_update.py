@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 from tensordict import TensorDict
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.objectives import SoftUpdate
 
 from layeredrl_trl.modules import DeltaStandardizer
 from layeredrl_trl.objectives import ForeachSoftUpdate, RewardPredictorLoss, Update, total_loss
-from tests.oracles_predictors import adam_oracle, small_parts
+from tests.oracles_predictors import adam_oracle
+from tests.small_predictors import small_parts
 
 MASK = ("collector", "mask")
 
@@ -268,60 +268,6 @@ def test_terms_of_several_shapes_are_not_broadcast():
         total_loss({"loss_a": torch.rand(3, 1), "loss_b": torch.rand(3)})
 
 
-# --- property: the device decides as the host does
-
-
-def fused(wait):
-    torch.manual_seed(1)
-    _, loss = make()
-    optimizer = torch.optim.Adam(loss.parameters(), 1e-2, fused=True)
-    options = {"clip_grad_max_norm": 0.5, "warm_up": 2, "wait": wait}
-    warm = [*loss.encoder.parameters(), *loss.reward.parameters()]
-    return Update(
-        loss,
-        optimizer,
-        target_updater=ForeachSoftUpdate(loss, 0.1),
-        warm_up_params=warm,
-        **options,
-    )
-
-
-def test_steps_decided_on_the_device_are_those_of_the_host():
-    batches = [make_slices(), make_slices(), poisoned(), make_slices(), make_slices()]
-    results = []
-    for wait in (True, False):
-        update = fused(wait)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            infos = [update(batch.clone()) for batch in batches]
-            assert update.skipped == 1 and update.steps == 5
-        finite = [info["grad_norm"].isfinite().item() for info in infos]
-        assert finite == [True, True, False, True, True]
-        results.append(snapshot(update))
-    for key, expected in results[0].items():
-        torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_what_the_device_skipped_is_warned_of_when_it_is_read():
-    update = fused(wait=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        update(poisoned())
-        update(poisoned())
-    with pytest.warns(UserWarning, match="non-finite gradients"):
-        assert update.skipped == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert update.skipped == 2
-
-
-@pytest.mark.parametrize("sgd", [True, False])
-def test_a_plain_optimiser_cannot_leave_it_to_the_device(sgd):
-    update, loss = make(sgd=sgd)
-    with pytest.raises(ValueError, match="wait=False: expected an optimiser with fused=True"):
-        Update(loss, update.optimizer, wait=False)
-
-
 def test_a_buffer_that_the_loss_replaces_is_put_back():
     update, loss = make()
 
@@ -338,8 +284,7 @@ def test_a_buffer_that_the_loss_replaces_is_put_back():
     assert loss.seen == 1
 
 
-@pytest.mark.parametrize("wait", [True, False])
-def test_a_skipped_batch_had_ruined_the_statistics_of_the_value(wait):
+def test_a_skipped_batch_had_ruined_the_statistics_of_the_value():
     """They are kept with its parameters, beside the targets."""
 
     class Value(torch.nn.Module):
@@ -353,7 +298,7 @@ def test_a_skipped_batch_had_ruined_the_statistics_of_the_value(wait):
     dynamics, _, reward, encoder = small_parts(None)
     loss = RewardPredictorLoss(encoder, dynamics, reward, Value(), k_steps=2)
     optimizer = torch.optim.Adam(loss.parameters(), 1e-2, fused=True)
-    update = Update(loss, optimizer, target_updater=ForeachSoftUpdate(loss, 0.1), wait=wait)
+    update = Update(loss, optimizer, target_updater=ForeachSoftUpdate(loss, 0.1))
     update(make_slices())
     before = snapshot(update)
     with warnings.catch_warnings():
@@ -363,13 +308,6 @@ def test_a_skipped_batch_had_ruined_the_statistics_of_the_value(wait):
     assert not changed(before, snapshot(update))
 
 
-def test_momentum_cannot_be_left_to_the_device():
-    _, loss = make()
-    optimizer = torch.optim.SGD(loss.parameters(), 1e-2, momentum=0.9, fused=True)
-    with pytest.raises(ValueError, match="without momentum"):
-        Update(loss, optimizer, wait=False)
-
-
 def test_a_fused_optimiser_that_took_over_a_plain_state_can_clip():
     update, loss = make(clip_grad_max_norm=1e-3)
     fused = torch.optim.Adam(loss.parameters(), 1e-2, fused=True)
@@ -377,24 +315,6 @@ def test_a_fused_optimiser_that_took_over_a_plain_state_can_clip():
     update.optimizer = fused
     update(make_slices())
     assert update.steps == 1
-
-
-def test_nothing_is_read_from_the_device(monkeypatch):
-    """What the host reads, a GPU is waited for."""
-    update = fused(wait=False)
-    for _ in range(3):
-        update(make_slices())  # the warm-up is over, statistics have started
-    read = []
-
-    class Log(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._local_scalar_dense.default:
-                read.append(function)
-            return function(*args, **(kwargs or {}))
-
-    with Log():
-        update.target_updater.step(torch.tensor(True))
-    assert not read
 
 
 # --- gradients: who learns when

@@ -236,6 +236,7 @@ def test_one_step_plan_is_greedy_unless_it_knows_the_value(terminal_value, expec
         env,
         planning_horizon=1,
         num_candidates=64,
+        gamma=1.0,
         terminal_value=terminal_value,
         return_action="best",
     )
@@ -404,7 +405,7 @@ def test_truncation_bootstraps_from_the_state_it_happened_in():
 
 def test_dead_particles_may_have_any_value():
     value = TensorDictModule(lambda latent: 1 / latent, ["latent"], ["state_value"])
-    planner = make_planner(CliffEnv("soft"), terminal_value=value)
+    planner = make_planner(CliffEnv("soft"), gamma=1.0, terminal_value=value)
     state = {"latent": torch.zeros(2, 3, 1), "context": torch.zeros(1)}
     state["alive"] = torch.zeros(2, 3, 1)
     score = planner.candidate_return(TensorDict(state), torch.zeros(1, 4, 1))
@@ -630,7 +631,7 @@ def test_refuses_actions_that_are_no_vector():
 
 def test_refuses_a_terminal_value_without_keys():
     with pytest.raises(TypeError, match=r"must be a TensorDictModule.*got Linear"):
-        make_planner(lqr_env(), terminal_value=nn.Linear(2, 1))
+        make_planner(lqr_env(), gamma=1.0, terminal_value=nn.Linear(2, 1))
 
 
 @pytest.mark.parametrize(
@@ -644,7 +645,7 @@ def test_refuses_a_terminal_value_without_keys():
 def test_refuses_a_terminal_value_that_does_not_fit(in_keys, out_key, error, message):
     module = TensorDictModule(lambda *args: args[0], in_keys, [out_key])
     with pytest.raises(error, match=message):
-        make_planner(lqr_env(), terminal_value=module)
+        make_planner(lqr_env(), gamma=1.0, terminal_value=module)
 
 
 @pytest.mark.parametrize(
@@ -681,7 +682,7 @@ def test_candidate_return_refuses_other_shapes(shape):
 
 def test_a_copy_plans_alike_and_the_value_is_in_the_state_dict():
     value = TensorDictModule(nn.Linear(2, 1), ["latent"], ["state_value"])
-    planner = make_planner(lqr_env(), terminal_value=value)
+    planner = make_planner(lqr_env(), gamma=1.0, terminal_value=value)
     assert {key.rsplit(".", 1)[-1] for key in planner.state_dict()} == {"weight", "bias"}
     assert len(list(planner.parameters())) == 2
     other = copy.deepcopy(planner)
@@ -696,5 +697,5 @@ def test_a_copy_plans_alike_and_the_value_is_in_the_state_dict():
 
 def test_planning_leaves_no_gradient():
     value = TensorDictModule(nn.Linear(2, 1), ["latent"], ["state_value"])
-    out = make_planner(lqr_env(), terminal_value=value)(lqr_state(2))
+    out = make_planner(lqr_env(), gamma=1.0, terminal_value=value)(lqr_state(2))
     assert not any(x.requires_grad for x in out.values(True, True))

@@ -5,22 +5,33 @@ import copy
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical
 from torchrl.envs import RewardScaling, TransformedEnv
 
-from layeredrl_trl.envs import PredictorEnv
-from layeredrl_trl.modules import IdentityEncoder, ValueNet
-from tests.oracles import random_ensemble, random_reward
-from tests.planners.test_base import BATCH_SHAPES, every_planner, every_return_action, make_planner
+from layeredrl_trl.modules import ValueNet
+from layeredrl_trl.planners.base import SamplingPlanner
+from tests.planners.small_planners import (
+    BATCH_SHAPES,
+    every_planner,
+    every_return_action,
+    make_planner,
+    predictor_env,
+)
 from tests.replaying import replays  # noqa: F401
 
 on_a_stand_in = pytest.mark.usefixtures("replays")
 
 
-def predictor_env(name, **options):
-    spec = Categorical(3) if name == "categorical" else Bounded(-1, 1, (2,), dtype=torch.float32)
-    model = random_ensemble(3, 0, spec, n_models=3, n_modes=2)
-    return PredictorEnv(IdentityEncoder(3), model, random_reward(model), spec, **options)
+@pytest.fixture(autouse=True)
+def searches(monkeypatch):
+    """The planners that searched in Python, in order."""
+    search, seen = SamplingPlanner._search, []
+
+    def noted(planner, *args):
+        seen.append(planner)
+        return search(planner, *args)
+
+    monkeypatch.setattr(SamplingPlanner, "_search", noted)
+    return seen
 
 
 def both(name, env=None, **options):
@@ -29,10 +40,8 @@ def both(name, env=None, **options):
 
 
 def assert_same_plans(own, plain, batch=(4,), n=6, seed=0):
-    """Plan ``n`` times, each from the plan before; returns how often Python did."""
-    env, calls = plain.env, []
-    search = type(own)._search
-    own._recorded.function = lambda *args: calls.append(1) or search(own, *args)
+    """Plan ``n`` times, each from the plan before."""
+    env = plain.env
     start = TensorDict(observation=torch.randn(*batch, 3), batch_size=batch)
     start = getattr(env, "base_env", env).initial_state(start)
     carried = [start, start]
@@ -44,14 +53,20 @@ def assert_same_plans(own, plain, batch=(4,), n=6, seed=0):
         torch.testing.assert_close(
             carried[0].to_dict(), carried[1].to_dict(), rtol=1e-5, atol=1e-5, equal_nan=True
         )
-    return len(calls)
+
+
+def count(searches, planner):
+    """How often a planner searched since it was last asked."""
+    n = sum(one is planner for one in searches)
+    searches.clear()
+    return n
 
 
 @on_a_stand_in
 @every_planner
 @every_return_action
 @pytest.mark.parametrize("num_particles", [None, 1])
-def test_it_is_planning(name, return_action, num_particles):
+def test_it_is_planning(name, return_action, num_particles, searches):
     env = predictor_env(name, num_particles=num_particles, uncertainty=True)
     own, plain = both(
         name,
@@ -60,8 +75,10 @@ def test_it_is_planning(name, return_action, num_particles):
         disagreement=0.5,
         terminal_penalty=1.0,
         terminal_value=ValueNet(3, 0),
+        gamma=0.9,
     )
-    assert assert_same_plans(own, plain) == 4  # three to warm up, one to record
+    assert_same_plans(own, plain)
+    assert count(searches, own) == 4  # three to warm up, one to record
 
 
 @on_a_stand_in
@@ -90,52 +107,63 @@ def test_episodes_that_begin_start_cold(name):
 
 @on_a_stand_in
 @every_planner
-def test_sampled_terminations(name):
-    env = predictor_env(name, termination="sample")
-    assert assert_same_plans(*both(name, env)) == 4
+def test_sampled_terminations(name, searches):
+    own, plain = both(name, predictor_env(name, termination="sample"))
+    assert_same_plans(own, plain)
+    assert count(searches, own) == 4
 
 
 @on_a_stand_in
 @every_planner
 def test_in_an_env_with_transforms(name):
-    """Its steps go through TorchRL, which waits for the device: the plan is made without."""
-    env = TransformedEnv(predictor_env(name), RewardScaling(0.0, 2.0))
-    own, plain = make_planner(name, env), make_planner(name, env, cudagraphs=False)
-    assert assert_same_plans(own, plain, n=6) == 6
+    """Its steps go through TorchRL, which waits for the device."""
+    own, plain = both(name, TransformedEnv(predictor_env(name), RewardScaling(0.0, 2.0)))
+    start = TensorDict(observation=torch.randn(4, 3), batch_size=[4])
+    start = own.env.base_env.initial_state(start)
+    plain(start.clone())
+    for _ in range(3):
+        own(start.clone())
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        own(start.clone())
 
 
 @on_a_stand_in
-def test_what_is_learned_and_what_is_changed_is_planned_with():
+def test_what_is_learned_and_what_is_changed_is_planned_with(searches):
     own, plain = both("iCEM", predictor_env("iCEM", deterministic=None))
-    assert assert_same_plans(own, plain) == 4
+    assert_same_plans(own, plain)
+    assert count(searches, own) == 4
     with torch.no_grad():
         for p in own.env.world_model.parameters():
             p.mul_(0.5)
-    assert assert_same_plans(own, plain) == 0
+    assert_same_plans(own, plain)
+    assert count(searches, own) == 0
     for planner in (own, plain):
         planner.momentum = 0.9
-    assert assert_same_plans(own, plain) == 4
+    assert_same_plans(own, plain)
+    assert count(searches, own) == 4
     own.env.deterministic = True
-    assert assert_same_plans(own, plain) == 4
+    assert_same_plans(own, plain)
+    assert count(searches, own) == 4
 
 
 @on_a_stand_in
-def test_a_callback_sees_every_round():
+def test_a_callback_sees_every_round(searches):
     seen = []
-    (own, _) = both("CEM", callback=lambda td: seen.append(td["round"]))
+    own, _ = both("CEM", callback=lambda td: seen.append(td["round"]))
     env = own.env
     start = env.initial_state(TensorDict(observation=torch.randn(4, 3), batch_size=[4]))
     for _ in range(6):
         own(start.clone())
     assert seen == [0, 1, 2] * 6
+    assert count(searches, own) == 6
     own.callback = None
     for _ in range(6):
         own(start.clone())
-    assert own._recorded._recordings
+    assert count(searches, own) == 4
 
 
 @on_a_stand_in
-def test_copies_plan_on_their_own():
+def test_copies_plan_on_their_own(searches):
     own, plain = both("iCEM")
     assert_same_plans(own, plain)
     twin = copy.deepcopy(own)
@@ -143,20 +171,21 @@ def test_copies_plan_on_their_own():
         for p in own.env.world_model.parameters():
             p.mul_(0.5)
     other = copy.deepcopy(own)
-    assert twin.env is not own.env and not twin._recorded._recordings
+    assert twin.env is not own.env
     assert_same_plans(other, plain)
+    assert count(searches, other) == 4
 
 
 @every_planner
 @pytest.mark.gpu
-def test_cuda_graphs_plan(name):
+def test_cuda_graphs_plan(name, searches):
     """Anew in every call, the same for the same seed, and no worse than without."""
     env = predictor_env(name, deterministic=True).to("cuda")
     own, plain = (p.to("cuda") for p in both(name, env, num_candidates=256))
     start = TensorDict(observation=torch.randn(4, 3), batch_size=[4]).to("cuda")
     start = env.initial_state(start)
     returns = [own(start.clone())["plan_return"] for _ in range(8)]
-    assert own._recorded._recordings
+    assert count(searches, own) == 4
     assert len({x.sum().item() for x in returns}) == 8
     again = []
     for _ in range(2):

@@ -204,12 +204,32 @@ def test_refuses_weights_that_are_not_finite(name, value):
         CandidateReturn(predictor_env(), **{name: value})
 
 
+def test_a_terminal_value_needs_the_discount_that_it_was_learned_with():
+    """Of the loss it is 0.99; a default of 1 here was another one without a word."""
+    value = TensorDictModule(lambda x: x[..., :1], ["latent"], ["state_value"])
+    with pytest.raises(TypeError, match="terminal_value needs gamma, the discount"):
+        CandidateReturn(predictor_env(), terminal_value=value)
+    assert CandidateReturn(predictor_env(), gamma=0.9, terminal_value=value).gamma == 0.9
+
+
+def test_without_a_terminal_value_nothing_is_discounted_unless_asked_for():
+    env = predictor_env()
+    score = CandidateReturn(env)
+    assert score.gamma == 1.0
+    state, actions = starts(env, 4), torch.zeros(4, 3, 2)
+    torch.manual_seed(0)
+    returns = score(state, actions)
+    torch.manual_seed(0)
+    reward = env.imagine(state, actions)["next", "reward"]
+    torch.testing.assert_close(returns, reward.sum(1))
+
+
 def test_refuses_a_q_function():
     value = TensorDictModule(
         lambda latent, action: latent, ["latent", "action"], ["state_action_value"]
     )
     with pytest.raises(ValueError, match="must be a state value, but it reads"):
-        CandidateReturn(predictor_env(), terminal_value=value)
+        CandidateReturn(predictor_env(), gamma=0.9, terminal_value=value)
 
 
 @pytest.mark.parametrize("transformed", [False, True])
@@ -220,9 +240,9 @@ def test_refuses_a_value_of_what_only_the_first_particle_saw(transformed):
     if transformed:
         env, one = (TransformedEnv(e, RewardScaling(0.0, 1.0)) for e in (env, one))
     with pytest.raises(ValueError, match="of its first particle only"):
-        CandidateReturn(env, terminal_value=critic)
-    state = starts(one, 4)
-    assert CandidateReturn(one, terminal_value=critic)(state, torch.zeros(4, 2, 2)).shape == (4, 1)
+        CandidateReturn(env, gamma=0.9, terminal_value=critic)
+    state, score = starts(one, 4), CandidateReturn(one, gamma=0.9, terminal_value=critic)
+    assert score(state, torch.zeros(4, 2, 2)).shape == (4, 1)
 
 
 @pytest.mark.parametrize("transformed", [False, True])

@@ -100,8 +100,11 @@ def test_learning_rates_are_restored_but_for_plain_functions():
     saved = predictor_of(model_lr=schedule, delta_standardizer_lr=0.5, value_lr=lambda _: 0.1)
     loaded = predictor_of(model_lr=0.3, value_lr=0.2)
     loaded.load_state_dict(saved.state_dict())
-    assert loaded._rates["model"] == schedule
-    assert loaded._rates["delta_standardizer"] == 0.5 and loaded._rates["value"] == 0.2
+    rates = loaded.get_extra_state()["rates"]
+    assert rates["model"] == schedule.state_dict()
+    assert rates["delta_standardizer"] == 0.5 and rates["value"] == 0.2
+    _, info = loaded.learn(filled_buffer().buffer, 1, 8, 8, 50)
+    assert info["lr_model"] == schedule(50) and info["lr_delta_standardizer"] == 0.5
 
 
 def test_learning_rates_stay_where_learn_fails():
@@ -192,7 +195,7 @@ def test_a_state_of_another_architecture_changed_half_of_a_predictor(change, tex
     with pytest.raises(ValueError, match=rf"state_dict: .*{text}"):
         loaded.load_state_dict(saved.state_dict())
     assert moved_parts(loaded, before) == set()
-    assert loaded._rates["model"] == 0.5 and loaded.update.steps == 0
+    assert loaded.get_extra_state()["rates"]["model"] == 0.5 and loaded.update.steps == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])

@@ -1,19 +1,13 @@
-"""Learning in compiled code, and what happens where compiling fails."""
+"""Learning in compiled code, and what happens where none can be made."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from tests.predictors.test_reward_predictor import (
-    filled_buffer,
-    learn,
-    small_predictor,
-    snapshot,
-)
+from tests.oracles_predictors import filled_buffer
+from tests.small_predictors import learn, small_predictor, snapshot
 
 
 class NoCompiler:
@@ -45,21 +39,6 @@ def no_compiler(request, monkeypatch):
     return fake
 
 
-def test_what_cannot_be_compiled_is_learned_without(no_compiler):
-    """A batch for which compiling failed counts once, also where forward had gone through."""
-    toy = filled_buffer()
-    eager, other = (small_predictor(encoder_warm_up=0) for _ in range(2))
-    other.load_state_dict(eager.state_dict())
-    other.update.compute = other._compiled_losses()  # as on CUDA
-    learn(eager, toy, n_steps=5, seed=1)
-    with pytest.warns(UserWarning, match="cannot be compiled.*: no compiler here$"):
-        learn(other, toy, n_steps=5, seed=1)
-    torch.testing.assert_close(snapshot(other), snapshot(eager), rtol=0, atol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        learn(other, toy, n_steps=5, seed=1)
-
-
 def test_what_must_be_compiled_raises_and_changes_nothing(no_compiler):
     toy, predictor = filled_buffer(), small_predictor(compile=True)
     learn(predictor, toy, n_steps=2)
@@ -71,18 +50,7 @@ def test_what_must_be_compiled_raises_and_changes_nothing(no_compiler):
     assert predictor.update.steps == 2
 
 
-def test_compiling_is_reported_once(monkeypatch, caplog):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    predictor, eager, data = small_predictor(compile=True), small_predictor(), filled_buffer()
-    with caplog.at_level("INFO", logger="torchrl"):
-        learn(predictor, data, n_steps=2)
-        assert "compiled" not in caplog.text
-        for p in (predictor, eager):
-            learn(p, data, n_steps=5)
-    assert caplog.text.count("a learning step was compiled in") == 1
-
-
-def test_predictors_on_the_cpu_compile_nothing_unless_asked(no_compiler):
+def test_nothing_is_compiled_unless_it_is_asked_for(no_compiler):
     learn(small_predictor(), filled_buffer(), n_steps=4)
     assert no_compiler.functions == []
 

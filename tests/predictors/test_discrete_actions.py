@@ -48,9 +48,13 @@ def filled_buffer(spec, n=600, episode=20):
     return buffer
 
 
+def falls_at_700(env_steps):
+    return 1e-2 if env_steps < 700 else 1e-3
+
+
 def new_predictor(spec, q=False):
     hidden = {"hidden_sizes": (32,)}
-    rates = {key: 1e-2 for key in ("model_lr", "reward_lr", "value_lr")}
+    rates = {"model_lr": falls_at_700, "reward_lr": falls_at_700, "value_lr": 1e-2}
     return RewardPredictor(
         ProbabilisticEnsemble(2, 0, spec, n_models=2, **hidden),
         ValueNet(2, 0, action_dim=3 if q else None, **hidden),
@@ -67,9 +71,8 @@ def new_predictor(spec, q=False):
 
 def test_learns_what_each_action_does(spec):
     predictor, buffer = new_predictor(spec), filled_buffer(spec)
-    for lr in (1e-2, 1e-3):
-        predictor._rates |= {"model": lr, "reward": lr}
-        _, info = predictor.learn(buffer, 60, 32, 64, 600)
+    for env_steps in (600, 700):
+        _, info = predictor.learn(buffer, 60, 32, 64, env_steps)
     assert info["skipped"] == 0
     obs, index = torch.randn(30, 2), torch.arange(30) % 3
     action = as_actions(index, spec)

@@ -10,7 +10,8 @@ from layeredrl_trl.modules import (
     SymmetryBreakingStart,
 )
 from layeredrl_trl.predictors import RewardPredictor
-from tests.oracles_predictors import filled_buffer, small_predictor
+from tests.oracles_predictors import filled_buffer
+from tests.small_predictors import learn, small_predictor
 
 
 class CountingEncoder(IdentityEncoder):
@@ -29,10 +30,6 @@ def predictor_of(model, encoder=None, **options) -> RewardPredictor:
     encoder = encoder or IdentityEncoder(3)
     options = {"learn_encoder": False} | options
     return RewardPredictor(model, None, RewardNet(3, 0, 1), encoder, 3, 0, **options)
-
-
-def learn(predictor, buffer, env_steps=10, n_steps=1):
-    return predictor.learn(buffer, n_steps, 8, 8, env_steps)
 
 
 def test_learn_tells_the_model_how_far_training_is():
@@ -93,7 +90,7 @@ def test_bootstrap_lets_members_see_different_transitions():
     model = ProbabilisticEnsemble(3, 0, 1, n_models=2, bootstrap=True)
     predictor = predictor_of(model)
     batch = predictor.sample_model_batch(toy.buffer, 40)
-    weight = model.batch_weight(batch)
+    weight = model.joint_weight(batch.shape, index=batch["index"])
     assert weight.shape == (40, 2) and not torch.equal(weight[:, 0], weight[:, 1])
     batch["next", "latent"].requires_grad_()
     nll, bce = model.negative_log_likelihood(
@@ -112,9 +109,9 @@ def test_learning_calls_the_loss_and_the_weights_of_a_model():
     """What somebody hooks or overrides is asked in each step."""
 
     class Weightless(ProbabilisticEnsemble):
-        def batch_weight(self, batch):
-            asked.append(batch["index"].shape)
-            return torch.zeros(*batch.shape, 1)
+        def transition_weights(self, index):
+            asked.append(index.shape)
+            return torch.zeros(*index.shape, 1)
 
     asked, seen = [], []
     predictor = predictor_of(Weightless(3, 0, 1, n_models=2))

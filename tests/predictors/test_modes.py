@@ -5,7 +5,8 @@ import torch
 from torchrl.data import Bounded
 
 from layeredrl_trl.predictors.modes import in_mode
-from tests.oracles_predictors import filled_buffer, small_predictor
+from tests.oracles_predictors import filled_buffer
+from tests.small_predictors import small_predictor
 
 
 def counts(predictor) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from layeredrl_trl.modules import (
     as_reward_module,
 )
 from layeredrl_trl.predictors import Predictor
-from tests.oracles_predictors import LearnedEncoder, ToyQ, ToyValue, filled_buffer, small_parts
+from tests.oracles_predictors import ToyQ, ToyValue, filled_buffer
+from tests.small_predictors import LearnedEncoder, small_parts
 
 
 class FixedPredictor(Predictor):

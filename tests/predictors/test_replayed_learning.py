@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torchrl.objectives import SoftUpdate
 
+from layeredrl_trl.acceleration import graph_replay
 from layeredrl_trl.modules import (
     IdentityEncoder,
     LinearEncoder,
@@ -22,14 +22,13 @@ from layeredrl_trl.modules import (
     RewardNet,
     SymmetryBreakingStart,
     ValueNet,
-    recorded,
 )
-from layeredrl_trl.objectives import Update
+from layeredrl_trl.objectives import RewardPredictorLoss
 from layeredrl_trl.predictors import RewardPredictor
 from layeredrl_trl.schedules import LinearSchedule
-from tests.oracles_predictors import filled_buffer, small_predictor
-from tests.predictors.test_reward_predictor import learn, snapshot
+from tests.oracles_predictors import filled_buffer
 from tests.replaying import replays  # noqa: F401
+from tests.small_predictors import learn, small_predictor, snapshot
 
 N_CALLS = 3
 N_STEPS = 4
@@ -57,8 +56,24 @@ def replayed(make):
     return own, plain
 
 
-def recordings(predictor):
-    return len(predictor.update._recorded._recordings)
+@pytest.fixture
+def losses(monkeypatch):
+    """The losses that were computed in Python, one for each call."""
+    forward, seen = RewardPredictorLoss.forward, []
+
+    def noted(loss, *batches):
+        seen.append(loss)
+        return forward(loss, *batches)
+
+    monkeypatch.setattr(RewardPredictorLoss, "forward", noted)
+    return seen
+
+
+def count(losses, predictor):
+    """How often Python computed the loss of a predictor since it was last asked."""
+    n = sum(loss is predictor.loss_module for loss in losses)
+    losses.clear()
+    return n
 
 
 def assert_close(own, plain):
@@ -94,28 +109,25 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("data", [{}, {"planned": True}, {"capacity": 40}], ids=str)
-def test_it_is_learning(case, data):
+def test_it_is_learning(case, data, losses):
     own, plain = replayed(CASES[case])
     learn_both(own, plain, filled_buffer(**data))
-    assert recordings(own) >= 1
+    # Two steps that start statistics, three to warm up, one to record. Where the warm-up of the
+    # encoder ends, all begins anew, after a step in which the optimiser makes new moments.
+    ends = own.update.plain.warm_up
+    assert count(losses, own) == {5: 2 + 3 + 1 + 4, 10: 2 + 4 + 2}.get(ends, 2 + 4)
     assert own.update.steps == plain.update.steps == N_CALLS * N_STEPS
 
 
-def test_after_the_start_nothing_is_recorded_again(monkeypatch):
+def test_after_the_start_nothing_is_recorded_again(losses):
     own, _ = replayed(CASES["state value"])
-    data, calls = filled_buffer(), []
+    data = filled_buffer()
     learn(own, data, n_steps=8)
-    compute = own.loss_module.forward
-    monkeypatch.setattr(
-        type(own.loss_module), "forward", lambda *args: calls.append(1) or compute(*args[1:])
-    )
-    n = recordings(own)
+    assert count(losses, own) == 6
     for seed in range(3):
         learn(own, data, n_steps=5, seed=seed)
-    assert recordings(own) <= n + 1
-    calls.clear()
     learn(own, data, n_steps=50)
-    assert calls == []
+    assert count(losses, own) == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
@@ -130,24 +142,25 @@ def test_nothing_is_compiled_anew_while_it_is_recorded(case, monkeypatch):
         with torch.compiler.set_stance("fail_on_recompile"):
             return (lambda: None), work()
 
-    monkeypatch.setattr(recorded, "record", run)
+    monkeypatch.setattr(graph_replay, "record", run)
     torch.compiler.reset()
     predictor = CASES[case](compile=True, cudagraphs=True)
     assert learn(predictor, filled_buffer(), n_steps=12)[1]["skipped"] == 0
     assert with_graph == [1]
 
 
-def test_a_start_that_goes_on_is_recorded_once():
-    predictor = known_predictor(IdentityEncoder(3))
-    model = SymmetryBreakingStart(predictor.model, 100)
-    predictor = RewardPredictor(model, None, predictor.rew_func, predictor.encoder, 3, 0)
+def test_a_start_that_goes_on_is_recorded_once(losses):
+    model = SymmetryBreakingStart(ProbabilisticEnsemble(3, 0, 1, hidden_sizes=(8,)), 100)
+    reward = RewardNet(3, 0, 1, hidden_sizes=(8,))
+    predictor = RewardPredictor(
+        model, None, reward, IdentityEncoder(3), 3, 0, encoder_warm_up=0, cudagraphs=True
+    )
     for env_steps in range(0, 90, 10):
         learn(predictor, n_steps=4, env_steps=env_steps)
-    assert 1 <= recordings(predictor) <= 3
-    n = recordings(predictor)
+    assert count(losses, predictor) == 6
     for env_steps in range(90, 150, 10):
         learn(predictor, n_steps=4, env_steps=env_steps)
-    assert recordings(predictor) == n + 1  # once more for what comes after the start
+    assert count(losses, predictor) == 4  # once more for what comes after the start
 
 
 def test_what_does_not_learn_any_more_stays():
@@ -161,13 +174,6 @@ def test_what_does_not_learn_any_more_stays():
     after = snapshot(own)
     frozen = {key for key in before if key.startswith("model.net.")}
     assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
-
-
-def test_parts_of_the_library_are_recorded_unasked():
-    for encoder, expected in ((IdentityEncoder(3), True), (None, False)):
-        predictor = known_predictor(encoder) if encoder else small_predictor()
-        learn(predictor, n_steps=10)
-        assert any(predictor.update._recorded._recordings.values()) is expected
 
 
 def test_learning_rates_are_those_of_the_call():
@@ -224,16 +230,20 @@ def test_what_is_loaded_in_between_is_learned_on():
     learn_both(own, plain, data)
 
 
+def plain_update(predictor):
+    return getattr(predictor.update, "plain", predictor.update)
+
+
 def change_moments(predictor):
     predictor.update.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
 
 
 def change_bound(predictor):
-    predictor.update.clip_grad_max_norm = 0.05
+    plain_update(predictor).clip_grad_max_norm = 0.05
 
 
 def change_tau(predictor):
-    predictor.update.target_updater.eps = 0.5
+    plain_update(predictor).target_updater.eps = 0.5
 
 
 def change_weight(predictor):
@@ -293,35 +303,16 @@ def test_an_error_in_a_step_leaves_everything_as_it_was(monkeypatch):
     assert own.update.steps == 12
 
 
-@pytest.mark.parametrize("cudagraphs", [None, False])
-def test_rollouts_are_replayed_unless_that_is_not_wanted(cudagraphs):
-    predictor = known_predictor(IdentityEncoder(3), cudagraphs=cudagraphs)
-    with torch.no_grad():
-        for _ in range(6):
-            predictor.rollout(torch.randn(4, 3), torch.randn(4, 5, 1))
-    recorded = predictor._rollout_env(False, False)._recorded
-    assert bool(recorded._recordings) is (cudagraphs is None)
+def test_nothing_is_replayed_unless_it_is_asked_for(losses):
+    predictor = known_predictor(IdentityEncoder(3))
+    learn(predictor, n_steps=10)
+    assert count(losses, predictor) == 10
 
 
 def test_graphs_need_cuda(monkeypatch):
     monkeypatch.undo()
-    loss = small_predictor().loss_module
-    optimizer = torch.optim.Adam(loss.parameters(), fused=True)
-    with pytest.raises(ValueError, match=r"cudagraphs.*parameters on cpu"):
-        Update(loss, optimizer, cudagraphs=True)
-    with pytest.raises(ValueError, match=r"cudagraphs.*device cpu"):
+    with pytest.raises(ValueError, match=r"cudagraphs: they need CUDA, got .*cpu"):
         small_predictor(cudagraphs=True)
-
-
-def test_an_update_with_graphs_needs_an_optimiser_that_waits_for_nothing():
-    loss = small_predictor().loss_module
-    for optimizer, updater in (
-        (torch.optim.Adam(loss.parameters()), None),
-        (torch.optim.Adam(loss.parameters(), fused=True), SoftUpdate(loss, tau=0.1)),
-    ):
-        with pytest.raises(ValueError, match=r"cudagraphs: expected.*fused.*ForeachSoftUpdate"):
-            Update(loss, optimizer, target_updater=updater, cudagraphs=True)
-        Update(loss, optimizer, target_updater=updater, cudagraphs=None)
 
 
 class Strange(nn.Module):
@@ -331,12 +322,15 @@ class Strange(nn.Module):
         return latent[..., :1] * latent.sum().item()
 
 
-def test_what_cannot_be_recorded_is_learned_without():
-    predictor = small_predictor("state", encoder_warm_up=0)
+def test_what_cannot_be_recorded_raises_and_changes_nothing():
+    parts = small_predictor("state")
     predictor = RewardPredictor(
-        predictor.model, None, Strange(), predictor.encoder, 2, 1, cudagraphs=True
+        parts.model, None, Strange(), parts.encoder, 2, 1, encoder_warm_up=0, cudagraphs=True
     )
-    with pytest.raises(RuntimeError, match="cannot be recorded"):
-        learn(predictor, n_steps=10)
-    predictor.update._recorded.cudagraphs = None
-    assert learn(predictor, n_steps=10)[1]["skipped"] == 0
+    learn(predictor, n_steps=5)
+    before = snapshot(predictor)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot be recorded"):
+            learn(predictor, n_steps=2)
+    torch.testing.assert_close(snapshot(predictor), before, rtol=0, atol=0)
+    assert predictor.update.steps == 5

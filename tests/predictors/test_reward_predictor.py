@@ -20,17 +20,15 @@ from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, Reward
 from layeredrl_trl.predictors import RewardPredictor
 from tests.oracles_predictors import (
     SplitEncoder,
-    ToyBuffer,
     ToyQ,
     ToyValue,
     episodes,
     filled_buffer,
     read_csv,
     read_tensorboard,
-    small_parts,
-    small_predictor,
     target_oracle,
 )
+from tests.small_predictors import learn, small_parts, small_predictor, snapshot
 
 MASK = ("collector", "mask")
 PARTS = ("encoder", "model", "rew_func", "val_func", "standardizer")
@@ -44,19 +42,6 @@ def toy_predictor(value: nn.Module | None, **options) -> RewardPredictor:
     if value is not None:
         predictor.target_val_params.data.mul_(1.7)
     return predictor
-
-
-def learn(predictor, toy=None, n_steps=1, env_steps=100, seed=None, batch_size=8):
-    toy = filled_buffer() if toy is None else toy
-    buffer = toy.buffer if isinstance(toy, ToyBuffer) else toy
-    if seed is not None:
-        torch.manual_seed(seed)
-    return predictor.learn(buffer, n_steps, batch_size, batch_size, env_steps)
-
-
-def snapshot(predictor) -> dict[str, torch.Tensor]:
-    state = {k: x for k, x in predictor.state_dict().items() if isinstance(x, torch.Tensor)}
-    return {key: x.detach().clone() for key, x in state.items()}
 
 
 def moved(before: dict, predictor) -> set[str]:
@@ -87,6 +72,7 @@ def test_keys_and_shapes_of_targets(ndim, value, k, n):
         ("next", "reward"): (5, k, 1),
         ("next", "terminated"): (5, k, 1),
         "value_target": (5, k, 1),
+        "bootstrap_value": (5, k, 1),
         MASK: (5, k, 1),
         "planned": (5, k, 1),
         "index": (5, k) if ndim == 1 else (5, k, 2),
@@ -106,9 +92,12 @@ def test_keys_and_shapes_of_a_model_batch(ndim):
         "context": (5, 1),
         "action": (5, 1),
         ("next", "latent"): (5, 2),
+        ("next", "context"): (5, 1),
         ("next", "terminated"): (5, 1),
+        MASK: (5, 1),
         "index": (5,) if ndim == 1 else (5, 2),
     }
+    assert batch[MASK].dtype == torch.bool and batch[MASK].all()
     assert not any(x.requires_grad for x in batch.values(True, True))
 
 
@@ -134,7 +123,7 @@ def test_errors_are_squared_once_with_and_without_padding(reduction, all_count):
     mask = torch.ones(6, 2, 1, dtype=torch.bool)
     if not all_count:
         mask[2:, 1] = False
-    terms = loss(batch.set(MASK, mask), predictor.sample_model_batch(buffer, 7))
+    terms = loss.terms(batch.set(MASK, mask), predictor.sample_model_batch(buffer, 7))
     latent, context, action = batch["latent"], batch["context"], batch["action"]
     for key, weight, predicted, target in (
         ("reward", 2.0, predictor.rew_func(latent, context, action), batch["next", "reward"]),
@@ -150,6 +139,25 @@ def test_loss_of_slices_alone():
     slices = data.reshape(5, 3).set(MASK, torch.ones(5, 3, 1, dtype=torch.bool))
     total, _ = predictor.loss(slices)
     assert total.isfinite()
+
+
+@pytest.mark.parametrize("value", [None, "state", "q"])
+def test_loss_of_slices_and_a_model_batch_is_that_of_their_targets(value):
+    predictor, toy = small_predictor(value, n_steps=2).eval(), filled_buffer()
+    length = predictor.loss_module.slice_len
+    slices = toy.data.reshape(-1)[: 5 * length].reshape(5, length)
+    slices = slices.set(MASK, torch.ones(5, length, 1, dtype=torch.bool))
+    batch = predictor.sample_model_batch(toy.buffer, 7)
+    targets = predictor.loss_module.compute_targets(slices)
+    expected = predictor.loss(targets, batch)
+    torch.testing.assert_close(predictor.loss(slices, batch), expected, rtol=0, atol=0)
+
+
+def test_targets_need_a_model_batch():
+    predictor = small_predictor()
+    targets = predictor.compute_targets(filled_buffer().buffer, 4, 1, 1)
+    with pytest.raises(ValueError, match="need transitions as second argument"):
+        predictor.loss(targets)
 
 
 def test_info_of_learn():
@@ -216,6 +224,10 @@ def test_targets_are_those_of_a_walk_through_the_storage(
         for j in real:
             got, want = targets["value_target"][b, j].item(), path[j]["target"]
             assert abs(got - want) <= 1e-5 * max(1.0, abs(want), path[j]["size"])
+            bootstrap = targets["bootstrap_value"][b, j].item()
+            assert bootstrap == pytest.approx(path[j]["bootstrap"], rel=1e-5, abs=1e-6)
+        without = [j for j in range(k) if not path[j]["mask"]]
+        assert (targets["bootstrap_value"][b, without] == 0).all()
         stored = toy.data[torch.tensor(rows), lane]
         torch.testing.assert_close(targets["latent"][b], stored["observation"][:, :2])
         assert (targets["context"][b] == stored["observation"][0, 2:]).all()
@@ -293,6 +305,8 @@ def test_model_batches_are_stored_transitions_drawn_evenly():
     torch.testing.assert_close(batch["next", "latent"], expected["next", "observation"][:, :2])
     assert torch.equal(batch["next", "terminated"], expected["next", "terminated"])
     torch.testing.assert_close(batch["context"], expected["observation"][:, 2:])
+    torch.testing.assert_close(batch["next", "context"], expected["next", "observation"][:, 2:])
+    assert batch[MASK].all()
 
 
 def test_log_prob_is_that_of_the_whitened_change():
@@ -822,22 +836,45 @@ def test_positional_arguments_are_those_of_the_contract():
     }
 
 
-def test_info_is_the_mean_over_the_steps_that_were_taken():
+class GivenSteps:
+    """Stands in for an update: steps of the given ``nll`` and ``grad_norm``."""
+
+    def __init__(self, update, steps):
+        self.optimizer, self.skipped, self.coming = update.optimizer, 0, iter(steps)
+
+    def __call__(self, *batch):
+        nll, norm = next(self.coming)
+        self.skipped += not math.isfinite(norm)
+        return TensorDict({"nll": nll, "loss": nll, "grad_norm": norm})
+
+
+@pytest.mark.parametrize("norm", [torch.inf, torch.nan])
+@pytest.mark.parametrize("nll", [100.0, torch.inf, torch.nan])
+def test_info_is_the_mean_over_the_steps_that_were_taken(nll, norm):
     """A skipped batch may have terms that are finite."""
     predictor = small_predictor()
-
-    class Steps:
-        optimizer, skipped = predictor.update.optimizer, 0
-        coming = iter([(1.0, 1.0), (100.0, torch.inf), (3.0, 1.0)])
-
-        def __call__(self, *batch, **_):
-            nll, norm = next(self.coming)
-            self.skipped += norm == torch.inf
-            return TensorDict({"nll": nll, "loss": nll, "grad_norm": norm})
-
-    predictor.update = Steps()
+    predictor.update = GivenSteps(predictor.update, [(1.0, 1.0), (nll, norm), (3.0, 2.0)])
     loss, info = learn(predictor, n_steps=3)
     assert loss == 2.0 and info["nll"] == 2.0 and info["skipped"] == 1.0
+    assert info["grad_norm"] == 1.5
+
+
+def test_info_of_many_steps_is_their_mean():
+    predictor, steps = small_predictor(), torch.rand(150, 2).tolist()
+    for i in range(0, 150, 7):
+        steps[i][1] = torch.inf
+    taken = [nll for nll, norm in steps if norm != torch.inf]
+    predictor.update = GivenSteps(predictor.update, steps)
+    loss, info = learn(predictor, n_steps=150)
+    assert info["nll"] == pytest.approx(sum(taken) / len(taken), rel=1e-5)
+    assert loss.item() == pytest.approx(info["nll"], rel=1e-5)
+
+
+def test_of_steps_that_were_all_skipped_there_is_no_mean():
+    predictor = small_predictor()
+    predictor.update = GivenSteps(predictor.update, [(1.0, torch.inf)] * 2)
+    loss, info = learn(predictor, n_steps=2)
+    assert loss.isnan() and "nll" not in info and info["skipped"] == 2.0
 
 
 def test_bad_batches_are_skipped_counted_and_warned_of_once():
@@ -1052,7 +1089,9 @@ def linear_gaussian_buffer(n=2000, noise=0.1) -> TensorDictReplayBuffer:
 def test_learn_approaches_the_entropy_of_a_linear_gaussian_system():
     noise, dims = 0.1, 2
     buffer = linear_gaussian_buffer(noise=noise)
-    rates = {key: 1e-2 for key in ("model_lr", "reward_lr", "value_lr", "delta_standardizer_lr")}
+    falling = lambda env_steps: 1e-2 if env_steps < 200 else 1e-3  # noqa: E731
+    rates = {"model_lr": falling, "reward_lr": falling}
+    rates |= {"value_lr": 1e-2, "delta_standardizer_lr": 1e-2}
     predictor = RewardPredictor(
         ProbabilisticEnsemble(2, 0, 1, n_models=2, hidden_sizes=(32,)),
         ValueNet(2, 0, hidden_sizes=(16,)),
@@ -1065,10 +1104,8 @@ def test_learn_approaches_the_entropy_of_a_linear_gaussian_system():
     )
     _, first = learn(predictor, buffer, batch_size=128)
     learn(predictor, buffer, n_steps=250, batch_size=128)
-    for group in ("model_lr", "reward_lr"):
-        predictor._rates[group[:-3]] = 1e-3
-    learn(predictor, buffer, n_steps=100, batch_size=128)
-    _, last = learn(predictor, buffer, n_steps=50, batch_size=128)
+    learn(predictor, buffer, n_steps=100, batch_size=128, env_steps=200)
+    _, last = learn(predictor, buffer, n_steps=50, batch_size=128, env_steps=200)
     entropy = dims * (0.5 * math.log(2 * math.pi * math.e) + math.log(noise))
     assert first["nll"] > entropy + 1.0
     assert entropy - 0.1 < last["nll"] < entropy + 0.15

@@ -14,7 +14,8 @@ from layeredrl_trl.modules import (
     SymmetryBreakingStart,
 )
 from layeredrl_trl.predictors import Predictor, RewardPredictor, StaticPredictor
-from tests.oracles_predictors import filled_buffer, small_parts
+from tests.oracles_predictors import filled_buffer
+from tests.small_predictors import small_parts
 
 
 def make(value="state", model=None, **options) -> StaticPredictor:

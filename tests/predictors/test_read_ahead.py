@@ -4,9 +4,9 @@ import pytest
 import torch
 from torchrl.envs import Transform
 
-from layeredrl_trl.predictors import batches
-from tests.oracles_predictors import filled_buffer, small_predictor
-from tests.predictors.test_hooks import learn
+from layeredrl_trl.predictors import read_ahead
+from tests.oracles_predictors import filled_buffer
+from tests.small_predictors import learn, small_predictor
 
 
 class Counting(Transform):
@@ -25,13 +25,13 @@ class Counting(Transform):
 def test_every_step_gets_a_batch_of_its_own(value, monkeypatch):
     """Four steps read in one go, in two, or one by one: as many, all full, none twice."""
     for ahead in (10_000, 70, 1):
-        monkeypatch.setattr(batches, "READ_AHEAD", ahead)
+        monkeypatch.setattr(read_ahead, "READ_AHEAD", ahead)
         predictor, seen = small_predictor(value), []
         update = predictor.update
 
-        def spy(batch, model_batch, update=update, seen=seen, **_):
-            seen.append((batch.index.flatten().tolist(), model_batch.index.tolist()))
-            return update(batch, model_batch)
+        def spy(slices, transitions, update=update, seen=seen):
+            seen.append((slices.index.flatten().tolist(), transitions.index.tolist()))
+            return update(slices, transitions)
 
         spy.steps, spy.skipped, spy.optimizer = 0, 0, update.optimizer
         predictor.update = spy
@@ -55,20 +55,20 @@ def test_transforms_of_the_buffer_are_asked_anew_for_every_step():
 def test_a_step_is_aimed_at_the_target_network_of_the_step_before():
     """Targets of slices that were read together must not be of one and the same network."""
     torch.manual_seed(0)
-    predictor, seen = small_predictor("state", tau=1.0, value_lr=0.1), []
+    predictor, seen = small_predictor("state", tau=1.0, value_lr=0.1, encoder_warm_up=0), []
     loss, update = predictor.loss_module, predictor.update
 
-    def spy(slices, encode=loss.encode_slices):
-        out = encode(slices)
+    def spy(slices, transitions):
+        terms, returns = loss(slices, transitions), slices.returns
         with torch.no_grad():
-            latent, _ = predictor.encode(slices.observation_behind)
-            value = predictor.val_func(latent, out.context)
-        expected = slices.partial_return + slices.bootstraps * slices.discount * value
-        mask = out.valid
-        seen.append(torch.allclose(out.value_target[mask], expected[mask].float(), atol=1e-4))
-        return out
+            latent, context = predictor.encode(slices.observation)
+            behind, _ = predictor.encode(returns.observation)
+            tail = returns.bootstraps * returns.discount * predictor.val_func(behind, context)
+            error = (predictor.val_func(latent, context) - returns.total - tail).square()
+        seen.append(terms["loss_value"].item() == pytest.approx(error.mean().item(), rel=1e-4))
+        return terms
 
     update.target_updater.step()
-    loss.encode_slices = spy
+    update.compute = spy
     learn(predictor, filled_buffer().buffer, n_steps=6)
     assert seen == [True] * 6
