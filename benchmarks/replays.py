@@ -32,7 +32,7 @@ from benchmarks.workloads import (
     make_predictor,
     make_transitions,
 )
-from layeredrl_trl.acceleration import device_update, ensemble_rollout, graph_replay, pieces
+from layeredrl_trl.acceleration import cuda_graphs, device_update, ensemble_rollout, pieces
 from layeredrl_trl.planners import ICEMPlanner
 from layeredrl_trl.predictors import RewardPredictor
 from tests.replaying import Recorder
@@ -106,8 +106,8 @@ def main() -> None:
     buffer = make_buffer(make_transitions(3000))
     print("| work | kernels | compiled | host, us |\n|---|---|---|---|")
     with (
-        patch.object(graph_replay, "record", counter),
-        patch.object(graph_replay, "can_record", lambda _: True),
+        patch.object(cuda_graphs, "record", counter),
+        patch.object(cuda_graphs, "can_record", lambda _: True),
         patch.object(device_update, "can_record", lambda _: True),
         patch.object(pieces, "pays_in_pieces", lambda _: False),  # on a CPU only
     ):

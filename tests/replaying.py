@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layeredrl_trl.acceleration import device_update, graph_replay
+from layeredrl_trl.acceleration import cuda_graphs, device_update
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """In place of ``layeredrl_trl.acceleration.cuda_graph.record``."""
+    """In place of ``layeredrl_trl.acceleration.cuda_capture.record``."""
     recorder, random_state = Recorder(), torch.get_rng_state()
 
     def refuse(*_, **__):
@@ -133,9 +133,9 @@ def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], No
 @pytest.fixture
 def replays(monkeypatch):
     """Let the CPU be a device that work can be recorded on."""
-    for place in (graph_replay, device_update):
+    for place in (cuda_graphs, device_update):
         monkeypatch.setattr(place, "can_record", lambda device: True)
-    monkeypatch.setattr(graph_replay, "record", record)
+    monkeypatch.setattr(cuda_graphs, "record", record)
     # on a GPU it asks for no number
     monkeypatch.setattr(
         torch.nn.functional, "one_hot", lambda x, n: (x.unsqueeze(-1) == torch.arange(n)).long()

@@ -27,11 +27,11 @@ GPU yet.
 """
 
 from layeredrl_trl.acceleration.compiled import CompiledLoss, CompiledStep
-from layeredrl_trl.acceleration.cuda_graph import can_record
+from layeredrl_trl.acceleration.cuda_capture import can_record
+from layeredrl_trl.acceleration.cuda_graphs import GraphReplay
 from layeredrl_trl.acceleration.device_update import DeviceUpdate
 from layeredrl_trl.acceleration.ensemble_rollout import EnsembleRollout
 from layeredrl_trl.acceleration.fingerprint import fingerprint
-from layeredrl_trl.acceleration.graph_replay import GraphReplay
 from layeredrl_trl.acceleration.host_reads import check_values
 from layeredrl_trl.acceleration.member_groups import MemberGroups
 from layeredrl_trl.acceleration.pieces import in_pieces, run_layers

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
 from layeredrl_trl.acceleration.compiled import CompiledLoss
-from layeredrl_trl.acceleration.cuda_graph import can_record
-from layeredrl_trl.acceleration.graph_replay import GraphReplay
+from layeredrl_trl.acceleration.cuda_capture import can_record
+from layeredrl_trl.acceleration.cuda_graphs import GraphReplay
 
 _N_FIRST_STEPS = CompiledLoss.n_plain_calls
 """First steps, which start statistics by work that later ones do not do; they are not recorded."""

@@ -86,7 +86,20 @@ class EnsembleRollout:
         deterministic: bool = False,
         terminations: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what ``DynamicsModel.propagate`` returns, from the same arguments."""
+        """Move particles ``[N, E, P, D]`` (with ``member`` ``[N, 1, P, D]``) under actions.
+
+        Args:
+            latent: where they start.
+            context: ``[N, C]``.
+            actions: ``[N, H, A]``, or indices ``[N, H]``.
+            member: of all particles of an env, long ``[N, 1]``.
+            deterministic: move particles to the mean of their mixture instead of drawing.
+            terminations: whether to return the logits of terminations.
+
+        Returns:
+            latent states after each step ``[N, H, E, P, D]``, and the logits of the probabilities
+            that it terminates ``[N, H, E, P, 1]``, or ``None``.
+        """
         model, centre, width = self.model, self.centre, self.width
         model.check_particles(latent, context, member)
         n_envs, n_rows, n_particles, dim = latent.shape

@@ -184,8 +184,7 @@ class Imagination(nn.Module):
         """Ask the dynamics for a faster rollout than step by step, for several rollouts.
 
         Returns:
-            ``None`` where there is none, or where something else than its own member moves a
-            particle or ends it.
+            ``None`` if there is none, or unless ``"fixed_model"`` and ``"soft"``.
         """
         if self.propagation != "fixed_model" or self.termination != "soft":
             return None

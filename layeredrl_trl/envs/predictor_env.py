@@ -399,7 +399,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return ImaginedState(*state.values())
 
     def _named(self, state: ImaginedState) -> dict[NestedKey, Tensor]:
-        return dict(zip(self._state_keys, state, strict=False))
+        return {key: x for key, x in zip(self._state_keys, state, strict=False) if x is not None}
 
     def _read_others(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
         """Read those entries of a rollout that are there and are no part of the state."""

@@ -35,7 +35,6 @@ from layeredrl_trl.functional.returns import (
     add_bootstrap,
     discounted_window_sum,
     n_step_sums,
-    n_step_targets,
     n_step_window,
 )
 from layeredrl_trl.functional.scores import (
@@ -83,7 +82,6 @@ __all__ = [
     "mixture_noise",
     "mixture_noise_of_steps",
     "n_step_sums",
-    "n_step_targets",
     "n_step_window",
     "quantile_bin",
     "rank_correlation",

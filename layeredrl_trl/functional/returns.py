@@ -136,40 +136,8 @@ def n_step_sums(
     return total, torch.pow(base, window.steps)
 
 
-def n_step_targets(
-    reward: Tensor, window: NStepWindow, value: Tensor, *, gamma: float, n_steps: int
-) -> Tensor:
-    r"""Compute ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l V`` for the first ``k`` steps of slices.
-
-    ``l = window.steps``; the value ``V`` counts where ``window.bootstrap`` is True. Rewards and
-    values that do not count may hold anything, NaN included. Sums are taken in float64. Steps
-    without a target (``window.valid`` False) get 0.
-
-    Args:
-        reward: ``[..., T]``.
-        window: from :func:`n_step_window`, for the same ``n_steps``.
-        value: bootstrap value after each target's last reward, ``[..., k]``.
-        gamma: discount, in [0, 1].
-        n_steps: largest number of rewards in a target.
-
-    Returns:
-        ``[..., k]``, of the reward's dtype, or float32 if the reward is not floating point.
-
-    Example:
-        >>> mask, terminated = torch.tensor([[True, True, False]]), torch.zeros(1, 3).bool()
-        >>> window = n_step_window(terminated, mask, k_steps=2, n_steps=2)
-        >>> reward, value = torch.tensor([[1.0, 1.0, torch.nan]]), torch.tensor([[8.0, 8.0]])
-        >>> n_step_targets(reward, window, value, gamma=0.5, n_steps=2)
-        tensor([[3.5000, 5.0000]])
-    """
-    total, discount = n_step_sums(reward, window, gamma=gamma, n_steps=n_steps)
-    target = add_bootstrap(total, discount, torch.where(window.bootstrap, value, 0.0))
-    dtype = reward.dtype if reward.is_floating_point() else torch.float32
-    return torch.where(window.valid, target, 0.0).to(dtype)
-
-
 def add_bootstrap(total: Tensor, discount: Tensor, value: Tensor) -> Tensor:
-    r"""Compute ``total + discount * value``, the last step of :func:`n_step_targets`.
+    r"""Compute ``total + discount * value``, a target from the sums of :func:`n_step_sums`.
 
     Args:
         total: discounted sum of rewards, float64 ``[...]``.

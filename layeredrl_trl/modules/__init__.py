@@ -5,7 +5,7 @@ latent state and termination, reward and value are functions of the latent state
 named entries (:mod:`layeredrl_trl.keys`), so any of them can be replaced by one of your own.
 """
 
-from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
+from layeredrl_trl.modules.dynamics import DynamicsModel
 from layeredrl_trl.modules.encoders import Encoder, IdentityEncoder
 from layeredrl_trl.modules.ensemble import ProbabilisticEnsemble
 from layeredrl_trl.modules.heads import (
@@ -24,6 +24,7 @@ from layeredrl_trl.modules.linear_encoder import LinearEncoder
 from layeredrl_trl.modules.mlp import ConcatMLP, EnsembleMLP
 from layeredrl_trl.modules.mlp_encoder import MLPEncoder
 from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.parts import check_heads, check_kinds, check_parts
 from layeredrl_trl.modules.select_encoder import SelectEncoder
 from layeredrl_trl.modules.spaces import action_features, space_dim

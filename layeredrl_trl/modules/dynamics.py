@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -23,28 +22,7 @@ from layeredrl_trl.functional import (
     sample_gaussian_mixture,
     zero_where_not,
 )
-
-
-class ParticlePrediction(NamedTuple):
-    """What each particle's member predicts for it.
-
-    Attributes:
-        mean: of the next latent state, per mode, ``[..., E, P, M, D]``.
-        std: per mode, ``[..., E, P, M, D]``.
-        log_weights: of the modes, ``[..., E, P, M]``; ``logsumexp`` over ``M`` is 0.
-        term_logit: logit of the probability that the step terminates, ``[..., E, P, 1]``.
-    """
-
-    mean: Tensor
-    std: Tensor
-    log_weights: Tensor
-    term_logit: Tensor
-
-    def next_latent(self, deterministic: bool) -> Tensor:
-        """Draw the next latent states, or take the means of the mixtures; ``[..., E, P, D]``."""
-        if deterministic:
-            return gaussian_mixture_mean(self.mean, self.log_weights.exp())
-        return sample_gaussian_mixture(self.mean, self.std, self.log_weights)
+from layeredrl_trl.modules.particles import ParticlePrediction
 
 
 class DynamicsModel(TensorDictModuleBase, abc.ABC):

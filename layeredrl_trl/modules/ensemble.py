@@ -1,4 +1,8 @@
-"""The default dynamics model: an ensemble of probabilistic networks."""
+"""The default dynamics model: an ensemble of probabilistic networks.
+
+Next latent states are drawn from what it predicts by
+:meth:`~layeredrl_trl.modules.ParticlePrediction.next_latent`.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,10 @@ from layeredrl_trl.functional import (
     gaussian_mixture_log_prob,
     spread_modes,
 )
-from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
+from layeredrl_trl.modules.dynamics import DynamicsModel
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.spaces import action_features, is_continuous, space_dim
 from layeredrl_trl.modules.stacking import StackedNetworks
 
@@ -202,7 +207,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs = self._concatenate(latent, context, action).to(moments.mean.dtype)
         inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
         raw, term_logit = self._run(inputs.expand(self.n_models, -1, -1))
-        target = (self._target(latent, next_latent) - moments.mean) / scale
+        target = self._target(latent, next_latent).to(moments.mean.dtype)
+        target = (target - moments.mean) / scale
         target = target.reshape(-1, self.latent_state_dim)
         nll = scale.log().sum() - gaussian_mixture_log_prob(target, *self._gaussians(raw))
         happened = terminated.reshape(-1, 1).to(term_logit.dtype).expand_as(term_logit)
@@ -213,8 +219,7 @@ class ProbabilisticEnsemble(DynamicsModel):
     def fast_rollout(self, *, compile: bool = False) -> EnsembleRollout | None:
         """Return a faster rollout than step by step, if the networks are the default ones.
 
-        Forward hooks of the networks are not called by it. A subclass that predicts otherwise is
-        rolled out step by step.
+        Forward hooks of the networks are not called by it. Subclasses do not inherit it.
         """
         return None if self.termination_net is None else EnsembleRollout(self, compile=compile)
 
@@ -304,9 +309,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         With ``member`` ``[G]`` for ``[G, N, in]``, row ``g`` by that member.
         """
         out = self.net(inputs, member)
-        n_out = self.n_modes * (2 * self.latent_state_dim + 1)
         if self.termination_net is not None:
             return out, self.termination_net(inputs, member)
+        n_out = self.n_modes * (2 * self.latent_state_dim + 1)
         if out.shape[-1] != n_out + 1:
             raise ValueError(
                 f"network: expected networks of {n_out + 1} outputs, got {out.shape[-1]}."

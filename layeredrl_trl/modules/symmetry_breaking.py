@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from layeredrl_trl.acceleration import promised
-from layeredrl_trl.modules.dynamics import DynamicsModel, ParticlePrediction
+from layeredrl_trl.modules.dynamics import DynamicsModel
+from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.spaces import action_features
 
 

@@ -137,7 +137,7 @@ class Slices(NamedTuple):
     @property
     def first(self) -> Slices:
         """The first step of each slice, transitions ``[B]``."""
-        return Slices(*(None if x is None else x[:, 0] for x in self))
+        return Slices(*(None if x is None else x[:, 0] for x in self[:-1]))
 
     def split(self, n: int) -> Iterator[Slices]:
         """Cut ``[n * B, ...]`` into ``n`` batches ``[B, ...]``."""

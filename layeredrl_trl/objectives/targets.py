@@ -38,7 +38,8 @@ def n_step_returns(
     Raises:
         ValueError: if the slices are too short.
     """
-    mask = slices.mask.squeeze(-1)
+    mask = torch.ones_like(slices.terminated) if slices.mask is None else slices.mask
+    mask = mask.squeeze(-1)
     window = n_step_window(
         slices.terminated.squeeze(-1), mask, k_steps, n_steps, next_action=needs_action
     )
@@ -56,7 +57,7 @@ def n_step_returns(
         observation=observation,
         action=action,
     )
-    first = Slices(*(None if x is None else x[:, :k_steps] for x in slices))
+    first = Slices(*(None if x is None else x[:, :k_steps] for x in slices[:-1]))
     return first._replace(mask=valid.unsqueeze(-1), returns=returns)
 
 

@@ -18,8 +18,8 @@ from layeredrl_trl import keys
 from layeredrl_trl.acceleration import GraphReplay
 from layeredrl_trl.checks import check_counts
 from layeredrl_trl.functional import return_spread
-from layeredrl_trl.planners.plan_entries import PlanEntries
 from layeredrl_trl.planners.scoring import CandidateReturn, base_env
+from layeredrl_trl.planners.warm_start import PlanEntries
 
 ReturnAction = Literal["mean", "best", "sample"]
 

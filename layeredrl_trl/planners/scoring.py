@@ -36,8 +36,9 @@ class CandidateReturn(nn.Module):
     counts as ``-inf``.
 
     The environment is stepped open-loop by ``env.step`` and ``env.step_mdp`` or, where its class
-    has ``imagine(tensordict, actions)``, by that. It is never reset, and nothing is read back to
-    the host. An ``imagine`` of an environment under transforms is not used: it would skip them.
+    itself defines ``imagine(tensordict, actions)``, by that. It is never reset, and nothing is read
+    back to the host. An ``imagine`` of an environment under transforms is not used: it would skip
+    them.
 
     Args:
         env (EnvBase): the model; must accept any batch size (``batch_locked=False``).
@@ -181,8 +182,9 @@ class CandidateReturn(nn.Module):
         batch = actions.shape[: candidates.ndim]
         if candidates.batch_size != batch:
             candidates = candidates[..., : batch[-1]]
-        if callable(getattr(type(self.env), "imagine", None)):
-            return self.env.imagine(candidates, actions)
+        imagine = promised(self.env, "imagine")
+        if imagine is not None:
+            return imagine(candidates, actions)
         # Not env.rollout: it resets finished candidates, which draws random numbers and syncs.
         tensordict = candidates.copy()
         steps = []

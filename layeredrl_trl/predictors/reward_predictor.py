@@ -15,9 +15,9 @@ from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
-from layeredrl_trl.predictors.learning_rates import LearningRate, LearningRates
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.modes import in_training_mode
+from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
 from layeredrl_trl.predictors.part_updates import load_update_state, make_update, update_state
 from layeredrl_trl.predictors.predictor import Predictor
 from layeredrl_trl.predictors.read_ahead import ReadAhead

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from layeredrl_trl.acceleration import compiled, graph_replay
+from layeredrl_trl.acceleration import compiled, cuda_graphs
 from layeredrl_trl.modules import ProbabilisticEnsemble, SymmetryBreakingStart
 from tests.envs.imagined import (
     SplitEncoder,
@@ -215,7 +215,7 @@ def test_compiled_steps_are_recorded(propagation, graphs, monkeypatch):
     """They are compiled while warming up, and not again while they are recorded."""
     own, plain = both(cudagraphs=True, propagation=propagation)
     calls, made = count_rollouts(own), []
-    record = graph_replay.record
+    record = cuda_graphs.record
 
     def noted(*args):
         made.append(graphs())
@@ -224,7 +224,7 @@ def test_compiled_steps_are_recorded(propagation, graphs, monkeypatch):
         finally:
             made.append(graphs())
 
-    monkeypatch.setattr(graph_replay, "record", noted)
+    monkeypatch.setattr(cuda_graphs, "record", noted)
     assert_same_imagination(own, plain, [(4, 3), (6, 3)] * 6)
     assert len(calls) == 8
     assert made[0] == made[1] == made[2] == made[3] > 0

@@ -9,13 +9,20 @@ from layeredrl_trl.functional import (
     add_bootstrap,
     discounted_window_sum,
     n_step_sums,
-    n_step_targets,
     n_step_window,
 )
 from tests.oracles import n_step_target
 
 GAMMAS = [0.0, 0.3, 0.9, 0.99, 1.0]
 NAN = float("nan")
+
+
+def n_step_targets(reward, window, value, *, gamma, n_steps):
+    """Targets as the loss puts them together: sums, and the value where it counts."""
+    total, discount = n_step_sums(reward, window, gamma=gamma, n_steps=n_steps)
+    target = add_bootstrap(total, discount, torch.where(window.bootstrap, value, 0.0))
+    dtype = reward.dtype if reward.is_floating_point() else torch.float32
+    return torch.where(window.valid, target, 0.0).to(dtype)
 
 
 def episodes(lengths, seed=0):

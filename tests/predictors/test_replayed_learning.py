@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from layeredrl_trl.acceleration import graph_replay
+from layeredrl_trl.acceleration import cuda_graphs
 from layeredrl_trl.modules import (
     IdentityEncoder,
     LinearEncoder,
@@ -142,7 +142,7 @@ def test_nothing_is_compiled_anew_while_it_is_recorded(case, monkeypatch):
         with torch.compiler.set_stance("fail_on_recompile"):
             return (lambda: None), work()
 
-    monkeypatch.setattr(graph_replay, "record", run)
+    monkeypatch.setattr(cuda_graphs, "record", run)
     torch.compiler.reset()
     predictor = CASES[case](compile=True, cudagraphs=True)
     assert learn(predictor, filled_buffer(), n_steps=12)[1]["skipped"] == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from layeredrl_trl.predictors.learning_rates import LearningRates
+from layeredrl_trl.predictors.part_rates import LearningRates
 from layeredrl_trl.schedules import LinearSchedule
 
 

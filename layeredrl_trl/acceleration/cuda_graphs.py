@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchrl import logger as torchrl_logger
 
-from layeredrl_trl.acceleration.cuda_graph import can_record, on_side_stream, record
+from layeredrl_trl.acceleration.cuda_capture import can_record, on_side_stream, record
 from layeredrl_trl.acceleration.fingerprint import fingerprint
 from layeredrl_trl.acceleration.host_reads import without_reading
 
