@@ -109,7 +109,7 @@ def main() -> None:
         patch.object(cuda_graphs, "record", counter),
         patch.object(cuda_graphs, "can_record", lambda _: True),
         patch.object(device_update, "can_record", lambda _: True),
-        patch.object(pieces, "pays_in_pieces", lambda _: False),  # on a CPU only
+        patch.object(pieces, "should_split", lambda _: False),  # on a CPU only
     ):
         for name, workload in WORKLOADS.items():
             predictor = make_predictor(workload, cudagraphs=True)

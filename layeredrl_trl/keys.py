@@ -15,6 +15,9 @@ letter meaning
 ``A``  action dims (for one-hot actions, the number of actions)
 ``D``  latent state dims
 ``C``  context dims (may be 0)
+``N``  envs, rows or candidates
+``K``  a number whose meaning each docstring gives
+``W``  width of a plan's step; in formulas the whitening matrix
 ``...`` any leading batch shape
 ====== ==========================================================
 

@@ -1,29 +1,24 @@
-"""Everything that exists only to be fast, and changes no number but by rounding.
+"""Faster versions of the library's three loops, equal to the plain ones up to rounding.
 
-The floors above read as if this folder did not exist. Each of the three loops of the library asks
-for it at one place, its door:
+The code outside this folder reads as if it did not exist. Each loop uses it as follows:
 
-========== ==================================================== ====================================
-loop       door                                                 what is behind it
-========== ==================================================== ====================================
-learning   ``RewardPredictor`` makes its ``Update``             :class:`CompiledLoss`: the loss as
-                                                                generated code;
-                                                                :class:`DeviceUpdate`: the step as a
-                                                                CUDA graph
-imagining  ``Imagination.rollout`` asks the dynamics for a      :class:`EnsembleRollout`: many steps
-           ``fast_rollout``                                     with layers folded once;
-                                                                :class:`CompiledStep`
-planning   ``SamplingPlanner.forward``                          :class:`GraphReplay`: a whole plan
-                                                                as a CUDA graph
-========== ==================================================== ====================================
+========== ============================= ===========================================================
+loop       used in                       faster version
+========== ============================= ===========================================================
+learning   ``predictors.part_updates``   :class:`CompiledLoss`: the loss as generated code;
+                                         :class:`DeviceUpdate`: the step as a CUDA graph
+imagining  ``envs.imagination``          :class:`EnsembleRollout`: work shared by all steps is done
+                                         once; :class:`CompiledStep`: a step as generated code
+           ``envs.predictor_env``        :class:`GraphReplay`: a whole rollout as a CUDA graph
+planning   ``SamplingPlanner.forward``   :class:`GraphReplay`: a whole plan as a CUDA graph
+========== ============================= ===========================================================
 
-Beneath them: perceptrons in pieces that fit the cache (:func:`run_layers`, :func:`in_pieces`),
-particles sorted by member (:class:`MemberGroups`), and checks of values where these can be read for
-nothing (:func:`check_values`). A class promises a fast interface by defining it (:func:`promised`);
-nothing here looks whether a subclass overrode something else.
+They build on networks evaluated in pieces that fit the cache (:func:`run_layers`,
+:func:`in_pieces`), particles sorted by member (:class:`MemberGroups`), and checks of values that
+never wait for a GPU (:func:`check_values`). A class promises a fast interface by defining the
+method itself; subclasses do not inherit the promise (:func:`promised`).
 
-Compiled code and CUDA graphs are off unless they are asked for. Nothing of the latter has run on a
-GPU yet.
+Compiled code and CUDA graphs are off by default. CUDA graphs have not run on a GPU yet.
 """
 
 from layeredrl_trl.acceleration.compiled import CompiledLoss, CompiledStep

@@ -1,7 +1,7 @@
-"""Code that ``torch.compile`` makes of a step, of imagination or of learning.
+"""Steps of imagination and of learning in code from ``torch.compile``.
 
-A step is compiled, not a rollout: that takes seconds instead of half a minute, and one compilation
-serves all horizons.
+Compiling a single step instead of a rollout takes seconds instead of half a minute, and serves all
+horizons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchrl import logger as torchrl_logger
 T = TypeVar("T")
 
 _MOST_VARIANTS = 64
-"""Variants of one function in a process: torch's 8 are few for many kinds and sizes of models."""
+"""Compiled variants of one function; torch's default of 8 is too low for many model sizes."""
 
 _OPTIONS = {
     "recompile_limit": _MOST_VARIANTS,
@@ -27,18 +27,15 @@ _OPTIONS = {
 }
 
 _LEAST_SECONDS = 1.0
-"""A call that took longer was compiled."""
+"""A call that takes longer is taken to have compiled."""
 
 
 class CompiledStep(Generic[T]):
     """Call compiled code in place of a function that moves particles by one step.
 
-    Where a gradient is asked for, and inside of other compiled code, the function itself is called.
-    The code draws the random numbers that the function draws, from the same generator.
-
-    Args:
-        function: takes its arguments by position only. A function of a module, which pickling
-            finds by its name.
+    With gradients enabled and inside other compiled code, it calls the function itself. The
+    compiled code draws the same random numbers, from the same generator. The function takes
+    positional arguments only, and is defined in a module, so that it can be pickled.
     """
 
     def __init__(self, function: Callable[..., T]) -> None:
@@ -59,11 +56,7 @@ class CompiledStep(Generic[T]):
 class CompiledLoss(Generic[T]):
     """Call compiled code in place of a loss, from the third call on.
 
-    The first two calls are plain: running statistics and mixture modes start there, by work that
-    is never done again.
-
-    Args:
-        loss: takes batches, returns loss terms.
+    The first two calls are plain: they initialise running statistics and mixture modes.
     """
 
     n_plain_calls = 2
@@ -86,10 +79,7 @@ class CompiledLoss(Generic[T]):
 
 
 def _detached(x: Any) -> Any:
-    """Detach a tensor, or those of a named tuple.
-
-    Of a view, torch also looks at what it is a view of, and would compile anew for that.
-    """
+    """Detach tensors, alone or in a named tuple: another base of a view would recompile."""
     if isinstance(x, Tensor):
         return x.detach()
     return type(x)(*map(_detached, x)) if hasattr(x, "_fields") else x
@@ -97,12 +87,12 @@ def _detached(x: Any) -> Any:
 
 @cache
 def _compile(function: Callable[..., T]) -> Callable[..., T]:
-    """Compile a function once in a process; instances that share it share the code."""
+    """Compile a function once per process."""
     return torch.compile(function, options={"fallback_random": True})
 
 
 def _report(what: str, start: float, has_reported: bool) -> bool:
-    """Log once how long compiling took; returns whether that has been done."""
+    """Log once how long compiling took; return whether it has been logged."""
     seconds = time.perf_counter() - start
     if has_reported or seconds < _LEAST_SECONDS:
         return has_reported

@@ -1,4 +1,4 @@
-"""Recording work as a CUDA graph: the few calls of ``torch.cuda`` that it takes."""
+"""Record work as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def can_record(device: torch.device) -> bool:
 
 
 def on_side_stream(work: Callable[[], T], device: torch.device) -> T:
-    """Do ``work`` on the stream that it will be recorded on, as CUDA asks of a warm-up."""
+    """Do ``work`` on the stream of recordings, as CUDA requires for a warm-up."""
     if device.type != "cuda":
         return work()
     current, side = torch.cuda.current_stream(device), _side_stream(device)
@@ -32,22 +32,18 @@ def on_side_stream(work: Callable[[], T], device: torch.device) -> T:
 def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
     """Record ``work`` as a CUDA graph, without carrying it out.
 
-    Args:
-        work: what to record.
-        device: that it runs on.
-
     Returns:
-        a function that launches the graph, and what ``work`` returned: memory that the graph
-        writes.
+        a function that launches the graph, and the outputs of ``work``, in memory that each launch
+        overwrites.
 
     Raises:
-        RuntimeError: if it cannot be recorded, say because the host waits for a number.
+        RuntimeError: if ``work`` cannot be recorded, for example because it synchronises.
     """
     graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
     collects = gc.isenabled()
     gc.disable()  # freeing memory would become part of the recording
     try:
-        # torch leaves its own stream current when it fails; the outer context restores ours
+        # a failed capture leaves torch's own stream current; the outer context restores ours
         with (
             torch.cuda.device(device),
             torch.cuda.stream(side),
@@ -64,7 +60,7 @@ def record(work: Callable[[], T], device: torch.device) -> tuple[Callable[[], No
 
 
 def _recover(device: torch.device) -> None:
-    """Record an empty graph: some versions of torch draw no random numbers after a failed one."""
+    """Record an empty graph: after a failed one, some torch versions draw no random numbers."""
     side = _side_stream(device)
     with (
         suppress(RuntimeError),

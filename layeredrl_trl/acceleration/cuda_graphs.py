@@ -1,8 +1,8 @@
-"""Carrying the same work out again and again by replaying a CUDA graph of it.
+"""Replay CUDA graphs of work that is repeated many times.
 
 A GPU finishes the small kernels of a model faster than Python launches them; a graph launches all
-of them at once. A replay repeats what was done when it was recorded, on the memory that was there,
-and sees no change that Python made since: :func:`fingerprint` says when there was one.
+of them at once. A replay repeats the recorded kernels on the recorded memory and sees no later
+change in Python: :func:`fingerprint` detects such changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from layeredrl_trl.acceleration.host_reads import without_reading
 T = TypeVar("T")
 
 _MOST_KEPT = 16
-"""Recordings that are kept, each with memory of its own; the least recently used one goes first."""
+"""Number of recordings kept, each with its own memory; evicts the least recently used one."""
 
 _IS_RECORDING: ContextVar[bool] = ContextVar("_IS_RECORDING", default=False)
 
@@ -34,8 +34,8 @@ class Recording(NamedTuple):
     Attributes:
         inputs: memory that the graph reads its arguments from.
         replay: launches the graph.
-        outputs: memory that the graph writes its results to, in the shape that was returned.
-        objects: that the fingerprint knows by their address, held so that it stays theirs.
+        outputs: memory that the graph writes its results to, nested as the function returned it.
+        objects: kept alive because the fingerprint contains their addresses.
     """
 
     inputs: list[Tensor]
@@ -47,21 +47,20 @@ class Recording(NamedTuple):
 class GraphReplay(Generic[T]):
     """Call a function of tensors by replaying a CUDA graph of it.
 
-    The first calls with arguments of some shape are plain, to warm up; the next one is recorded,
-    and from then on replayed. The function is recorded anew for arguments of another shape, and
-    when the :func:`fingerprint` of its modules, or ``also``, has changed. Random numbers are drawn
-    anew in every replay, from the generator of the device. How long recording took is logged once.
+    The first calls are plain, to warm up; the next one is recorded, later ones are replayed. A new
+    shape of an argument, or a change of the :func:`fingerprint` of the modules or of ``also``,
+    starts over. Every replay draws new random numbers from the device's generator. The time of the
+    first recording is logged.
 
-    On a CPU, under autocast, and inside of another recording or compiled code the function is
-    called as it is. All calls must come from one thread.
+    On a CPU, under autocast, and inside another recording or compiled code, the function itself is
+    called. All calls must come from one thread.
 
     Args:
         function: takes and returns tensors, tuples and dictionaries of them, ``None`` and anything
-            hashable. It may write to tensors that outlive it; it must not read numbers from
-            tensors, nor change anything else. Of code that is not this library's nobody checks
-            that.
-        modules: that it uses.
-        also: returns whatever else the function depends on.
+            hashable. It may write to existing tensors; it must not read numbers from tensors or
+            change anything else (in user code this is not checked).
+        modules: modules that ``function`` uses.
+        also: returns everything else that ``function`` depends on.
         n_warm_up: plain calls before the recording, at least 1.
 
     Raises:
@@ -85,7 +84,7 @@ class GraphReplay(Generic[T]):
         self._n_calls: dict[Hashable, tuple[int, list[object]]] = {}
 
     def __call__(self, *arguments: Any) -> T:
-        """Return what ``function`` returns for its arguments, all tensors on one device."""
+        """Return ``function(*arguments)``; all tensors must be on one device."""
         tensors: list[Tensor] = []
         layout = _layout(arguments, tensors)
         if not tensors or _IS_RECORDING.get() or not _may_record(tensors[0]):
@@ -97,7 +96,7 @@ class GraphReplay(Generic[T]):
             n_calls, _ = self._n_calls.pop(key, (0, objects))
             _keep(self._n_calls, key, (n_calls + 1, objects))
             if n_calls < self.n_warm_up:
-                # of the strides of what is recorded, for which the function may be compiled now
+                # with the strides of the recording, for which the function may be compiled here
                 own = _rebuilt(arguments, (x.detach().contiguous() for x in tensors))
                 with without_reading():
                     return on_side_stream(lambda: self.function(*own), tensors[0].device)
@@ -126,19 +125,19 @@ class GraphReplay(Generic[T]):
         return Recording(inputs, replay, outputs, objects)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without recordings, which are bound to memory."""
+        """Leave recordings, which are bound to memory, out of copies and pickles."""
         return self.__dict__ | {"_recordings": {}, "_n_calls": {}}
 
 
 def _keep(things: dict[Hashable, T], key: Hashable, thing: T) -> None:
-    """Put a thing at the end of a dictionary; a full one loses its first."""
+    """Append an entry to a dictionary; if it is full, drop its first one."""
     if key not in things and len(things) >= _MOST_KEPT:
         del things[next(iter(things))]
     things[key] = thing
 
 
 def _torch_state() -> Hashable:
-    """Return the settings of torch that operations depend on."""
+    """Return the torch settings that operations depend on."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -149,7 +148,7 @@ def _torch_state() -> Hashable:
 
 
 def _may_record(x: Tensor) -> bool:
-    """Return False on a CPU, while others compile or record, and where autocast caches weights."""
+    """Return False on a CPU, under autocast, and during another compilation or recording."""
     if not can_record(x.device) or torch.compiler.is_compiling():
         return False
     if torch.is_autocast_enabled(x.device.type):
@@ -158,7 +157,7 @@ def _may_record(x: Tensor) -> bool:
 
 
 def _copy(inputs: list[Tensor], tensors: list[Tensor]) -> None:
-    """Copy arguments to where a recording reads them, by one call for each dtype."""
+    """Copy arguments into the memory of a recording, by one call for each dtype."""
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for own, x in zip(inputs, tensors, strict=True):
         there, given = by_dtype.setdefault(own.dtype, ([], []))
@@ -169,7 +168,7 @@ def _copy(inputs: list[Tensor], tensors: list[Tensor]) -> None:
 
 
 def _layout(arguments: Any, tensors: list[Tensor]) -> Hashable:
-    """Describe arguments up to the numbers in their tensors, which are collected in order."""
+    """Describe arguments except for the numbers in tensors; append the tensors to ``tensors``."""
     if isinstance(arguments, Tensor):
         tensors.append(arguments)
         return arguments.shape, arguments.dtype, arguments.device
@@ -181,7 +180,7 @@ def _layout(arguments: Any, tensors: list[Tensor]) -> Hashable:
 
 
 def _copied(outputs: T) -> T:
-    """Copy what a replay gave to where the next one does not overwrite it."""
+    """Copy the outputs of a replay, which the next one would overwrite."""
     tensors: list[Tensor] = []
     _layout(outputs, tensors)
     if len({(x.shape, x.dtype) for x in tensors}) == 1:
@@ -190,7 +189,7 @@ def _copied(outputs: T) -> T:
 
 
 def _rebuilt(arguments: Any, tensors: Iterator[Tensor]) -> Any:
-    """Put other tensors in the place of those in ``arguments``, in the order of :func:`_layout`."""
+    """Replace the tensors in ``arguments``, in the order of :func:`_layout`."""
     if isinstance(arguments, Tensor):
         return next(tensors)
     if isinstance(arguments, Mapping):

@@ -1,8 +1,7 @@
-"""The twin of ``Update`` on a GPU: a guarded step that the host never waits for.
+"""``Update`` on a GPU, without synchronising with the host.
 
-Whether a batch is skipped, and by how much gradients are clipped, is decided on the device, so the
-whole step can be replayed as a CUDA graph. It does what the plain step does, by the plain step's
-own loss, optimiser and options.
+The device decides whether to skip a batch and how much to clip gradients, so the whole step can be
+replayed as a CUDA graph. Loss, optimiser and options are those of the plain ``Update``.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from layeredrl_trl.acceleration.cuda_capture import can_record
 from layeredrl_trl.acceleration.cuda_graphs import GraphReplay
 
 _N_FIRST_STEPS = CompiledLoss.n_plain_calls
-"""First steps, which start statistics by work that later ones do not do; they are not recorded."""
+"""Number of first steps, which initialise statistics and are not recorded."""
 
 
 class DeviceUpdate:
     """Take the steps of an ``Update`` by replaying a CUDA graph, see :class:`GraphReplay`.
 
-    A skipped batch is warned of when :attr:`skipped` is next read, not at once.
+    The warning of a skipped batch comes when :attr:`skipped` is next read.
 
     Args:
-        update: the plain one, an ``objectives.Update``; it keeps the counters.
+        update: the plain ``objectives.Update``, which keeps the counters.
 
     Raises:
-        ValueError: if its parameters are not on CUDA, its optimiser is not fused or has momentum,
-            or its target updater is no ``SoftUpdate``.
+        ValueError: if parameters are not on CUDA, the optimiser is not fused or has momentum, or
+            the target updater is no ``SoftUpdate``.
     """
 
-    # any other attribute is the plain step's: to set it here would change nothing
-    __slots__ = ("_rates", "_rates_there", "_replay", "_skipped_on_device", "optimizer", "plain")
+    # options belong to the plain update; slots make setting one here an error
+    __slots__ = ("_last_rates", "_rates", "_replay", "_skipped_on_device", "optimizer", "plain")
 
     def __init__(self, update: Any) -> None:
         optimizer, updater = update.optimizer, update.target_updater
@@ -55,8 +54,8 @@ class DeviceUpdate:
         self.optimizer = optimizer
         self._skipped_on_device = torch.zeros((), dtype=torch.long, device=device)
         self._rates = torch.full((len(groups),), torch.nan, dtype=torch.float32, device=device)
-        self._rates_there: list[float] = []
-        self._replay = GraphReplay(self._step, [update.loss_module], also=self._circumstances)
+        self._last_rates: list[float] = []
+        self._replay = GraphReplay(self._step, [update.loss_module], also=self._graph_key)
 
     @property
     def steps(self) -> int:
@@ -69,7 +68,7 @@ class DeviceUpdate:
 
     @property
     def skipped(self) -> int:
-        """Steps skipped for non-finite gradients; reading it waits for the device."""
+        """Steps skipped for non-finite gradients; reading it synchronises with the device."""
         new = int(self._skipped_on_device)
         self._skipped_on_device.zero_()
         if new and not self.plain.skipped:
@@ -83,20 +82,20 @@ class DeviceUpdate:
         self.plain.skipped = number
 
     def __call__(self, *batches: Any) -> TensorDict:
-        """Take one step; takes (as tensors and tuples of them) and returns what ``Update`` does."""
+        """Take one step, like ``Update``; batches are tensors or tuples of tensors."""
         with self._rates_on_device():
             info = self._replay(*batches)
         self.plain.steps += 1
         return TensorDict(info, batch_size=[])
 
     def _step(self, *batches: Any) -> dict[str, Tensor]:
-        """Take a step without a word to the host."""
+        """Take a step without synchronising with the host."""
         step = self.plain.compute_gradients(*batches)
         is_finite = step.whole_norm.isfinite()
         scale, max_norm = None, self.plain.clip_grad_max_norm
         if max_norm is not None:
             scale = ((step.norm + 1e-6) / max_norm).clamp_min(1.0).float()
-        # the kernel of a fused optimiser divides and skips, as mixed precision needs it
+        # the kernel of a fused optimiser scales gradients and skips steps, for mixed precision
         self.optimizer.grad_scale, self.optimizer.found_inf = scale, 1.0 - is_finite.float()
         try:
             self.optimizer.step()
@@ -109,24 +108,24 @@ class DeviceUpdate:
 
     @torch.no_grad()
     def _move_targets(self, where: Tensor) -> None:
-        """Do what ``SoftUpdate.step`` does, where ``where`` is True."""
+        """Do the work of ``SoftUpdate.step`` if ``where`` is True."""
         updater = self.plain.target_updater
         if updater is None:
             return
         targets = list(updater._targets.values(True, True))
         change = torch._foreach_sub(list(updater._sources.values(True, True)), targets)
-        torch._foreach_mul_(change, (1 - updater.eps) * where)  # a tensor: no weight of lerp
+        torch._foreach_mul_(change, (1 - updater.eps) * where)  # lerp takes no tensor as weight
         torch._foreach_add_(targets, change)
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Let the optimiser read learning rates from memory, where a replay finds new ones."""
+        """Keep learning rates in device memory, so that replays see changes."""
         groups = self.optimizer.param_groups
         own = [(group, group["lr"], group.get("capturable", False)) for group in groups]
         rates = [float(rate) for _, rate, _ in own]
-        if rates != self._rates_there:
+        if rates != self._last_rates:
             self._rates.copy_(torch.tensor(rates))
-            self._rates_there = rates
+            self._last_rates = rates
         try:
             for group, rate in zip(groups, self._rates.unbind(), strict=True):
                 group["lr"], group["capturable"] = rate, True
@@ -135,8 +134,8 @@ class DeviceUpdate:
             for group, rate, capturable in own:
                 group["lr"], group["capturable"] = rate, capturable
 
-    def _circumstances(self) -> Hashable:
-        """Return all that a step depends on beside its batch and the modules."""
+    def _graph_key(self) -> Hashable:
+        """Return everything that a step depends on besides its batch and the modules."""
         in_memory = ("params", "lr", "capturable")
         options = [
             (name, str(x))
@@ -163,9 +162,9 @@ class DeviceUpdate:
 
 
 def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimiser's kernel scales gradients, and can leave everything as it is.
+    """Return whether the optimiser's kernel scales gradients and can skip a step.
 
-    With momentum it cannot in its first step: the buffer would be left as it was allocated.
+    With momentum, a skipped first step would leave the momentum buffer uninitialised.
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
         group.get("fused") and not group.get("momentum") for group in optimizer.param_groups

@@ -1,9 +1,9 @@
-"""Rolling a ``ProbabilisticEnsemble`` out under given actions, faster than step by step.
+"""Roll out a ``ProbabilisticEnsemble`` under given actions, faster than step by step.
 
-Whatever does not depend on the step is done once: particles stay sorted by member and in units of
-the networks' inputs from the first step to the last, scales are folded into the last layer, noise
-of all steps is drawn ahead, and terminations, which move no particle, are evaluated at the end. A
-step holds only what the next one waits for. It draws the random numbers that single steps draw.
+All work that does not depend on the step is done once: particles stay sorted by member and in units
+of the networks' inputs, output scales are multiplied into the last layer, the noise of all steps is
+drawn first, and terminations, which move no particle, are evaluated last. The random numbers are
+the same as step by step.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from layeredrl_trl.acceleration.compiled import CompiledStep
 from layeredrl_trl.acceleration.member_groups import MemberGroups
-from layeredrl_trl.acceleration.pieces import pays_in_pieces, run_layers
+from layeredrl_trl.acceleration.pieces import run_layers, should_split
 from layeredrl_trl.functional import gaussian_mixture_mean, mixture_noise_of_steps
 
 
 class FoldableEnsemble(Protocol):
-    """What :class:`EnsembleRollout` asks of an ensemble; see ``ProbabilisticEnsemble``."""
+    """The interface that :class:`EnsembleRollout` needs; see ``ProbabilisticEnsemble``."""
 
     n_models: int
     n_modes: int
@@ -42,19 +42,19 @@ class FoldableEnsemble(Protocol):
         ...
 
     def known_inputs(self, context: Tensor, action: Tensor, batch: torch.Size) -> Tensor:
-        """Return what the networks read beside the latent state, ``[*batch, K]``."""
+        """Return the networks' inputs besides the latent state, ``[*batch, K]``."""
         ...
 
 
 class EnsembleRollout:
-    """Roll particles out, each moved by the member it belongs to.
+    """Roll out particles, each moved by the member it belongs to.
 
-    What calls share is computed at construction: make one for several calls between which the model
+    Construction prepares the layers; use one instance for several calls between which the model
     does not change (the rounds of a plan). Forward hooks of the networks are not called.
 
     Args:
         model: the ensemble.
-        compile: take steps in compiled code where no gradient is asked for.
+        compile: run steps in compiled code when gradients are disabled.
     """
 
     def __init__(self, model: FoldableEnsemble, *, compile: bool = False) -> None:
@@ -69,7 +69,7 @@ class EnsembleRollout:
             shift = shift - self.centre[:dim]
         self.std_low, self.std_high = scale * low, scale * high
         *hidden, last = model.net.layers
-        (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._by_mode, last)
+        (mean, log_std, *logit), (bias, log_std_bias, *logit_bias) = map(self._split_outputs, last)
         bias = scale * (bias + model.mode_start[0]) + shift / unit
         log_std_bias = log_std_bias + model.mode_start[1] - model.log_std_bounds[1]
         weight = torch.cat([scale * mean, log_std, *logit], -1).flatten(-2)
@@ -89,7 +89,7 @@ class EnsembleRollout:
         """Move particles ``[N, E, P, D]`` (with ``member`` ``[N, 1, P, D]``) under actions.
 
         Args:
-            latent: where they start.
+            latent: initial latent states.
             context: ``[N, C]``.
             actions: ``[N, H, A]``, or indices ``[N, H]``.
             member: of all particles of an env, long ``[N, 1]``.
@@ -97,8 +97,8 @@ class EnsembleRollout:
             terminations: whether to return the logits of terminations.
 
         Returns:
-            latent states after each step ``[N, H, E, P, D]``, and the logits of the probabilities
-            that it terminates ``[N, H, E, P, 1]``, or ``None``.
+            latent states after each step ``[N, H, E, P, D]``, and termination logits
+            ``[N, H, E, P, 1]``, or ``None``.
         """
         model, centre, width = self.model, self.centre, self.width
         model.check_particles(latent, context, member)
@@ -125,17 +125,10 @@ class EnsembleRollout:
     def _move(
         self, latent: Tensor, known: Tensor, groups: MemberGroups, deterministic: bool
     ) -> tuple[Tensor, Tensor]:
-        """Move particles through ``H`` steps.
+        """Move particles ``[G, R, D]``, in units of the inputs, by ``known`` ``[H, G, R, K]``.
 
-        Args:
-            latent: in units of the inputs, ``[G, R, D]``, in groups of one member each.
-            known: context and actions as inputs, ``[H, G, R, K]``.
-            groups: their order; noise is drawn in that of the envs, as single steps draw it.
-            deterministic: move particles to the mean of their mixture instead of drawing.
-
-        Returns:
-            inputs of all steps ``[G, H * R, D + K]``, and the latent states after them
-            ``[G, R, H, D]``.
+        Returns the inputs of all steps ``[G, H * R, D + K]``, and the latent states after each step
+        ``[G, R, H, D]``.
         """
         model, horizon = self.model, len(known)
         layers, activation, step = self.layers, model.net.activation, _step
@@ -145,14 +138,14 @@ class EnsembleRollout:
             ]
         noise = [(None, None)] * horizon if deterministic else self._noise(latent, groups, horizon)
         first = torch.arange(latent.shape[:2].numel(), device=latent.device) * model.n_modes
-        if self.compile and not pays_in_pieces(latent):
+        if self.compile and not should_split(latent):
             step = _COMPILED_STEP
             latent = latent.clone(memory_format=torch.contiguous_format)  # laid out as later ones
         constant = first, layers, activation, self.std_low, self.std_high
         constant = *constant, model.n_modes, model.predict_delta
         before = known.unbind(0)
         inputs, after = [torch.cat([latent, before[0]], -1)], []
-        ahead = *before[1:], before[-1]  # the inputs behind the last step are not used
+        ahead = *before[1:], before[-1]  # the inputs after the last step are not used
         for following, own_noise in zip(ahead, noise, strict=True):
             latent, x = step(latent, inputs[-1], following, *own_noise, *constant)
             after.append(latent)
@@ -162,7 +155,7 @@ class EnsembleRollout:
     def _noise(
         self, latent: Tensor, groups: MemberGroups, horizon: int
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Draw Gumbel and normal noise of each step, and sort it as the particles are."""
+        """Draw each step's Gumbel and normal noise in the order of envs, and sort it by group."""
         n_rows = groups.n_models if groups.member is None else 1
         shape = (groups.n_envs, n_rows, groups.n_particles, self.model.n_modes)
         like = {"dtype": latent.dtype, "device": latent.device}
@@ -172,11 +165,8 @@ class EnsembleRollout:
         )
         return list(zip(gumbel, normal, strict=True))
 
-    def _by_mode(self, x: Tensor) -> list[Tensor]:
-        """Split outputs into means and log stds ``[..., M, D]``, and logits ``[..., M, 1]``.
-
-        A single mode has no logit.
-        """
+    def _split_outputs(self, x: Tensor) -> list[Tensor]:
+        """Split outputs: means, log stds ``[..., M, D]`` and, if M > 1, logits ``[..., M, 1]``."""
         gaussians, logits = self.model.split_output(x)
         mean, log_std = gaussians.unbind(-3)
         return [mean, log_std, logits.unsqueeze(-1)][: 3 if self.model.n_modes > 1 else 2]
@@ -198,19 +188,9 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """Return latent states after a step ``[G, R, D]``, and inputs of the next ``[G, R, D + K]``.
 
-    Args:
-        latent: before the step, ``[G, R, D]``.
-        inputs: of this step, ``[G, R, D + K]``.
-        ahead: context and action of the next step, ``[G, R, K]``.
-        gumbel: noise to draw a mode by, ``[G, R, M]``; ``None`` where there is but one.
-        normal: noise to draw from it by, ``[G, R, D]``; ``None`` for the mean of the mixture.
-        first: where the modes of each particle begin, ``[G * R]``.
-        layers: of each group.
-        activation: between them.
-        std_low: least standard deviation.
-        std_high: what is added to it at most.
-        n_modes: ``M``.
-        is_change: whether the networks predict the change of the latent state.
+    ``ahead`` ``[G, R, K]`` holds context and action of the next step. ``gumbel`` ``[G, R, M]``
+    (``None`` for a single mode) draws modes, ``normal`` ``[G, R, D]`` (``None`` for the mean of the
+    mixture) draws from them. ``first`` ``[G * R]`` is the index of each particle's first mode.
     """
     dim = latent.shape[-1]
     raw = run_layers(inputs, layers, activation)
@@ -233,8 +213,7 @@ def _mean_mode(modes: Tensor) -> Tensor:
 def _draw_mode(modes: Tensor, gumbel: Tensor, first: Tensor) -> Tensor:
     """Draw a mode of each of ``[E, R, M, 2 D + 1]`` by its weight; ``[E, R, 2 D + 1]``.
 
-    ``first`` says where the modes of each particle begin, ``[E * R]``: selecting rows is several
-    times faster than ``gather`` on a CPU.
+    Selecting rows, from ``first`` ``[E * R]`` on, is several times faster than ``gather`` on a CPU.
     """
     index = first + (modes[..., -1] + gumbel).argmax(-1).flatten()
     return modes.flatten(0, 2).index_select(0, index).unflatten(0, modes.shape[:2])

@@ -1,4 +1,4 @@
-"""What of a module can change between two replays of a CUDA graph, besides numbers in tensors."""
+"""Detect changes of a module, other than numbers in tensors, between replays of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ _PLAIN = {bool, int, float, str, type(None)}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
 
 _LONGEST = 16
-"""Most elements of a container that are looked at; of a longer one only its length is."""
+"""Maximum size of a container whose elements are described; of longer ones only the length is."""
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> tuple[Hashable, list[object]]:
-    """Describe everything about modules that a replay would not see change.
+    """Describe everything about modules whose change a replay would not see.
 
-    That is: the plain attributes (numbers, strings, flags) of each part, the identity of every
-    other attribute, the elements of short lists and dictionaries (hooks among them), the parts
-    themselves, and of parameters and buffers the address, shape and whether they learn. A change
-    inside of another object is missed. A module may list attributes that replays do not depend on
-    in a class attribute ``fingerprint_ignores``.
-
-    Args:
-        modules: described with all of their parts.
+    The description holds the plain attributes (numbers, strings, flags) of each submodule, the
+    identity of submodules and other attributes, the elements of short containers (hooks among
+    them), and the address, shape and ``requires_grad`` of parameters and buffers. It misses changes
+    inside other objects. The class attribute ``fingerprint_ignores`` of a module names plain
+    attributes to leave out.
 
     Returns:
-        the description, equal if nothing but numbers in tensors has changed; and the objects that
-        it knows by their address, which is theirs only as long as somebody holds them.
+        the description, equal if only numbers in tensors have changed; and the objects described by
+        their address, which the caller must keep alive for the address to stay theirs.
     """
     seen: list[Hashable] = []
     objects: list[object] = []
@@ -44,10 +41,10 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[Hashable, list[object]]:
         seen.append(id(part))
         objects.append(part)
         ignored = getattr(type(part), "fingerprint_ignores", ())
-        # TensorDictParams also cache what was last done with them
+        # TensorDictParams also cache their last operations
         attributes = {} if isinstance(part, TensorDictParams) else part.__dict__
         for name, x in attributes.items():
-            kind = type(x)  # faster than isinstance, and asked for often
+            kind = type(x)  # faster than isinstance, and runs often
             if kind in _PLAIN:
                 if name not in ignored:
                     seen.append(x)

@@ -1,7 +1,7 @@
-"""Reading numbers from tensors on the host, where that costs nothing.
+"""Read numbers from tensors on the host only where this is cheap: on a CPU, in eager code.
 
-A GPU would have to be waited for, code that is being compiled would break in two, and a CUDA graph
-would repeat for ever what was decided once. So values are read only on a CPU, in eager code.
+On a GPU the host would wait, compilation would break the graph, and a CUDA graph would always
+repeat the decision made at its recording.
 """
 
 from __future__ import annotations
@@ -17,21 +17,14 @@ _IS_FORBIDDEN: ContextVar[bool] = ContextVar("_IS_FORBIDDEN", default=False)
 
 
 def can_read(x: Tensor) -> bool:
-    """Return whether the host may read numbers from ``x`` without waiting for anything."""
+    """Return whether the host may read numbers from ``x``."""
     return not (x.is_cuda or torch.compiler.is_compiling() or _IS_FORBIDDEN.get())
 
 
 def check_values(is_right: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise an error where a condition on values does not hold, if it can be read for nothing.
+    """Raise ``error()`` if ``is_right``, bool of any shape, is False anywhere.
 
-    A check for the user's sake: on a GPU, in compiled code and in a CUDA graph it is left out.
-
-    Args:
-        is_right: bool, any shape.
-        error: makes the error.
-
-    Raises:
-        Exception: what ``error`` returns, if ``is_right`` is False anywhere.
+    The check is left out on a GPU, in compiled code and in a CUDA graph.
 
     Example:
         >>> check_values(torch.tensor([True]), lambda: ValueError("never seen"))
@@ -42,7 +35,7 @@ def check_values(is_right: Tensor, error: Callable[[], Exception]) -> None:
 
 @contextmanager
 def without_reading() -> Iterator[None]:
-    """Let no value be read inside, on a CPU either: what is done will be recorded."""
+    """Forbid reading values, also on a CPU, because the work will be recorded."""
     token = _IS_FORBIDDEN.set(True)
     try:
         yield

@@ -1,7 +1,4 @@
-"""Particles of many envs, sorted by the ensemble member that moves them.
-
-A member is a network of its own, and a product of matrices wants all of its rows side by side.
-"""
+"""Sort the particles of many envs by ensemble member, so that each is one matrix product."""
 
 from __future__ import annotations
 
@@ -11,21 +8,19 @@ from torch import Tensor
 from layeredrl_trl.acceleration.host_reads import can_read
 
 _LEAST_ROWS = 64
-"""Least rows of a block."""
+"""Minimum rows of a block."""
 
 _LEAST_SAVED_ROWS = 2**14
 """Rows that blocks must save over sending all envs through all members; computed, not measured."""
 
 
 class MemberGroups:
-    """Put the particles of ``N`` envs into groups that one member each moves, and back.
+    """Put the particles of ``N`` envs into groups of one member each, and back.
 
-    Where every env has a row of particles for each member, there is one group for each member.
-    Where all particles of an env belong to one member, groups are padded to the largest of them, so
-    that evenly spread envs cost what one network would. A GPU would have to be waited for to learn
-    that
-    size: there envs go into blocks of a fixed size, of one member each, whatever the shares of the
-    members are; or, where blocks would save little, through all members.
+    If every env has a row of particles for each member, there is one group for each member. If all
+    particles of an env belong to one member, groups are padded to the largest one, so evenly spread
+    envs cost no more than a single network. Reading this size from a GPU would synchronise: there
+    envs go into one-member blocks of a fixed size or, if blocks save little, through all members.
 
     Args:
         n_envs: ``N``.
@@ -35,8 +30,7 @@ class MemberGroups:
             row of particles for each member.
 
     Attributes:
-        group_member: long ``[G]``, the member that moves each group; ``None`` if these are the
-            members in order.
+        group_member: long ``[G]``, the member of each group; ``None`` for all members in order.
     """
 
     def __init__(
@@ -60,12 +54,12 @@ class MemberGroups:
             padding = most - counts
             before = padding.cumsum(0) - padding
             slot = torch.arange(n_envs) + before.index_select(0, ordered)
-            self._place(order, slot, n_models * most)
+            self._assign_slots(order, slot, n_models * most)
         elif (size := block_size(n_envs, n_particles, n_models)) is not None:
             self._form_blocks(member[:, 0], size)
 
     def _form_blocks(self, member: Tensor, size: int) -> None:
-        """Fill blocks of ``size`` envs, each with envs of one member; some are filled in part."""
+        """Fill blocks of ``size`` envs, each with envs of one member; some only partly."""
         self._n_groups = _most_blocks(self.n_envs, self.n_models, size)
         ordered, order = member.sort(stable=True)
         each = torch.arange(self.n_models, device=member.device)
@@ -78,9 +72,9 @@ class MemberGroups:
         group = torch.arange(self._n_groups, device=member.device)
         group = torch.searchsorted(last, group, right=True)
         self.group_member = group.clamp(max=self.n_models - 1)  # unused blocks
-        self._place(order, slot, self._n_groups * size)
+        self._assign_slots(order, slot, self._n_groups * size)
 
-    def _place(self, order: Tensor, slot: Tensor, n_slots: int) -> None:
+    def _assign_slots(self, order: Tensor, slot: Tensor, n_slots: int) -> None:
         self._slot = torch.empty_like(slot).index_copy_(0, order, slot)
         self._env = torch.zeros(n_slots, dtype=torch.long, device=slot.device)
         self._env.index_copy_(0, slot, order)  # padding repeats env 0
@@ -88,8 +82,7 @@ class MemberGroups:
     def gather(self, x: Tensor) -> Tensor:
         """Order ``[..., N, E, P, K]`` (with ``member`` ``[..., N, 1, P, K]``) by group.
 
-        Returns:
-            ``[..., G, R, K]``.
+        Returns ``[..., G, R, K]``, for ``G`` groups of ``R`` particles.
         """
         lead = x.shape[:-4]
         if self._slot is not None:
@@ -111,16 +104,10 @@ class MemberGroups:
 
 
 def block_size(n_envs: int, n_particles: int, n_models: int) -> int | None:
-    """Choose how many envs make a block, whatever the shares of the members are.
+    """Choose the number of envs in a block, for any distribution of envs over members.
 
-    Few enough that padding adds at most a quarter, and enough for a matrix product. ``None`` where
-    sending all envs through all members costs at most ``2**14`` more rows, which a GPU computes
-    sooner than it sorts.
-
-    Args:
-        n_envs: ``N``.
-        n_particles: ``P``, of an env.
-        n_models: ``E``.
+    Padding adds at most a quarter, or blocks have the minimum of 64 rows. ``None`` if blocks save
+    at most ``2**14`` rows: a GPU computes these faster than it sorts.
     """
     size = max(-(-n_envs // (4 * n_models)), -(-_LEAST_ROWS // n_particles))
     in_blocks = _most_blocks(n_envs, n_models, size) * size
@@ -129,5 +116,5 @@ def block_size(n_envs: int, n_particles: int, n_models: int) -> int | None:
 
 
 def _most_blocks(n_envs: int, n_models: int, size: int) -> int:
-    """Return a number of blocks that suffices for any shares of the members."""
+    """Return a number of blocks that is enough for any distribution of envs over members."""
     return (n_envs + min(n_envs, n_models) * (size - 1)) // size

@@ -1,7 +1,7 @@
-"""Perceptrons over many rows: in pieces whose hidden layers stay in the cache of a CPU.
+"""Evaluate perceptrons on a CPU in pieces of rows whose hidden layers fit the cache.
 
-Products of all rows at once are bound by memory there. Pieces make large rollouts more than twice
-as fast and change numbers by rounding only.
+Products of all rows at once are limited by memory bandwidth; pieces make large rollouts more than
+twice as fast, with the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _PIECE = 2048
 """Rows of a piece; measured for layers of 128 and 200."""
 
 
-def pays_in_pieces(rows: Tensor) -> bool:
-    """Return whether rows ``[..., N, in]`` are many, on a CPU, and no gradient is asked for."""
+def should_split(rows: Tensor) -> bool:
+    """Return whether there are many rows ``[..., N, in]``, on a CPU, without gradients."""
     if rows.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return rows.shape[-2] > _PIECE // 2
 
 
 def in_pieces(network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Map ``[N, in]`` to ``[N, out]`` by a network that treats each row on its own."""
-    if not pays_in_pieces(rows):
+    """Map ``[N, in]`` to ``[N, out]`` by a network that treats rows independently."""
+    if not should_split(rows):
         return network(rows)
     return torch.cat([network(piece) for piece in rows.split(_PIECE)])
 
@@ -36,15 +36,10 @@ def run_layers(
 ) -> Tensor:
     """Map ``[E, N, in]`` to ``[E, N, out]``, the rows of each member through its own layers.
 
-    Each layer computes ``x @ weight + bias``, with the activation between layers. Many rows go
-    member by member, in pieces.
-
-    Args:
-        x: ``[E, N, in]``.
-        layers: weights ``[E, in, out]`` and biases ``[E, 1, out]``.
-        activation: of the hidden layers.
+    Each layer, of weight ``[E, in, out]`` and bias ``[E, 1, out]``, computes ``x @ weight + bias``;
+    hidden layers also apply the activation.
     """
-    if not pays_in_pieces(x) or (len(x) == 1 and x.shape[1] <= _PIECE):
+    if not should_split(x) or (len(x) == 1 and x.shape[1] <= _PIECE):
         return _run(x, layers, activation, torch.baddbmm)
     pieces = []
     for e, rows in enumerate(x.unbind(0)):

@@ -1,4 +1,4 @@
-"""Fast interfaces that a class promises."""
+"""Find the fast interfaces that a class promises, that is, defines itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 def promised(owner: object, name: str) -> Callable[..., Any] | None:
     """Return a method that the class of ``owner`` itself defines, else ``None``.
 
-    A fast path computes what the plain methods of its class compute. A subclass may change these,
-    so it does not inherit the promise: it takes the plain path until it defines ``name`` too (say
-    by ``fast_rollout = ProbabilisticEnsemble.fast_rollout``).
-
-    Args:
-        owner: a model or an environment.
-        name: of the method, for example ``"fast_rollout"``.
+    By defining a fast method, a class promises that it agrees with the plain ones. A subclass may
+    override these, so it does not inherit the promise and takes the plain path until it defines
+    ``name`` too, for example by ``fast_rollout = ProbabilisticEnsemble.fast_rollout``.
 
     Example:
         >>> class Model:

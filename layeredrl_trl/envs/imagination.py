@@ -1,4 +1,4 @@
-"""One imagined step on tensors: reward, next latent state, and what is left alive."""
+"""Imagined steps on tensors: reward, next latent state, and probability of being alive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Propagation = Literal["fixed_model", "random_model", "expectation"]
 
 
 class ImaginedState(NamedTuple):
-    """What ``N`` imagined envs start a step from.
+    """State of ``N`` imagined envs before a step.
 
     Attributes:
         latent: ``[N, E, P, D]``; with ``member`` ``[N, 1, P, D]``.
@@ -40,7 +40,7 @@ class ImaginedState(NamedTuple):
     member: Tensor | None = None
 
     def first(self, n: int, batch: torch.Size) -> ImaginedState:
-        """Keep the first ``n`` of the last dim of ``batch``, of which ``N`` is the product."""
+        """Keep the first ``n`` along the last dim of ``batch``, a shape of ``N`` elements."""
         dim = len(batch) - 1
         kept = (
             None if x is None else x.unflatten(0, batch).narrow(dim, 0, n).flatten(0, dim)
@@ -58,10 +58,9 @@ class ImaginedStep(NamedTuple):
         term_prob: probability that this step terminates, ``[..., E, P, 1]``.
         terminated: bool ``[..., 1]``.
         member: of the next step, long ``[..., 1]``; ``None`` if each member has its own particles.
-        epistemic_var, aleatoric_var: ``[..., D]``; ``None`` if not asked for.
+        epistemic_var, aleatoric_var: ``[..., D]``; ``None`` if not computed.
         particle_reward: ``[..., E, P, 1]``.
-        reward: mean over particles of ``alive`` before the step times ``particle_reward``,
-            ``[..., 1]``.
+        reward: mean over particles of the prior ``alive`` times ``particle_reward``, ``[..., 1]``.
     """
 
     latent: Tensor
@@ -80,19 +79,18 @@ class Imagination(nn.Module):
 
     Args:
         dynamics: the model.
-        reward: reads what ``dynamics`` reads (``latent``, ``context``, ``action``, under its
+        reward: reads the entries of ``dynamics`` (``latent``, ``context``, ``action``, under its
             ``in_keys``), or also ``("next", "latent")``; ``None`` for a reward of 0.
-        termination: ``"soft"`` keeps every particle and lowers ``alive`` by the termination
-            probability; ``"sample"`` draws, so that ``alive`` is 0 or 1.
-        propagation: which member moves a particle. ``"fixed_model"`` (TS-inf): its own, for good.
-            ``"random_model"`` (TS-1): a new one each step; with a row of particles for each
-            member a random permutation of them, so that each member moves as many.
-            ``"expectation"``: all of them, to the mean of their means; particles coincide.
+        termination: ``"soft"`` keeps every particle and multiplies ``alive`` by the probability to
+            continue; ``"sample"`` draws terminations, so that ``alive`` is 0 or 1.
+        propagation: which member moves a particle. ``"fixed_model"`` (TS-inf): always its own.
+            ``"random_model"`` (TS-1): a new one each step; if each member has a row of particles,
+            a random permutation, so that each moves equally many. ``"expectation"``: all members,
+            to the mean of their means; particles coincide.
         uncertainty: also compute epistemic and aleatoric variance.
-        termination_fn: instead of what ``dynamics`` predicts; reads ``latent``, ``context``,
-            ``action`` and ``("next", "latent")`` (under its ``in_keys``) and returns the
-            probability that the step terminates, or bools, ``[..., 1]``.
-        compile: take the steps of a rollout in compiled code where no gradient is asked for.
+        termination_fn: replaces the predicted termination; reads the entries of ``reward`` and
+            returns the probability that the step terminates, or bools, ``[..., 1]``.
+        compile: run the steps of a rollout in compiled code when gradients are disabled.
 
     Raises:
         ValueError: for an unknown option.
@@ -155,10 +153,10 @@ class Imagination(nn.Module):
             state: of ``N`` envs.
             actions: ``[N, H, A]``, or indices ``[N, H]``.
             deterministic: as in :meth:`step`.
-            rollout: from :meth:`fast_rollout`, if it was asked for before.
+            rollout: result of :meth:`fast_rollout`; ``None`` to call it here.
 
         Returns:
-            An :class:`ImaginedStep` whose entries have a dim ``H`` behind ``N``.
+            An :class:`ImaginedStep` of entries ``[N, H, ...]``.
         """
         rollout = rollout or self.fast_rollout()
         if rollout is not None:
@@ -181,10 +179,9 @@ class Imagination(nn.Module):
         return after
 
     def fast_rollout(self) -> Rollout | None:
-        """Ask the dynamics for a faster rollout than step by step, for several rollouts.
+        """Return the model's fast rollout, usable several times.
 
-        Returns:
-            ``None`` if there is none, or unless ``"fixed_model"`` and ``"soft"``.
+        ``None`` if it has none, and for options other than ``"fixed_model"`` and ``"soft"``.
         """
         if self.propagation != "fixed_model" or self.termination != "soft":
             return None
@@ -194,7 +191,7 @@ class Imagination(nn.Module):
     def _move_by_own_member(
         self, state: ImaginedState, actions: Tensor, deterministic: bool, rollout: Rollout
     ) -> ImaginedStep:
-        """Everything of a rollout but rewards and variances, by the model's own fast rollout."""
+        """Compute all but rewards and variances by the model's fast rollout."""
         latents, term_logit = rollout(
             state.latent,
             state.context,
@@ -208,7 +205,7 @@ class Imagination(nn.Module):
             term_prob = term_logit.sigmoid()
         else:
             steps = _flat_steps(state, actions, latents)
-            term_prob = self._own_termination(*steps, latents.flatten(0, 1))
+            term_prob = self._given_termination(*steps, latents.flatten(0, 1))
             term_prob = term_prob.unflatten(0, (n, horizon))
         member = state.member
         return ImaginedStep(
@@ -230,7 +227,7 @@ class Imagination(nn.Module):
         after = ImaginedStep(
             *(None if x[0] is None else torch.stack(x, 1) for x in zip(*steps, strict=True))
         )
-        if self.termination_fn is not None:  # compiled steps do not look at values
+        if self.termination_fn is not None:  # compiled steps do not check values
             check_values(
                 ~after.term_prob.isnan(),
                 lambda: ValueError("termination_fn: expected probabilities or bools, got others."),
@@ -238,7 +235,7 @@ class Imagination(nn.Module):
         return after
 
     def _move(self, state: ImaginedState, action: Tensor, deterministic: bool) -> ImaginedStep:
-        """Everything of a step but its reward, which nothing that comes after depends on."""
+        """Compute everything of a step but its reward, on which no later step depends."""
         latent, context, alive, member = state
         moves, beliefs = self._predict(latent, context, action, member)
         if self.propagation == "expectation":
@@ -249,7 +246,7 @@ class Imagination(nn.Module):
             term_prob = moves.term_logit.sigmoid()
             next_latent = moves.next_latent(deterministic)
         if self.termination_fn is not None:
-            term_prob = self._own_termination(latent, context, action, next_latent)
+            term_prob = self._given_termination(latent, context, action, next_latent)
         if self.termination == "soft":
             next_alive = alive * (1 - term_prob)
             terminated = torch.zeros_like(term_prob[:, 0, 0], dtype=torch.bool)
@@ -276,7 +273,7 @@ class Imagination(nn.Module):
             return torch.zeros_like(latent[..., :1])
         return self._evaluate(self.reward, latent, context, action, next_latent)
 
-    def _own_termination(
+    def _given_termination(
         self, latent: Tensor, context: Tensor, action: Tensor, next_latent: Tensor
     ) -> Tensor:
         prob = self._evaluate(self.termination_fn, latent, context, action, next_latent)
@@ -310,7 +307,7 @@ class Imagination(nn.Module):
     def _predict(
         self, latent: Tensor, context: Tensor, action: Tensor, member: Tensor | None
     ) -> tuple[ParticlePrediction, ParticlePrediction]:
-        """Predict each particle with the member that moves it, and with a row for each member."""
+        """Predict particles by the member that moves each, and by all members (for variances)."""
         model = self.dynamics
         if member is not None:
             if not self.uncertainty and self.propagation != "expectation":
@@ -330,23 +327,14 @@ class Imagination(nn.Module):
 
 
 def _before(first: Tensor, after: Tensor) -> Tensor:
-    """Shift what is there after each step ``[N, H, ...]`` to what was there before it."""
+    """Turn states after each step ``[N, H, ...]`` into states before it."""
     return torch.cat([first.unsqueeze(1), after[:, :-1]], 1)
 
 
 def _flat_steps(
     state: ImaginedState, actions: Tensor, latents: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make a batch of ``N * H`` single steps of a rollout.
-
-    Args:
-        state: where the rollout starts.
-        actions: ``[N, H, ...]``.
-        latents: after each step, ``[N, H, ...]``.
-
-    Returns:
-        latent state before each step, context and action.
-    """
+    """Flatten a rollout to ``N * H`` steps; returns each one's prior latent, context and action."""
     horizon = actions.shape[1]
     return (
         _before(state.latent, latents).flatten(0, 1),
@@ -369,7 +357,7 @@ def _permute(x: Tensor, order: Tensor) -> Tensor:
 def _variances(beliefs: ParticlePrediction) -> tuple[Tensor, Tensor]:
     """Epistemic and aleatoric variance ``[N, D]`` of predictions for ``[N, E, P]`` particles.
 
-    A member's belief is the even mixture of the ``P * M`` components of its particles.
+    A member predicts the even mixture of the ``P * M`` components of its particles.
     """
     mean, std, log_weights, _ = beliefs
     mean, std = mean.flatten(2, 3), std.flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Where an imagined rollout starts: the real observation, encoded, for every particle."""
+"""The start of an imagined rollout: the encoded real observation, for every particle."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class InitialState(TensorDictModuleBase):
     Every particle starts at the encoded observation, alive.
 
     Args:
-        encoder: of the predictor.
-        state_spec: what an imagined state holds.
+        encoder: the predictor's encoder.
+        state_spec: entries of an imagined state.
         n_models: members to spread envs over, if an env's particles are all of one member.
 
     Reads:
@@ -30,8 +30,8 @@ class InitialState(TensorDictModuleBase):
 
     Writes:
         ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``, and
-        whatever else the env's ``observation_spec`` holds: ``member`` ``[..., 1]``, and zeros for
-        what only a step has (``particle_reward``, ``term_prob``, variances).
+        the other entries of ``state_spec``: ``member`` ``[..., 1]``, and zeros for entries that
+        only a step computes (``particle_reward``, ``term_prob``, variances).
     """
 
     def __init__(self, encoder: Encoder, state_spec: Composite, n_models: int) -> None:
@@ -63,7 +63,7 @@ class InitialState(TensorDictModuleBase):
         state = blank_state(self._others, batch, self.n_models, latent.device)
         latent_key, context_key = self.encoder.out_keys
         particles = latent[..., None, None, :].expand(*batch, *self._particles, -1)
-        state[latent_key] = particles.clone()  # a state may be written to, particle by particle
+        state[latent_key] = particles.clone()  # users may write to single particles
         state[context_key] = context
         return tensordict.update(state)
 
@@ -74,14 +74,7 @@ def blank_state(
     n_models: int,
     device: torch.device,
 ) -> dict[NestedKey, Tensor]:
-    """Make an imagined state of zeros in which every particle is alive.
-
-    Args:
-        entries: to make, of one env.
-        batch: of the state.
-        n_models: members to spread envs over, if there is an entry ``member``.
-        device: of the state.
-    """
+    """Make an imagined state of zeros in which every particle is alive; spread any members."""
     state = {
         key: torch.full((*batch, *shape), float(key == keys.ALIVE), dtype=dtype, device=device)
         for key, (shape, dtype) in entries.items()
@@ -92,11 +85,7 @@ def blank_state(
 
 
 def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Tensor:
-    """Deal the members out to envs, as evenly as can be, from a random first one on.
-
-    Returns:
-        long ``[*batch, 1]``.
-    """
+    """Spread members evenly over envs, from a random first one on; long ``[*batch, 1]``."""
     first = torch.randint(n_models, (), device=device)
     return ((torch.arange(batch.numel(), device=device) + first) % n_models).reshape(*batch, 1)
 
@@ -104,15 +93,9 @@ def spread_members(batch: torch.Size, n_models: int, device: torch.device) -> Te
 def draw_start(
     start: Tensor | Callable[[torch.Size], Tensor], batch: torch.Size, obs_shape: torch.Size
 ) -> Tensor:
-    """Draw observations to start from.
+    """Draw initial observations ``[*batch, *obs_shape]``.
 
-    Args:
-        start: observations ``[N, *obs_shape]``, or a function of a batch shape that returns them.
-        batch: how many.
-        obs_shape: of one observation.
-
-    Returns:
-        ``[*batch, *obs_shape]``.
+    ``start`` holds observations ``[N, *obs_shape]`` to draw from, or is a function of ``batch``.
 
     Raises:
         ValueError: if the function returns something else.

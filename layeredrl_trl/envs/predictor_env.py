@@ -49,48 +49,47 @@ class PredictorEnv(ModelBasedEnvBase):
     member's mixture, and multiplies ``alive`` by the probability that it did not terminate. The
     reward is the mean over particles of ``alive * particle_reward``.
 
-    It takes TensorDicts of any leading batch shape, on the device of the model. Observation, latent
-    state and context are called what ``encoder`` calls them, the action what ``dynamics`` does.
+    It takes TensorDicts of any leading batch shape, on the device of the model. Names of
+    observation, latent state and context are those of ``encoder``, of the action of ``dynamics``.
 
     A ``Collector`` runs it in batches under TorchRL's ``BatchSizeTransform(batch_size=[N])``. To
-    train a policy or critic that reads ``observation`` (Dyna, MBPO), make it with
-    ``num_particles=1, propagation="random_model", termination="sample"``: such a reader does not
-    know of ``alive``, by which ``"soft"`` weights the reward, and would bootstrap past the end.
+    train a policy or critic that reads ``observation`` (Dyna, MBPO), use
+    ``num_particles=1, propagation="random_model", termination="sample"``: with ``"soft"`` it would
+    bootstrap past the end, because it does not read ``alive``.
 
     Args:
         encoder: turns observations into latent states and contexts.
         dynamics: the model.
         reward: reads ``latent``, ``context``, ``action``, writes ``[..., 1]``; a plain
             ``f(latent, context, action)`` is wrapped; ``None`` for a reward of 0. A TensorDict
-            module of yours may also read ``("next", "latent")``. Every entry is for each particle:
-            ``latent`` ``[..., E, P, D]``, ``context`` ``[..., E, P, C]``, ``action``
-            ``[..., E, P, A]``; of a ``OneHot`` spec ``[..., E, P, n]``, of a ``Categorical`` one
-            the index ``[..., E, P]`` (of shape ``(1,)``: ``[..., E, P, 1]``).
+            module may also read ``("next", "latent")``. Entries are per particle: ``latent``
+            ``[..., E, P, D]``, ``context`` ``[..., E, P, C]``, ``action`` ``[..., E, P, A]``
+            (``OneHot`` spec: ``[..., E, P, n]``; ``Categorical``: indices ``[..., E, P]``, or
+            ``[..., E, P, 1]`` if the spec has shape ``(1,)``).
         action_spec: of one env, without batch dims.
-        num_particles: particles that an env carries. ``None``: ``E * P`` of the model. From ``E``
-            on, a multiple of ``E``: a row of particles for each member. Below ``E`` all particles
-            of an env are of one member, and envs are spread evenly over the members: the state is
-            ``[..., 1, num_particles, D]`` with a ``member`` entry, and a step costs no more with a
-            larger ensemble.
+        num_particles: particles of an env; ``None``: ``E * P`` of the model. A multiple of ``E``
+            gives each member a row of particles. Below ``E``, all particles of an env are of one
+            member, and envs are spread evenly over members: the state is
+            ``[..., 1, num_particles, D]`` with a ``member`` entry, and the cost of a step does not
+            grow with the ensemble.
         termination: ``"soft"`` never ends a rollout and weights rewards by ``alive``; ``"sample"``
             draws termination for each particle; an env is terminated when all its particles are.
         propagation: ``"fixed_model"`` (TS-inf), ``"random_model"`` (TS-1) or ``"expectation"``.
-        deterministic: move particles to the mean of their mixture. ``None``: as TorchRL's
-            ``set_exploration_type`` says.
+        deterministic: move particles to the mean of their mixture; ``None``: follow TorchRL's
+            ``set_exploration_type``.
         uncertainty: also give ``epistemic_var`` (variance over members of the member means) and
             ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``.
-        termination_fn: knows when an episode terminates, instead of what ``dynamics`` predicts: a
-            plain ``f(latent, context, action, next_latent)``, shaped as for ``reward``, or a
-            TensorDict module that reads some of these, ``("next", "latent")`` among them. Returns
-            the probability, or bools, ``[..., E, P, 1]``.
-        start: where a ``reset`` without observation starts: observations ``[N, O]`` to draw from,
-            or a function of a batch shape that returns them. ``None``: latent states drawn from a
+        termination_fn: replaces the predicted termination: a plain
+            ``f(latent, context, action, next_latent)``, shaped as for ``reward``, or a TensorDict
+            module that reads some of these (``("next", "latent")``). Returns the probability, or
+            bools, ``[..., E, P, 1]``.
+        start: start of a ``reset`` without observation: observations ``[N, O]`` to draw from, or a
+            function of a batch shape that returns them. ``None``: latent states drawn from a
             standard normal, and a zero context.
-        compile_imagine: let planners, and :meth:`imagine` under ``torch.no_grad``, take steps in
-            code from ``torch.compile``: the same numbers but for rounding. Compiling takes some
-            seconds at the first and second number of envs, whatever the horizon is, which TorchRL's
-            logger says once. On a CPU it gives little. (``compile`` of TorchRL's envs is for
-            :meth:`step`.)
+        compile_imagine: use code from ``torch.compile`` in planners, and in :meth:`imagine` under
+            ``torch.no_grad``; equal up to rounding. The first two numbers of envs each cost some
+            seconds of compilation, for any horizon, which is logged once. On a CPU it gains little.
+            (``compile`` of TorchRL's envs is for :meth:`step`.)
         cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay a CUDA graph, see
             :class:`~layeredrl_trl.acceleration.GraphReplay`. Not yet run on a GPU.
 
@@ -101,9 +100,9 @@ class PredictorEnv(ModelBasedEnvBase):
     Writes:
         Under ``"next"``: ``latent``, ``context``, ``alive``, ``particle_reward``
         ``[..., E, P, 1]``, ``term_prob`` ``[..., E, P, 1]``, ``reward`` ``[..., 1]``,
-        ``terminated``, ``truncated``, ``done`` ``[..., 1]``; where asked for ``epistemic_var`` and
-        ``aleatoric_var`` ``[..., D]``; where the encoder can decode, ``observation`` ``[..., O]``
-        of the first particle.
+        ``terminated``, ``truncated``, ``done`` ``[..., 1]``; with ``uncertainty``
+        ``epistemic_var`` and ``aleatoric_var`` ``[..., D]``; if the encoder can decode,
+        ``observation`` ``[..., O]`` of the first particle.
 
     Raises:
         TypeError: at construction, if a part, ``action_spec`` or ``start`` is of an unknown kind.
@@ -182,7 +181,7 @@ class PredictorEnv(ModelBasedEnvBase):
 
     @property
     def one_particle_keys(self) -> list[NestedKey]:
-        """Entries that tell of the first particle only, where an env carries several."""
+        """Entries that describe only the first particle, if an env carries several."""
         rows, particles, _ = self._observed[self.latent_key].shape
         several = rows * particles > 1
         return [unravel_key(self.initial_state.in_keys[0])] if self._decodes and several else []
@@ -194,19 +193,16 @@ class PredictorEnv(ModelBasedEnvBase):
         *,
         set_truncated: bool = False,
     ) -> TensorDictBase:
-        """Roll out given actions: as ``rollout``, without the machinery of a step.
+        """Roll out given actions, like ``rollout`` but faster.
 
-        A terminated env (``termination="sample"``) goes on to the end of the actions, with
-        ``alive`` and so its reward at 0.
-
-        To go into a replay buffer, rollouts need ``set_truncated``: without a mark on their last
-        steps, those that are stored one behind the other look like one.
+        A terminated env (``termination="sample"``) continues to the last action with ``alive``, and
+        so its reward, at 0.
 
         Args:
             tensordict: imagined state, batch ``[...]`` (see :attr:`initial_state`).
             actions: ``[..., H, A]``; indices ``[..., H]`` for a categorical spec.
-            set_truncated: raise ``truncated`` and ``done`` on the last step, terminated or not, as
-                ``rollout(set_truncated=True)`` does.
+            set_truncated: set ``truncated`` and ``done`` on the last step, as ``rollout`` does;
+                needed in a replay buffer, where consecutive rollouts would otherwise look like one.
 
         Returns:
             TorchRL's rollout layout, batch ``[..., H]``. ``("next", key)`` and ``key`` are views
@@ -226,7 +222,7 @@ class PredictorEnv(ModelBasedEnvBase):
         context = state.context.unsqueeze(1).expand(-1, actions.shape[1], -1)
         return as_rollout(
             self._entries(outcome, context),
-            self._named(state) | self._read_others(flat),
+            self._by_key(state) | self._read_others(flat),
             (self.imagined_action_key, actions),
             batch,
             device=self.device,
@@ -238,22 +234,21 @@ class PredictorEnv(ModelBasedEnvBase):
     ) -> Callable[[Tensor], dict[NestedKey, Tensor]]:
         """Prepare to imagine several rounds of actions, between which the model does not change.
 
-        A planner asks for it: the state is read and the layers of the model are folded once, and
-        no TensorDict is made in a round.
+        For planners: reading the state and preparing the layers happen once, and a round makes no
+        TensorDict.
 
         Args:
             tensordict: imagined state, batch ``[...]``.
-            names: what is asked for, ``("next", ...)``.
+            names: entries to return, ``("next", ...)``.
 
         Returns:
-            a function of actions ``[..., H, A]`` for the states, or for the first of the last batch
-            dim if there are fewer. It returns what :meth:`imagine` gives under those names, not to
-            be written to, without names that do not exist and flags that are never raised
-            (``termination="soft"``).
+            a function of actions ``[..., H, A]``; with fewer along the last batch dim, it uses the
+            first states. It returns those entries of :meth:`imagine`, not to be written to, without
+            unknown names and, for ``termination="soft"``, done flags.
 
         Raises:
             KeyError: if an entry of the state is missing.
-            ValueError: if a shape does not fit, of the state or, by the function, of the actions.
+            ValueError: if a shape of the state or, in the function, of the actions does not fit.
         """
         batch = tensordict.batch_size
         state = self._read_state(tensordict.reshape(-1))
@@ -286,11 +281,11 @@ class PredictorEnv(ModelBasedEnvBase):
 
         Args:
             tensordict: imagined state, batch ``[...]``.
-            n: copies.
+            n: number of copies.
 
         Returns:
-            Batch ``[..., n]``. Where all particles of an env are of one member, members are dealt
-            out anew, so that the copies of a state are spread evenly over them.
+            Batch ``[..., n]``. If all particles of an env are of one member, the copies are spread
+            evenly over members.
         """
         out = tensordict.unsqueeze(-1).expand(*tensordict.batch_size, n).clone()
         if keys.MEMBER in out.keys():
@@ -318,14 +313,13 @@ class PredictorEnv(ModelBasedEnvBase):
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: object) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
         observation_key = self.initial_state.in_keys[0]
-        # "_reset" marks the automatic reset after an episode's end: the TensorDict then holds the
-        # last state, which is not one to start from.
+        # "_reset" marks an automatic reset, where the TensorDict holds the episode's last state
         given = tensordict is not None and "_reset" not in tensordict.keys()
         if given and observation_key in tensordict.keys(True):
             return self._start_at(tensordict.get(observation_key), batch)
         if given and set(self._state_keys) <= set(tensordict.keys(True, True)):
             flat = tensordict.reshape(-1)
-            known = self._named(self._read_state(flat)) | self._read_others(flat)
+            known = self._by_key(self._read_state(flat)) | self._read_others(flat)
             state = {
                 key: known[key].to(dtype)
                 if key in known
@@ -355,11 +349,11 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.initial_state(out).select(*self._observed)
 
     def set_spec_lock_(self, mode: bool = True) -> PredictorEnv:
-        """Lock the specs, or allow changes to them; locked ones are read anew."""
+        """Lock or unlock the specs, and cache their entries."""
         super().set_spec_lock_(mode)
-        # to look an entry up in a spec takes as long as a small operation
+        # looking up an entry in a spec takes as long as a small operation
         self._observed: dict[NestedKey, Entry] = entries_of(self.observation_spec)
-        self._rooted: set[NestedKey] = {*self._observed, *self.full_done_spec.keys(True, True)}
+        self._root_keys: set[NestedKey] = {*self._observed, *self.full_done_spec.keys(True, True)}
         return self
 
     @property
@@ -398,12 +392,12 @@ class PredictorEnv(ModelBasedEnvBase):
                 )
         return ImaginedState(*state.values())
 
-    def _named(self, state: ImaginedState) -> dict[NestedKey, Tensor]:
+    def _by_key(self, state: ImaginedState) -> dict[NestedKey, Tensor]:
         return {key: x for key, x in zip(self._state_keys, state, strict=False) if x is not None}
 
     def _read_others(self, flat: TensorDictBase) -> dict[NestedKey, Tensor]:
-        """Read those entries of a rollout that are there and are no part of the state."""
-        found = {key: flat.get(key, None) for key in self._rooted if key not in self._state_keys}
+        """Read the existing entries of a rollout that are not part of the state."""
+        found = {key: flat.get(key, None) for key in self._root_keys if key not in self._state_keys}
         return {key: x for key, x in found.items() if x is not None}
 
     def _is_deterministic(self) -> bool:
@@ -412,7 +406,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.deterministic
 
     def _entries(self, outcome: ImaginedStep, context: Tensor) -> dict[NestedKey, Tensor]:
-        """Everything under ``"next"``, from the outcome of one or several steps."""
+        """Name all entries under ``"next"``, for one or several steps."""
         out = {
             self.latent_key: outcome.latent,
             self.context_key: context,

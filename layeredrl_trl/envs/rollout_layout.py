@@ -1,4 +1,4 @@
-"""Imagined steps as TorchRL lays a rollout out."""
+"""Arrange imagined steps in TorchRL's rollout layout."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def as_rollout(
     device: torch.device | None,
     set_truncated: bool,
 ) -> TensorDict:
-    """Lay steps out: what was there before each of them, the action, and under "next" what came.
+    """Arrange steps as a TensorDict: state and action, and under "next" the outcome.
 
     Args:
         following: entries after each step, ``[N, H, ...]``.
-        known: entries before the first step, ``[N, ...]``; 0 where there is none.
+        known: entries before the first step, ``[N, ...]``; missing ones are 0.
         actions: name and tensor ``[N, H, ...]``.
         batch: shape ``[...]`` of ``N`` elements.
-        device: of the TensorDict.
-        set_truncated: raise ``truncated`` and ``done`` on the last step.
+        device: device of the TensorDict.
+        set_truncated: set ``truncated`` and ``done`` on the last step.
 
     Returns:
         Batch ``[..., H]``. ``("next", key)`` and ``key`` are views of one tensor, one step apart.
@@ -39,7 +39,7 @@ def as_rollout(
     }
     after = dict(following) | {key: x[:, 1:] for key, x in both.items()}
     before = {key: x[:, :-1] for key, x in both.items()} | {action_key: action}
-    if set_truncated:  # the views before a step end one step earlier
+    if set_truncated:  # views of entries before steps do not contain the last one
         for key in (keys.TRUNCATED, keys.DONE):
             after[key][:, -1] = True
     options = {

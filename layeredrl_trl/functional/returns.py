@@ -1,8 +1,7 @@
 """N-step returns on rectangular, masked slices.
 
-A slice is a window of consecutive steps of one episode. Its mask is True on real steps
-and False on the padding after the episode's end, so ``mask.sum(-1)`` is the number of
-steps of the episode that the slice holds.
+A slice is a window of consecutive steps of one episode. Its mask is True on real steps and False on
+the padding after the episode's end.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from torch import Tensor
 
 
 class NStepWindow(NamedTuple):
-    """Where the n-step target of each of the first ``k`` steps of a slice ends.
+    """The end of the n-step target of each of the first ``k`` steps of a slice.
 
     Attributes:
-        steps: number of rewards that are summed, in ``0..n``, shape ``[..., k]``.
-        bootstrap: whether the target bootstraps with a value after its last reward, bool
-            ``[..., k]``.
-        valid: whether the step has a target at all, bool ``[..., k]``.
-        summable: which rewards of the slice may be summed, bool ``[..., T]``.
+        steps: number of summed rewards, in ``0..n``, ``[..., k]``.
+        bootstrap: whether a bootstrap value follows the last reward, bool ``[..., k]``.
+        valid: whether the step has a target, bool ``[..., k]``.
+        summable: whether a reward of the slice may be summed, bool ``[..., T]``.
     """
 
     steps: Tensor
@@ -33,7 +31,7 @@ class NStepWindow(NamedTuple):
 def n_step_window(
     terminated: Tensor, mask: Tensor, k_steps: int, n_steps: int, *, next_action: bool = False
 ) -> NStepWindow:
-    """Find where each n-step target ends: ``n`` steps later, or at the episode's end if earlier.
+    """Find the end of each n-step target: ``n`` steps later, or at the episode's end if earlier.
 
     A target that ends in a termination does not bootstrap. One that ends at a truncation or in an
     unfinished episode bootstraps with the value of the state after the last step. No action is
@@ -43,10 +41,10 @@ def n_step_window(
     Args:
         terminated: bool ``[..., T]``; read at the last real step of each slice.
         mask: bool ``[..., T]``, True on real steps, which come first.
-        k_steps: number of steps that get a target, from the first.
-        n_steps: largest number of rewards in a target. ``T`` must be at least
+        k_steps: number of first steps that get a target.
+        n_steps: maximum number of rewards in a target. ``T`` must be at least
             ``k_steps + n_steps - 1``, with ``next_action`` at least ``k_steps + n_steps``.
-        next_action: whether the bootstrap value is that of the next stored (state, action) pair.
+        next_action: bootstrap from the next stored (state, action) pair.
 
     Returns:
         An :class:`NStepWindow`. The bootstrap value of step ``j`` is that of the state after step
@@ -84,10 +82,9 @@ def n_step_window(
 def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
     r"""Sum the next ``n_steps`` rewards of every step: ``G_t = sum_{i<n} gamma^i r_{t+i}``.
 
-    Sums over 1, 2, 4, ... rewards are built from one another and combined by the binary digits of
-    ``n_steps``, in ``O(T log n)`` and without a loop over time. Differences of one discounted
-    cumulative sum would cost ``O(T)``, but they divide by ``gamma^t`` and so lose every digit for
-    small ``gamma``.
+    Combines sums over 1, 2, 4, ... rewards by the binary digits of ``n_steps``, in ``O(T log n)``.
+    Differences of a cumulative sum would cost ``O(T)``, but divide by ``gamma^t``, which loses all
+    precision for small ``gamma``.
 
     Args:
         reward: ``[..., T]``; rewards after the last step count as 0.
@@ -118,13 +115,11 @@ def n_step_sums(
 ) -> tuple[Tensor, Tensor]:
     r"""Compute the sum of rewards of each n-step target, and the discount of its bootstrap value.
 
-    Rewards that do not count may hold anything, NaN included.
-
     Args:
-        reward: ``[..., T]``.
+        reward: ``[..., T]``; may be NaN where it is not summable.
         window: from :func:`n_step_window`, for the same ``n_steps``.
         gamma: discount, in [0, 1].
-        n_steps: largest number of rewards in a target.
+        n_steps: maximum number of rewards in a target.
 
     Returns:
         ``sum_{i<l} gamma^i r_{j+i}`` and ``gamma^l`` with ``l = window.steps``, float64
@@ -137,15 +132,12 @@ def n_step_sums(
 
 
 def add_bootstrap(total: Tensor, discount: Tensor, value: Tensor) -> Tensor:
-    r"""Compute ``total + discount * value``, a target from the sums of :func:`n_step_sums`.
+    """Compute ``total + discount * value`` from sums of :func:`n_step_sums`; float64 ``[...]``.
 
     Args:
         total: discounted sum of rewards, float64 ``[...]``.
-        discount: of the value, float64 ``[...]``.
-        value: bootstrap value, 0 where none counts, ``[...]``.
-
-    Returns:
-        float64 ``[...]``.
+        discount: factor of the value, float64 ``[...]``.
+        value: bootstrap value, 0 where there is none, ``[...]``.
     """
     return torch.addcmul(total, discount, value.double())
 

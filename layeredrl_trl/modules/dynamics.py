@@ -1,4 +1,4 @@
-"""The interface of a dynamics model: a mixture per member, and the chance of termination."""
+"""The interface of a dynamics model: a mixture per member, and the termination probability."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     """Base class: predict the next latent state and whether the episode terminates.
 
     A model has ``E`` members (:attr:`n_models`), each a mixture of ``M`` (:attr:`n_modes`)
-    diagonal Gaussians over the next latent state and a termination probability. Its density is
-    that of the even mixture of its members.
+    diagonal Gaussians over the next latent state and a termination probability. The model's density
+    is the even mixture of its members.
 
-    A class may promise faster ways (:func:`~layeredrl_trl.acceleration.promised`) by methods of its
-    own, see :class:`~layeredrl_trl.modules.ProbabilisticEnsemble`: ``fast_rollout(compile=)``
-    returns a function that rolls particles out under given actions, and ``score_members`` scores
-    transitions by every member.
+    A class may define faster methods (:func:`~layeredrl_trl.acceleration.promised`):
+    ``fast_rollout(compile=)`` returns a function that rolls out particles under given actions, and
+    ``score_members`` scores transitions by every member; see
+    :class:`~layeredrl_trl.modules.ProbabilisticEnsemble`.
 
     As a ``TensorDictModule`` it predicts one step for a plain latent state: the mean of the even
     mixture, or under ``set_exploration_type(ExplorationType.RANDOM)`` a draw from it.
@@ -82,19 +82,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         action: Tensor,
         member: Tensor | None = None,
     ) -> ParticlePrediction:
-        """Predict one step of every particle with the member it belongs to.
-
-        The one method that a model has to bring; all others follow from it.
+        """Predict one step of every particle with its member; the only abstract method.
 
         Args:
-            latent: ``[..., E, P, D]``, row ``e`` belongs to member ``e``; with ``member`` given
+            latent: ``[..., E, P, D]``, row ``e`` for member ``e``; with ``member``
                 ``[..., 1, P, D]``.
             context: ``[..., C]``.
             action: ``[..., A]``, or indices ``[...]`` of discrete actions.
-            member: long ``[..., 1]``, the member that all particles of an env belong to.
-
-        Returns:
-            A :class:`ParticlePrediction`.
+            member: long ``[..., 1]``, the member of all particles of an env.
 
         Raises:
             ValueError: if a last dim or a leading shape does not fit.
@@ -132,10 +127,10 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         terminated: Tensor,
         weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Score real transitions, each member on its own, averaged over members.
+        """Score real transitions by every member, and average over members.
 
-        A weight counts once: ``mean_e weight_e nll_e``, not again for each member. The sum over
-        transitions of what is returned is to be divided by that of the weights' mean over members.
+        With weights this is ``mean_e weight_e nll_e``. To normalise, sum the results over
+        transitions and divide by the sum of the weights' means over members.
 
         Args:
             latent: ``[..., D]``.
@@ -160,20 +155,19 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         nll, bce = score(latent, context, action, next_latent, terminated)
         if weight is not None:
             nll, bce = weight * nll, weight * bce
-        if nll.shape[-1] == 1:  # of one member there is no mean
+        if nll.shape[-1] == 1:  # one member needs no mean
             return nll, bce
         return nll.mean(-1, keepdim=True), bce.mean(-1, keepdim=True)
 
     def transition_weights(self, index: Tensor) -> Tensor | None:
-        """Weigh stored transitions for every member; ``None``, all alike, by default.
+        """Weigh stored transitions for every member; by default ``None``, which weighs all alike.
 
         Args:
-            index: storage positions, integers ``[...]``; of a storage of several dims as one
-                number each, see :func:`~layeredrl_trl.functional.fold_index`.
+            index: storage positions, integers ``[...]``; for a storage of several dims from
+                :func:`~layeredrl_trl.functional.fold_index`.
 
         Returns:
-            ``[..., E]``, at least 0, a ``weight`` for :meth:`negative_log_likelihood`; or
-            ``None``.
+            ``[..., E]``, at least 0, a ``weight`` for :meth:`negative_log_likelihood`; or ``None``.
         """
         return None
 
@@ -182,7 +176,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         return torch.zeros(())
 
     def advance(self, n_total_env_steps: int, whitening: Tensor | None = None) -> None:
-        """Take note of how far training is; nothing by default.
+        """Receive the progress of training; does nothing by default.
 
         Args:
             n_total_env_steps: steps taken in the real env so far.
@@ -197,14 +191,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         next_latent: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Take a batch of real transitions into running statistics, if the model has any.
+        """Update running statistics, if there are any, with real transitions.
 
         Args:
             latent: ``[..., D]``.
             context: ``[..., C]``.
             action: ``[..., A]``.
             next_latent: ``[..., D]``.
-            mask: bool ``[...]``, False on entries that do not count.
+            mask: bool ``[...]``, False on entries to ignore.
         """
 
     def log_prob(
@@ -218,16 +212,16 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         """Compute the log density of the even mixture of the members at ``next_latent``.
 
-        With ``transform`` ``W`` it is the density of ``W (next_latent - latent)`` under the
-        mixture with means ``W (mean - latent)`` and the given ``std``.
+        A ``transform`` ``W`` gives the density of ``W (next_latent - latent)`` under the mixture
+        with means ``W (mean - latent)`` and the given ``std``.
 
         Args:
             latent: ``[..., D]``.
             context: ``[..., C]``.
             action: ``[..., A]``.
             next_latent: ``[..., D]``.
-            std: replaces the learned standard deviation; a tensor that broadcasts to
-                ``[..., E, M, D]``. Needed with ``transform``.
+            std: replaces the learned standard deviation; broadcast to ``[..., E, M, D]``. Required
+                with ``transform``.
             transform: matrix ``[D, D]``.
 
         Returns:
@@ -253,9 +247,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     def loss(self, batch: TensorDictBase) -> Tensor:
         """Return the mean of negative log-likelihood and termination cross-entropy on ``batch``.
 
-        With weights it is the weighted mean, ``sum_i w_i l_i / sum_i w_i`` over transitions and
-        members: weights that are all equal change nothing, and where all are 0 so is the loss
-        (but for :meth:`regularization`). A transition of weight 0 may hold anything.
+        With weights it is ``sum_i w_i l_i / sum_i w_i`` over transitions and members, 0 if all
+        weights are 0. :meth:`regularization` is added. Transitions of weight 0 may hold anything.
 
         Args:
             batch: ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``,
@@ -279,7 +272,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         if weight is None:
             nll, bce = self.negative_log_likelihood(*entries)
             return (nll + bce).mean() + self.regularization()
-        # Before the networks, else garbage on padding reaches the gradient (0 * NaN).
+        # before the networks, else garbage on padding reaches the gradient (0 * NaN)
         counts = (weight > 0).any(-1)
         entries = [zero_where_not(counts, x) for x in entries]
         nll, bce = self.negative_log_likelihood(*entries, weight)
@@ -307,7 +300,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         weight: Tensor | None = None,
         index: Tensor | None = None,
     ) -> Tensor | None:
-        """Multiply all that weighs the transitions of a batch.
+        """Multiply all weights of the transitions of a batch.
 
         Args:
             batch: shape ``[...]`` of the batch.

@@ -1,8 +1,4 @@
-"""The default dynamics model: an ensemble of probabilistic networks.
-
-Next latent states are drawn from what it predicts by
-:meth:`~layeredrl_trl.modules.ParticlePrediction.next_latent`.
-"""
+"""The default dynamics model: an ensemble of probabilistic networks."""
 
 from __future__ import annotations
 
@@ -32,10 +28,10 @@ from layeredrl_trl.modules.spaces import action_features, is_continuous, space_d
 from layeredrl_trl.modules.stacking import StackedNetworks
 
 _BOUNDS_PENALTY = 0.01
-"""Weight of the distance between learned bounds of the log standard deviation, as in PETS."""
+"""Penalty on the distance between learned bounds of the log standard deviation, as in PETS."""
 
 _TERMINATION_WIDTH = 64
-"""Most width of a hidden layer of the default network that predicts termination."""
+"""Maximum width of a hidden layer of the default termination network."""
 
 
 class ProbabilisticEnsemble(DynamicsModel):
@@ -45,40 +41,38 @@ class ProbabilisticEnsemble(DynamicsModel):
     and targets scaled by running moments of the transitions seen in training. Members differ by
     their initialisation and, with ``bootstrap``, by the transitions they learn from.
 
-    Modes that start at one place often stay together: two share an outcome and a third one covers
-    two. So the first batch of transitions tells where they start, spread over its targets by
-    :func:`~layeredrl_trl.functional.spread_modes`; the networks learn what to add to that.
-    Where the outcomes themselves turn with the input by as much as lies between them, that start
-    says little, and modes may still stay together.
+    Modes that start together often stay together: two share an outcome and a third covers two. So
+    modes start spread over the targets of the first batch
+    (:func:`~layeredrl_trl.functional.spread_modes`), and the networks learn offsets. Where outcomes
+    vary with the input as much as from each other, this helps little.
 
     Args:
         latent_state_space: ``D``, or a space or spec of that many dims.
         context_space: ``C``, or a space or spec of that many dims; ``None`` for 0.
-        action_space: ``A``, or a space or spec of that many dims; discrete ones are one-hot. Of a
-            continuous one, and of a bare 1, actions cannot be indices.
+        action_space: ``A``, or a space or spec of that many dims; discrete ones are one-hot. With a
+            continuous space or a bare 1, actions cannot be indices.
         n_models: ``E``, members.
         n_modes: ``M``, mixture modes of a member.
         n_particles_per_model: ``P``, particles per member in an imagined rollout.
         hidden_sizes: width of each hidden layer of the default network.
         activation: class of the nonlinearity of the default network.
-        network: makes the network of one member from the sizes of its input and output (the last
-            of which is the termination logit), see
-            :class:`~layeredrl_trl.modules.stacking.StackedNetworks`; ``None``: a perceptron, and a
-            small one of its own for termination.
+        network: makes the network of one member from its input and output size (the last output is
+            the termination logit), see :class:`~layeredrl_trl.modules.stacking.StackedNetworks`;
+            ``None``: a perceptron, and a separate small one for termination.
         std_bounds: ``(low, high)`` of the standard deviation, in units of the running standard
-            deviation of the target. The bound is soft: it is between ``low`` and ``low + high``.
-            Raise ``low`` (to 0.2, say) where some dims rarely change, and then by much, as contact
-            forces do: else their likelihood drowns that of all others.
-        learn_std_bounds: learn the bounds of every latent dim, from ``std_bounds`` on;
-            :meth:`regularization` draws them together.
-        bootstrap: let each member learn from its own half of the stored transitions, see
+            deviation of the target. The bound is soft: values lie between ``low`` and
+            ``low + high``. Raise ``low`` (say to 0.2) if some dims change rarely but by much, like
+            contact forces: else they dominate the likelihood.
+        learn_std_bounds: learn the bounds of every latent dim, starting at ``std_bounds``;
+            :meth:`regularization` pulls them together.
+        bootstrap: train each member on its own half of the stored transitions, see
             :meth:`transition_weights`.
         predict_delta: predict the change of the latent state; else the next latent state itself.
         condition_on_context: let the networks see the context.
-        statistics_rate: least weight of a batch in the running moments, see
+        statistics_rate: minimum weight of a batch in the running moments, see
             :class:`~layeredrl_trl.modules.normalization.RunningMoments`.
-        in_keys: of the latent state, the context and the action.
-        out_keys: of the next latent state and the termination probability.
+        in_keys: names of latent state, context and action.
+        out_keys: names of next latent state and termination probability.
 
     Reads:
         ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
@@ -91,8 +85,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         TypeError: if a space is of an unknown kind, or a count no integer.
 
     Reference:
-        Chua et al. 2018, arXiv:1805.12114. Deviations: mixture modes, a termination head, bounds
-        of the standard deviation are given unless asked for, bootstrap by hashed masks.
+        Chua et al. 2018, arXiv:1805.12114. Deviations: mixture modes; a termination head; fixed
+        bounds of the standard deviation by default; bootstrap by hashed masks.
 
     Example:
         >>> model = ProbabilisticEnsemble(3, 0, 1, n_models=5, n_modes=2)
@@ -150,8 +144,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         dim = self.latent_state_dim
         n_in = dim + (self.context_dim if condition_on_context else 0) + self.action_dim
         n_out = n_modes * (2 * dim + 1) + 1
-        # Termination has layers of its own: where it is rare, the gradient of its cross-entropy is
-        # some thousand times smaller than that of the Gaussians and would never be heard.
+        # Termination has its own layers: where it is rare, the gradient of its cross-entropy is
+        # some thousand times smaller than that of the Gaussians and would have no effect.
         self.termination_net = None
         if network is None:
             self.net = EnsembleMLP(n_models, n_in, n_out - 1, hidden_sizes, activation)
@@ -161,10 +155,10 @@ class ProbabilisticEnsemble(DynamicsModel):
             self.net = StackedNetworks(n_models, partial(network, n_in, n_out))
         self.input_moments = RunningMoments(n_in, rate=statistics_rate)
         self.target_moments = RunningMoments(dim, rate=statistics_rate)
-        # of the means and the log standard deviations, in units of the target scale
+        # initial means and log standard deviations of the modes, in units of the target scale
         self.register_buffer("mode_start", torch.zeros(2, n_modes, dim))
-        self._modes_have_started = False  # as far as the host knows
-        self.register_load_state_dict_post_hook(_look_whether_modes_have_started)
+        self._modes_have_started = False  # the host's copy, so as not to read the device
+        self.register_load_state_dict_post_hook(_sync_modes_have_started)
         bounds = torch.tensor(std_bounds).log()
         self.learn_std_bounds = learn_std_bounds
         if learn_std_bounds:
@@ -185,7 +179,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         known = self.known_inputs(context, action, batch)[..., None, None, :]
         inputs = torch.cat([latent, known.expand(*latent.shape[:-1], -1).to(latent.dtype)], -1)
         inputs = self.input_moments.standardize(inputs)
-        return self._parse(*self._by_member(inputs, member), latent)
+        return self._to_latent_units(*self._by_member(inputs, member), latent)
 
     def score_members(
         self,
@@ -195,11 +189,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         next_latent: Tensor,
         terminated: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Score transitions ``[...]`` by every member: likelihood and termination in nats.
+        """Score transitions ``[...]`` by every member.
 
         Returns the negative log-likelihood of the next latent state and the cross-entropy of the
-        termination, ``[..., E]``. Inputs are standardised once for all members, and the next latent
-        state is brought to the units of the networks' outputs instead of these to its.
+        termination in nats, ``[..., E]``. Faster than the base class: inputs are standardised once,
+        and targets are scaled instead of outputs.
         """
         batch = latent.shape[:-1]
         self._check_dims(latent, context, batch)
@@ -217,9 +211,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         return nll, bce
 
     def fast_rollout(self, *, compile: bool = False) -> EnsembleRollout | None:
-        """Return a faster rollout than step by step, if the networks are the default ones.
+        """Return a rollout that is faster than step by step, or ``None`` with a custom network.
 
-        Forward hooks of the networks are not called by it. Subclasses do not inherit it.
+        It does not call forward hooks of the networks. Subclasses do not inherit it.
         """
         return None if self.termination_net is None else EnsembleRollout(self, compile=compile)
 
@@ -231,7 +225,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         next_latent: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Take a batch of real transitions into the running moments of inputs and targets."""
+        """Update the running moments of inputs and targets with real transitions."""
         if next_latent.shape != latent.shape:
             raise ValueError(
                 f"next_latent: expected shape {list(latent.shape)}, got {list(next_latent.shape)}."
@@ -242,34 +236,27 @@ class ProbabilisticEnsemble(DynamicsModel):
             self._modes_have_started = bool(self.target_moments.count > 0)
         self.input_moments.update(inputs, mask)
         self.target_moments.update(target, mask)
-        # as long as no batch has stayed: the first one may have been undone
+        # repeat until a batch has been kept, because the first one may have been undone
         if self.n_modes > 1 and not self._modes_have_started:
             self._spread_modes(target, mask)
 
     def regularization(self) -> Tensor:
-        """Return ``0.01 sum_d (log high_d - log low_d)`` of learned bounds; 0 of given ones.
+        """Return ``0.01 sum_d (log high_d - log low_d)`` for learned bounds, 0 for fixed ones.
 
         Reference:
-            Chua et al. 2018, arXiv:1805.12114, appendix A.1, on log standard deviations instead of
-            log variances.
+            Chua et al. 2018, arXiv:1805.12114, appendix A.1. Deviation: log standard deviations
+            instead of log variances.
         """
         if not self.learn_std_bounds:
-            return self.target_moments.count.new_zeros(())  # where the model is
+            return self.target_moments.count.new_zeros(())  # on the model's device
         low, high = self.log_std_bounds
         return _BOUNDS_PENALTY * (high - low).sum()
 
     def transition_weights(self, index: Tensor) -> Tensor | None:
-        """Weigh stored transitions for every member: with ``bootstrap`` by 2 or 0.
+        """Weigh storage positions ``[...]`` for every member by 0 or 2, ``[..., E]``.
 
-        ``None``, all alike, without ``bootstrap`` and in evaluation mode. The running moments are
-        those of all transitions, for every member.
-
-        Args:
-            index: storage positions, integers ``[...]``, see
-                :func:`~layeredrl_trl.functional.bootstrap_weights`.
-
-        Returns:
-            ``[..., E]`` or ``None``.
+        ``None``, which weighs all alike, without ``bootstrap`` and in evaluation mode. The running
+        moments use all transitions. See :func:`~layeredrl_trl.functional.bootstrap_weights`.
         """
         if not (self.bootstrap and self.training):
             return None
@@ -277,7 +264,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     @property
     def target_scale(self) -> Tensor:
-        """Running standard deviation of what is predicted, ``[D]``, in units of the latent."""
+        """Running standard deviation of the networks' targets, ``[D]``, in latent units."""
         return self.target_moments.std(floor=1e-4)
 
     @torch.no_grad()
@@ -287,7 +274,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         target = target.to(self.mode_start.dtype).reshape(-1, self.latent_state_dim)
         mean, std = spread_modes(target, self.n_modes, None if mask is None else mask.reshape(-1))
         start = torch.stack([mean, std.log().maximum(self.log_std_bounds[0])])
-        # nothing has started if the batch was not usable
+        # an unusable batch starts nothing
         is_usable = self.target_moments.count > 0
         self.mode_start.copy_(torch.where(is_usable, start, self.mode_start))
 
@@ -295,18 +282,18 @@ class ProbabilisticEnsemble(DynamicsModel):
         return next_latent - latent if self.predict_delta else next_latent
 
     def _concatenate(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Network inputs ``[..., in]`` for ``[..., D]``, not standardised."""
+        """Network inputs ``[..., in]`` for latent states ``[..., D]``, not standardised."""
         return torch.cat([latent, self.known_inputs(context, action, latent.shape[:-1])], -1)
 
     def known_inputs(self, context: Tensor, action: Tensor, batch: torch.Size) -> Tensor:
-        """Return what the networks read beside the latent state, ``[*batch, K]``, unscaled."""
+        """Return the networks' inputs besides the latent state, ``[*batch, K]``, unscaled."""
         features = action_features(action, batch, self.action_dim, indices=self.accepts_indices)
         return torch.cat([context, features], -1) if self.condition_on_context else features
 
     def _run(self, inputs: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Gaussians ``[E, N, 2 M D + M]`` and termination logits ``[E, N, 1]`` for ``[E, N, in]``.
+        """Map ``[G, N, in]`` to outputs ``[G, N, 2 M D + M]`` and termination logits ``[G, N, 1]``.
 
-        With ``member`` ``[G]`` for ``[G, N, in]``, row ``g`` by that member.
+        Row ``g`` goes through member ``member[g]``, or without ``member`` through member ``g``.
         """
         out = self.net(inputs, member)
         if self.termination_net is not None:
@@ -319,10 +306,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         return out[..., :-1], out[..., -1:]
 
     def _by_member(self, inputs: Tensor, member: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Send ``[..., E, P, in]`` through the networks, row ``e`` through member ``e``.
-
-        With ``member`` ``[..., 1]`` ``[..., 1, P, in]`` through the network of each env's.
-        """
+        """Run the networks on ``[..., E, P, in]``, or with ``member`` on ``[..., 1, P, in]``."""
         flat = inputs.reshape(-1, *inputs.shape[-3:])
         member = None if member is None else member.reshape(-1, 1)
         groups = MemberGroups(len(flat), flat.shape[2], self.n_models, member)
@@ -332,8 +316,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         )
         return raw, term_logit
 
-    def _parse(self, raw: Tensor, term_logit: Tensor, latent: Tensor) -> ParticlePrediction:
-        """Bring mixtures to the units of the latent state."""
+    def _to_latent_units(
+        self, raw: Tensor, term_logit: Tensor, latent: Tensor
+    ) -> ParticlePrediction:
+        """Convert the networks' outputs to mixtures in units of the latent state."""
         mean, std, log_weights = self._gaussians(raw)
         scale = self.target_scale
         mean = self.target_moments.mean + scale * mean
@@ -342,14 +328,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         return ParticlePrediction(mean, scale * std, log_weights, term_logit)
 
     def _gaussians(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read a mixture out of what a network returns, in units of the target scale.
-
-        Args:
-            raw: all outputs but the termination logit, ``[..., 2 M D + M]``.
-
-        Returns:
-            means and standard deviations ``[..., M, D]``, log weights ``[..., M]``.
-        """
+        """Convert outputs ``[..., 2 M D + M]`` to means, stds and log weights, in target units."""
         gaussians, logits = self.split_output(raw)
         if self.n_modes > 1:  # one mode starts at 0
             gaussians = gaussians + self.mode_start
@@ -368,7 +347,7 @@ class ProbabilisticEnsemble(DynamicsModel):
     def check_particles(
         self, latent: Tensor, context: Tensor, member: Tensor | None = None
     ) -> None:
-        """Raise a ValueError where a shape for :meth:`predict_particles` does not fit."""
+        """Raise a ValueError if a shape for :meth:`predict_particles` does not fit."""
         n_rows = self.n_models if member is None else 1
         if latent.ndim < 3 or latent.shape[-3] != n_rows:
             raise ValueError(
@@ -393,6 +372,6 @@ class ProbabilisticEnsemble(DynamicsModel):
             )
 
 
-def _look_whether_modes_have_started(model: ProbabilisticEnsemble, _: Any) -> None:
+def _sync_modes_have_started(model: ProbabilisticEnsemble, _: Any) -> None:
     count = model.target_moments.count
     model._modes_have_started = not count.is_meta and bool(count > 0)

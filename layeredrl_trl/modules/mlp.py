@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons: a plain one, and one batched over ensemble members."""
+"""Multi-layer perceptrons: a single one, and one batched over ensemble members."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ConcatMLP(nn.Module):
         parts = [x.to(torch.float32) for x in inputs]
         parts = [x for x in parts if x.shape[-1] > 0] or parts[:1]  # a context is often empty
         x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        # as rows [N, in]: every layer would flatten them by itself, and undo it, backward too
+        # as rows [N, in], because otherwise every layer flattens and restores them
         out = in_pieces(self.layers, x.reshape(batch.numel(), x.shape[-1]))
         return out.reshape(*batch, out.shape[-1])
 
@@ -106,7 +106,7 @@ class EnsembleMLP(nn.Module):
     def forward(self, x: Tensor, member: Tensor | None = None) -> Tensor:
         """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``.
 
-        With ``member`` ``[G]`` ``[G, N, in_dim]``, row ``g`` through that member.
+        With ``member`` ``[G]``, map ``[G, N, in_dim]``, row ``g`` through member ``member[g]``.
         """
         layers = self.layers
         if member is not None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 class RunningMoments(nn.Module):
     """Keep the running mean and variance of every dim of a stream of batches.
 
-    The first ``1 / rate`` batches are averaged evenly, later ones exponentially with ``rate``,
-    so the moments are right from the first batch on and still follow a drifting stream.
-    A batch that holds a non-finite number changes nothing.
+    The first ``1 / rate`` batches are averaged evenly, later ones exponentially with ``rate``: the
+    moments are unbiased from the first batch on and still follow a drifting stream. A batch with a
+    non-finite number changes nothing.
 
     Args:
         dim: ``D``, number of dims.
-        rate: least weight of a new batch, in (0, 1].
+        rate: minimum weight of a new batch, in (0, 1].
 
     Example:
         >>> moments = RunningMoments(2)
@@ -38,11 +38,11 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def update(self, samples: Tensor, mask: Tensor | None = None) -> None:
-        """Take a batch in.
+        """Update the moments with a batch.
 
         Args:
             samples: ``[..., D]``.
-            mask: bool ``[...]``; entries where it is False count for nothing.
+            mask: bool ``[...]``, False on entries to ignore.
 
         Raises:
             ValueError: if a shape does not fit.
@@ -62,7 +62,7 @@ class RunningMoments(nn.Module):
             batch_mean, batch_var = _moments(samples, counts)
         if samples.dtype is not mean.dtype:
             batch_var, batch_mean = batch_var.to(var.dtype), batch_mean.to(mean.dtype)
-        # the variance is finite only if the mean is; a batch that is not changes nothing
+        # the variance is finite only if the mean is
         usable = batch_var.max() < torch.inf
         batch_mean, batch_var = (
             torch.where(usable, x, now) for x, now in ((batch_mean, mean), (batch_var, var))
@@ -81,20 +81,16 @@ class RunningMoments(nn.Module):
         return (samples - self.mean) / self.divisor()
 
     def divisor(self) -> Tensor:
-        """Return what :meth:`standardize` divides by, ``[D]``.
-
-        It is 1 for a dim that never changed: dividing by its zero deviation would blow up the first
-        change.
-        """
+        """Return the divisor of :meth:`standardize`, ``[D]``; 1 for a dim that never changed."""
         std = self.var.sqrt()
         return torch.where(std > 1e-4, std, 1.0)
 
 
 def _moments(samples: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[D]`` of ``[N, D]``, of those that count; NaN if there are none.
+    """Mean and variance ``[D]`` of the rows of ``[N, D]`` that count; NaN if there are none.
 
-    What never changes has a variance of exactly 0, as rows are taken relative to one of them.
-    (``torch.var_mean`` does that too, in three times the time.)
+    A constant dim has a variance of exactly 0, because one row is subtracted first.
+    (``torch.var_mean`` ensures this too, in three times the time.)
     """
     if counts is None:
         origin = samples[0] if len(samples) else samples.mean(0)

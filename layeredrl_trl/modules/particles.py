@@ -1,4 +1,4 @@
-"""What a dynamics model predicts for particles, and drawing their next latent states from it."""
+"""Predictions of a dynamics model for particles, from which next latent states are drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from layeredrl_trl.functional import gaussian_mixture_mean, sample_gaussian_mixt
 
 
 class ParticlePrediction(NamedTuple):
-    """What each particle's member predicts for it.
+    """Prediction for each particle by its member.
 
     Attributes:
         mean: of the next latent state, per mode, ``[..., E, P, M, D]``.

@@ -1,4 +1,4 @@
-"""A start in which actions matter: a fixed random model that gives way to the learned one."""
+"""A fixed random model in which actions matter, gradually replaced by the learned model."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from layeredrl_trl.modules.spaces import action_features
 class SymmetryBreakingStart(DynamicsModel):
     """Predict by a fixed random linear map of the action, until the model has learned something.
 
-    A model that knows nothing predicts the same for every action, so a skill learner that is
-    rewarded for predictable effects has nothing to begin with. While
-    ``n_total_env_steps < sb_start_duration`` predictions are ``latent + W^{-1} factor R action``
-    with ``R`` random, fixed, with orthonormal columns (rows, if there are more actions than latent
-    dims), ``W^{-1}`` the inverse of the predictor's delta standardizer, no termination, and even
-    modes. From half of the duration on they are blended linearly into those of ``model``.
+    An untrained model predicts the same for every action, so a skill learner that is rewarded for
+    predictable effects gets no signal. While ``n_total_env_steps < sb_start_duration``, predictions
+    are ``latent + W^{-1} factor R action``, without termination and with even modes. ``R`` is
+    random, fixed, with orthonormal columns (rows, if there are more actions than latent dims);
+    ``W`` is the matrix of the predictor's delta standardizer. From half of the duration on,
+    predictions are blended linearly into those of ``model``.
 
-    The loss is always that of ``model``, so it learns from the first step. The progress of the
-    start is held in a buffer, where a recorded CUDA graph reads it.
+    The loss is always that of ``model``, so it learns from the first step. A buffer holds the
+    progress, so that recorded CUDA graphs see it.
 
     Args:
-        model: learns meanwhile, and predicts afterwards.
-        sb_start_duration: env steps; 0 for no start. If it is changed later, that counts from the
-            next :meth:`advance` on.
-        factor: length of ``W`` times the change that an action of length 1 makes.
-        std: standard deviation of ``W`` times the change.
+        model: the learned model.
+        sb_start_duration: number of env steps; 0 for no start. A later change takes effect at the
+            next :meth:`advance`.
+        factor: length of the whitened change for an action of length 1.
+        std: standard deviation of the whitened change.
 
     Reads:
-        What ``model`` reads.
+        The entries that ``model`` reads.
 
     Writes:
-        What ``model`` writes.
+        The entries that ``model`` writes.
 
     Raises:
         ValueError: if ``sb_start_duration`` is negative, or ``factor`` or ``std`` not positive.
@@ -88,7 +88,7 @@ class SymmetryBreakingStart(DynamicsModel):
 
     @property
     def n_total_env_steps(self) -> int:
-        """Steps taken in the real env so far, as far as is known."""
+        """Last known number of steps taken in the real env."""
         return self._n_total_env_steps
 
     @n_total_env_steps.setter
@@ -99,18 +99,18 @@ class SymmetryBreakingStart(DynamicsModel):
 
     @property
     def learned_share(self) -> float:
-        """How much of a prediction is the learned model's, in [0, 1]."""
+        """Weight of the learned model in a prediction, in [0, 1]."""
         if self.n_total_env_steps >= self.sb_start_duration:
             return 1.0
         return max(0.0, 2 * self.n_total_env_steps / self.sb_start_duration - 1)
 
     @property
     def target_scale(self) -> Tensor:
-        """That of the learned model, ``[D]``; 1 if it has none."""
+        """Target scale of the learned model, ``[D]``; 1 if it has none."""
         return getattr(self.model, "target_scale", torch.ones_like(self.unwhiten[0]))
 
     def advance(self, n_total_env_steps: int, whitening: Tensor | None = None) -> None:
-        """Set how far the start is.
+        """Set the progress of the start.
 
         Args:
             n_total_env_steps: steps taken in the real env so far.
@@ -149,7 +149,7 @@ class SymmetryBreakingStart(DynamicsModel):
         )
 
     def fast_rollout(self, *, compile: bool = False) -> Callable[..., Any] | None:
-        """Promise that of the learned model, once the start is over."""
+        """Return the fast rollout of the learned model, if any, once the start is over."""
         promise = promised(self.model, "fast_rollout") if self._is_over else None
         return None if promise is None else promise(compile=compile)
 
@@ -158,21 +158,21 @@ class SymmetryBreakingStart(DynamicsModel):
         return self.model.negative_log_likelihood(*args, **kwargs)
 
     def transition_weights(self, index: Tensor) -> Tensor | None:
-        """Return the learned model's, for storage positions ``[...]``."""
+        """Return the weights of the learned model for storage positions ``[...]``."""
         return self.model.transition_weights(index)
 
     def regularization(self) -> Tensor:
-        """Return the learned model's."""
+        """Return the regularization of the learned model."""
         return self.model.regularization()
 
     def update_statistics(self, *args: Any, **kwargs: Any) -> None:
-        """Pass a batch on to the learned model; see :class:`DynamicsModel`."""
+        """Update the statistics of the learned model; see :class:`DynamicsModel`."""
         self.model.update_statistics(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, int]:
-        """How far the start is."""
+        """Return the progress of the start."""
         return {"n_total_env_steps": self.n_total_env_steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore what :meth:`get_extra_state` returned."""
+        """Restore the progress from :meth:`get_extra_state`."""
         self.n_total_env_steps = state["n_total_env_steps"]

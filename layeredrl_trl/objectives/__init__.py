@@ -1,18 +1,16 @@
-"""What is minimised, and how a step of it is taken.
+"""Losses and optimisation steps.
 
 Learning reads top to bottom in four files:
 
 - a batch (:mod:`~layeredrl_trl.objectives.batch`): slices of ``T`` consecutive steps as plain
   tensors; past the end of an episode the last real step repeats and the mask is False. A transition
   is a slice of one step;
-- targets (:mod:`~layeredrl_trl.objectives.targets`): what the rest of the episode is worth from
-  each of the first ``k`` steps: ``n`` rewards and the value of what comes after, unless it
-  terminated;
-- the loss (:class:`RewardPredictorLoss`): encodes the batch, asks the parts, and gives a loss term
-  for the reward, the value, the dynamics and the standardizer. It is a TorchRL ``LossModule``: one
-  call on a sample of a replay buffer is enough for a loop of your own;
-- the step (:class:`Update`): gradients, and unless one is not finite, clipping, the optimiser and
-  the target network. Otherwise everything stays as it was.
+- targets (:mod:`~layeredrl_trl.objectives.targets`): for each of the first ``k`` steps, ``n``
+  rewards plus, unless the episode terminated, the value of the next state;
+- the loss (:class:`RewardPredictorLoss`): loss terms for reward, value, dynamics and standardizer.
+  It is a TorchRL ``LossModule``: your own loop can call it on a sample of a replay buffer;
+- the step (:class:`Update`): gradients, clipping, optimiser and target network. A non-finite
+  gradient leaves everything unchanged.
 """
 
 from layeredrl_trl.objectives.batch import SliceKeys, Slices, rows_with_data

@@ -1,7 +1,7 @@
-"""The one kind of batch that learning works on: slices of consecutive steps, as plain tensors.
+"""The batch that learning works on: slices of consecutive steps, as plain tensors.
 
-A transition is a slice of one step. Entries are read from a TensorDict and checked once, here; then
-the loss computes with tensors, of which a learning step asks for some fifty.
+A transition is a slice of one step. Entries are read from a TensorDict and checked once, here:
+losses access entries some fifty times per step, which is faster with plain tensors.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class SliceKeys:
 
     @property
     def end_keys(self) -> list[NestedKey]:
-        """Flags of an episode's end: ``done`` and ``truncated`` are found beside ``terminated``."""
+        """Flags of an episode's end; ``done`` and ``truncated`` are siblings of ``terminated``."""
         *group, _ = self.next_terminated
         return [self.next_terminated, (*group, keys.DONE), (*group, keys.TRUNCATED)]
 
 
 class NStepReturns(NamedTuple):
-    """What the first ``k`` steps of slices earn, as far as no network is asked for it.
+    """N-step returns of the first ``k`` steps of slices, before the bootstrap value is added.
 
     Attributes:
-        total: discounted sum of the rewards of a target, float64 ``[B, k, 1]``; 0 without one.
-        discount: of the value behind them, float64 ``[B, k, 1]``.
-        bootstraps: whether that value counts, bool ``[B, k, 1]``.
-        observation: what is valued, ``[B, k, *obs_shape]``.
+        total: discounted sum of the rewards, float64 ``[B, k, 1]``; 0 for a step without target.
+        discount: factor of the bootstrap value, float64 ``[B, k, 1]``.
+        bootstraps: whether a bootstrap value is added, bool ``[B, k, 1]``.
+        observation: observation to bootstrap from, ``[B, k, *obs_shape]``.
         action: for a Q-function, ``[B, k, A]`` or indices ``[B, k]``; else ``None``.
     """
 
@@ -73,19 +73,19 @@ class NStepReturns(NamedTuple):
 class Slices(NamedTuple):
     """Slices of ``T`` consecutive steps. Past the end of an episode its last real step repeats.
 
-    Single transitions, slices of one step, are of the same kind without the dim ``T``.
+    Single transitions are stored without the dim ``T``.
 
     Attributes:
         observation: ``[B, T, *obs_shape]``.
         action: ``[B, T, A]``, or indices ``[B, T]``.
         next_observation: ``[B, T, *obs_shape]``.
         terminated: bool ``[B, T, 1]``.
-        reward: ``[B, T, 1]``; ``None`` if it was not asked for.
+        reward: ``[B, T, 1]``; ``None`` if it was not read.
         mask: False past the end, bool ``[B, T, 1]``; ``None``: every step is real.
-        planned: False where the action was random, bool ``[B, T, 1]``; ``None``: never.
+        planned: False where the action was random, bool ``[B, T, 1]``; ``None``: all True.
         weight: of a transition, ``[B, T, 1]`` or for each member ``[B, T, E]``; ``None``: all 1.
         index: storage positions, ``[B, T]`` or ``[B, T, ndim]``; ``None`` if not known.
-        returns: what the steps earn; ``None`` before :func:`~.targets.n_step_returns`.
+        returns: n-step returns; ``None`` before :func:`~.targets.n_step_returns`.
     """
 
     observation: Tensor
@@ -108,16 +108,10 @@ class Slices(NamedTuple):
         with_reward: bool = True,
         with_mask: bool = True,
     ) -> Slices:
-        """Take entries from a TensorDict and check their shapes.
-
-        Args:
-            tensordict: ``[B, T]``, or transitions ``[B]``.
-            names: of the entries.
-            with_reward: whether a reward is needed.
-            with_mask: whether a mask is needed.
+        """Take entries from a TensorDict ``[B, T]``, or ``[B]`` for transitions; check shapes.
 
         Raises:
-            KeyError: if an entry is missing; the text names it and those that are there.
+            KeyError: if an entry is missing; the text names it and the existing ones.
             ValueError: if a per-step entry lacks its trailing 1.
         """
         check_keys(tensordict, (names.observation, names.action, names.next_observation))
@@ -147,22 +141,16 @@ class Slices(NamedTuple):
 def as_slices(
     tensordict: TensorDictBase, slice_len: int, needed: Sequence[NestedKey], names: SliceKeys
 ) -> TensorDictBase:
-    """Make a sample of slices rectangular, and let its padding repeat real steps.
+    """Make a sample of slices rectangular, and fill its padding with real steps.
 
-    Args:
-        tensordict: flat ``[B * T]``, or ``[B, T]``.
-        slice_len: ``T``; slices of a rectangular sample may be longer.
-        needed: entries that it must have.
-        names: of all entries of slices.
-
-    Returns:
-        Its entries as ``[B, T]``. What padding holds (NaN, possibly) is replaced by the last real
-        step of its slice, and a slice without any by another slice; masked it stays.
+    Takes a flat sample ``[B * T]``, or ``[B, T]`` with ``T`` at least ``slice_len``, and returns
+    its ``needed`` and optional entries as ``[B, T]``. Padding (possibly NaN) is overwritten with
+    the last real step of its slice, or with another slice if it has none; its mask stays False.
 
     Raises:
         KeyError: if an entry is missing.
         ValueError: if a shape does not fit, or a flat sample was drawn with another slice length
-            (which can be seen on a CPU only).
+            (checked only on a CPU).
     """
     try:
         check_keys(tensordict, needed)
@@ -194,24 +182,20 @@ def as_slices(
 
 
 def rows_with_data(mask: Tensor) -> Tensor:
-    """Choose a slice to read for each: itself, or where it is all padding one that is not.
+    """Choose which slice to read: itself or, if it is all padding, another one.
 
-    Args:
-        mask: bool ``[B, T]``.
-
-    Returns:
-        long ``[B]``.
+    Takes a mask, bool ``[B, T]``, and returns rows, long ``[B]``.
     """
     real = mask[:, 0]
     return torch.where(real, torch.arange(len(real), device=real.device), real.byte().argmax())
 
 
 def per_step(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-    """Get an entry ``[*batch, 1]``; any other shape would be broadcast without a word.
+    """Get an entry ``[*batch, 1]``; any other shape would be broadcast silently.
 
     Raises:
-        KeyError: if the entry is missing; names it and those that are there.
-        ValueError: naming ``key`` and both shapes.
+        KeyError: if the entry is missing; the text names it and the existing ones.
+        ValueError: if its shape differs; the text names ``key`` and both shapes.
     """
     x = tensordict.get(key, default=None)
     if x is None:
@@ -226,16 +210,16 @@ def per_step(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
 
 
 def flag(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-    """Get a per-step entry as bool, also where it is stored as a number; see :func:`per_step`."""
+    """Get a per-step entry as bool, even if it is stored as a number; see :func:`per_step`."""
     x = per_step(tensordict, key)
     return x if x.dtype is torch.bool else x != 0
 
 
 def check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
-    """Check that a batch for the loss has the entries that it needs.
+    """Check that a batch has all needed entries.
 
     Raises:
-        KeyError: naming those that are missing and those that are there.
+        KeyError: if not; the text names the missing and the existing ones.
     """
     there = set(tensordict.keys(True, True))
     missing = [key for key in needed if key not in there]
@@ -246,11 +230,11 @@ def check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
 
 
 def _split(x: Any, n: int) -> Iterator[Any]:
-    """Cut a tensor, or each of a tuple of tensors, into ``n`` pieces of as many rows."""
+    """Cut a tensor, or a tuple of tensors, into ``n`` pieces of equal size."""
     if x is None:
         return repeat(None, n)
     if isinstance(x, Tensor):
-        # contiguous: steps are compiled and recorded for the strides that they get
+        # contiguous, because steps are compiled and recorded for specific strides
         return iter(x.contiguous().unflatten(0, (n, -1)).unbind(0))
     pieces = (_split(entry, n) for entry in x)
     return (type(x)(*piece) for piece in zip(*pieces, strict=True))
@@ -262,10 +246,10 @@ def _as_float(reward: Tensor) -> Tensor:
 
 
 def _check_cut(mask: Tensor, index: Tensor | None, slice_len: int) -> None:
-    """Check that no slice ``[B, T]`` cut from a flat sample is made of pieces of several.
+    """Check that slices ``[B, T]`` cut from a flat sample do not join pieces of several slices.
 
-    No real step comes after padding, and real steps follow each other in the storage (if it has one
-    dim; a ring goes on at 0).
+    No real step comes after padding, and real steps are consecutive in a one-dim storage (a ring
+    continues at 0).
     """
     wrong = mask[:, 1:] & ~mask[:, :-1]
     if index is not None and index.numel() == mask.numel():

@@ -35,7 +35,7 @@ class RewardPredictorLoss(SliceLoss):
     A slice is ``T = k_steps + n_steps - 1`` consecutive steps (one more for a Q-function), as
     ``TransitionSliceSampler`` draws them. Its first ``k_steps`` steps train reward and value; its
     first step is a uniform transition and trains the dynamics, unless separate transitions are
-    given. The context of a slice is that of its first step, so that state cannot leak into it.
+    given. All steps of a slice get the context of its first step, so no state leaks into it.
 
     Loss terms, each already weighted: ``loss_reward`` (squared error; its gradient reaches the
     encoder if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from
@@ -43,30 +43,28 @@ class RewardPredictorLoss(SliceLoss):
     latent state plus cross-entropy of termination, latents detached) and ``loss_standardizer``
     (``||cov(W delta) - I||_F``).
 
-    A terminated step is bootstrapped by nothing; a truncated or unfinished end by the value of
-    the state after it; padded steps count for nothing.
+    A terminated step adds no bootstrap value; a truncated or unfinished end adds the value of the
+    state after it; padded steps are ignored.
 
     Args:
-        encoder: of the observations.
+        encoder: encoder of observations.
         dynamics: the model.
         reward: reads ``latent``, ``context``, ``action``; ``None`` for no reward loss.
         value: a state value (reads ``latent``, ``context``) or a Q-function (reads ``action`` too);
-            ``None`` for no value loss. Its targets come from a target network: associate a
+            ``None`` for no value loss. Targets come from a target network, which needs a
             ``torchrl.objectives.SoftUpdate``.
-        standardizer: of changes of the latent state; ``None`` for no standardizer loss.
+        standardizer: whitens changes of the latent state; ``None`` for no standardizer loss.
         gamma: discount, in [0, 1].
         k_steps: steps of a slice that train reward and value, at least 1.
-        n_steps: most rewards in a value target, at least 1.
+        n_steps: maximum number of rewards in a value target, at least 1.
         learn_encoder: let the reward loss train the encoder.
-        consistency_loss_weight: factor of ``loss_consistency``.
-        value_loss_weight: factor of ``loss_value``.
-        rew_loss_weight: factor of ``loss_reward``.
+        consistency_loss_weight, value_loss_weight, rew_loss_weight: factors of
+            ``loss_consistency``, ``loss_value`` and ``loss_reward``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Reads:
-        A flat ``[B * T]`` or rectangular ``[B, T]`` sample of slices (of a flat one it cannot
-        always be told how long its slices are: give the sampler ``slice_len=loss.slice_len``):
-        ``observation``, ``action``,
+        A rectangular ``[B, T]`` or flat ``[B * T]`` sample of slices (a flat one must be drawn with
+        ``slice_len=loss.slice_len``, which is not always checked): ``observation``, ``action``,
         ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")``,
         ``("collector", "mask")`` and optionally ``planned``, ``weight`` ``[..., 1]`` (of the
         transition in ``loss_consistency``) and ``index`` (for bootstrap masks).
@@ -78,7 +76,7 @@ class RewardPredictorLoss(SliceLoss):
     Raises:
         TypeError: at construction, if a part is of an unknown kind, or a count no integer.
         ValueError: at construction, if an option is out of range or sizes of the parts differ.
-        KeyError: if an entry is missing; the text names it and those that are there.
+        KeyError: if an entry is missing; the text names it and the existing ones.
 
     Example:
         >>> from layeredrl_trl import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
@@ -184,16 +182,16 @@ class RewardPredictorLoss(SliceLoss):
     ) -> TensorDict:
         """Compute every loss term.
 
-        The running statistics of dynamics, standardizer and encoder take the transitions in first,
+        The transitions first update the running statistics of dynamics, standardizer and encoder,
         unless both the loss and the part are in evaluation mode.
 
         Args:
-            tensordict: slices as ``Reads`` says, flat or ``[B, T]``.
+            tensordict: slices with the entries under ``Reads``, flat or ``[B, T]``.
             transitions: separate transitions ``[N]`` for the dynamics, as
                 :meth:`encode_transitions` takes them. ``None``: the first steps of the slices.
 
         Returns:
-            A TensorDict without batch dims (with ``reduction="none"`` each term keeps its shape).
+            TensorDict without batch dims; with ``reduction="none"`` each term keeps its shape.
 
         Raises:
             KeyError: if an entry is missing.
@@ -203,19 +201,18 @@ class RewardPredictorLoss(SliceLoss):
         single = slices.first if transitions is None else self._read_transitions(transitions)
         if slices.returns is None:
             slices = self.with_returns(slices)
-        terms = self._head_terms(self._targets(slices))
+        terms = self._reward_and_value_terms(self._targets(slices))
         return TensorDict(terms | self._dynamics_terms(self._encode(single)), batch_size=[])
 
     def terms(self, targets: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
-        """Compute every loss term of what was encoded before.
+        """Compute every loss term, like :meth:`forward`, of encoded batches.
 
         Args:
-            targets: ``[B, k]`` from :meth:`compute_targets`. What it holds at masked steps does not
-                matter.
+            targets: ``[B, k]`` from :meth:`compute_targets`; masked steps may hold anything.
             transitions: ``[N]`` from :meth:`encode_transitions`.
 
         Returns:
-            What :meth:`forward` returns.
+            TensorDict without batch dims, as from :meth:`forward`.
 
         Raises:
             KeyError: if an entry is missing.
@@ -236,9 +233,11 @@ class RewardPredictorLoss(SliceLoss):
                 real[names.planned] = flag(targets, names.planned)
         encoded = dict(transitions.items(True, True))
         encoded[names.next_terminated] = flag(transitions, names.next_terminated)
-        return TensorDict(self._head_terms(real) | self._dynamics_terms(encoded), batch_size=[])
+        return TensorDict(
+            self._reward_and_value_terms(real) | self._dynamics_terms(encoded), batch_size=[]
+        )
 
-    def _head_terms(self, targets: Entries) -> dict[str, Tensor]:
+    def _reward_and_value_terms(self, targets: Entries) -> dict[str, Tensor]:
         """Loss terms of reward and value."""
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
         latent, context, action = (targets[key] for key in (latent_key, context_key, names.action))
@@ -297,7 +296,7 @@ class RewardPredictorLoss(SliceLoss):
         return terms
 
     def _learns(self, part: nn.Module) -> bool:
-        # Parts are shared, and the loss may be hidden from whoever puts them into a mode.
+        # Parts are shared, so their mode may be set without setting that of the loss.
         return self.training or part.training
 
     def _update_encoder_statistics(self, transitions: Entries, counts: Tensor | None) -> None:
@@ -310,7 +309,7 @@ class RewardPredictorLoss(SliceLoss):
             self.encoder.update_statistics(observation, following, counts)
 
     def _mean_square(self, predicted: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
-        """Reduce the squared errors ``[B, k, 1]`` that count; ``None``: all do."""
+        """Reduce the squared errors ``[B, k, 1]`` where ``counts`` is True (``None``: all)."""
         target = target.to(predicted.dtype)
         if counts is None:
             return mse_loss(predicted, target, reduction=self.reduction)
@@ -321,8 +320,8 @@ class RewardPredictorLoss(SliceLoss):
     def _reduce_where(
         self, x: Tensor, counts: Tensor | None, reduction: str | None = None
     ) -> Tensor:
-        """Reduce ``x`` ``[B, k, 1]`` where it counts; with "none" it is 0 elsewhere."""
+        """Reduce ``x`` ``[B, k, 1]`` where ``counts`` is True; with "none", set the rest to 0."""
         if counts is not None and (reduction or self.reduction) == "none":
-            # _reduce_loss would drop the masked entries, and with them the shape.
+            # _reduce_loss would drop masked entries and so lose the shape
             return torch.where(counts, x, 0.0)
         return self._reduce_loss(x, mask=counts, reduction=reduction)

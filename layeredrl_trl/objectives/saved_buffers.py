@@ -1,4 +1,4 @@
-"""Buffers of modules as they were before a step that may have to be undone."""
+"""Copies of module buffers, to undo a step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 Slot = tuple[dict[str, Tensor | None], str]
-"""Where a buffer is kept: ``_buffers`` of its module, and its name there."""
+"""Location of a buffer: ``_buffers`` of its module, and its name there."""
 
 
 def statistics_of(loss_module: nn.Module) -> list[Slot]:
-    """List the buffers that computing a loss may change: all but those of target networks."""
+    """List the buffers that computing a loss may change, all except target parameters."""
     targets = {f"target_{name}" for name, _ in loss_module.named_parameters()}
     return [
         (module._buffers, name)
@@ -21,11 +21,7 @@ def statistics_of(loss_module: nn.Module) -> list[Slot]:
 
 
 class SavedBuffers:
-    """Copies of buffers, to put back.
-
-    Args:
-        slots: where the buffers are kept, see :func:`statistics_of`.
-    """
+    """Copy the buffers at some slots, see :func:`statistics_of`, to restore them later."""
 
     def __init__(self, slots: list[Slot]) -> None:
         self._own = [
@@ -34,12 +30,9 @@ class SavedBuffers:
         self._copies = _cloned([x for _, _, x in self._own])
 
     def restore(self, where: Tensor | None = None) -> None:
-        """Make the buffers what they were.
+        """Restore the buffers; if ``where``, bool ``[]``, is False, keep their current values.
 
-        A module that has put another tensor in the place of a buffer gets its own again.
-
-        Args:
-            where: bool ``[]``; where it is False they stay as they are. ``None``: restore them.
+        A module that replaced a buffer gets the original tensor back.
         """
         for (buffers, name, own), copy in zip(self._own, self._copies, strict=True):
             now, buffers[name] = buffers[name], own
@@ -47,7 +40,7 @@ class SavedBuffers:
 
 
 def _cloned(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy all tensors by one call, where torch has such a one (2.11 has none)."""
+    """Copy all tensors, by one call if torch has one (2.11 has none)."""
     if tensors and hasattr(torch, "_foreach_clone"):
         return list(torch._foreach_clone(tensors))
     return [x.clone() for x in tensors]

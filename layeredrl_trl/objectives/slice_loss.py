@@ -1,4 +1,4 @@
-"""What losses on slices share: reading and encoding batches, and value targets."""
+"""Base class of losses on slices: reads and encodes batches, and computes value targets."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class SliceLoss(LossModule):
     """Base class of losses on slices: encode them, and compute value targets by a target network.
 
     Args:
-        encoder: of the observations.
+        encoder: encoder of observations.
         dynamics: the model; names the action.
         value: a state value or Q-function, or ``None``.
         gamma: discount, in [0, 1].
         k_steps: steps of a slice that get a target, at least 1.
-        n_steps: most rewards in a value target, at least 1.
+        n_steps: maximum number of rewards in a value target, at least 1.
         learn_encoder: let latent states carry gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -63,7 +63,7 @@ class SliceLoss(LossModule):
         self.has_value = value is not None
         if value is not None:
             self.convert_to_functional(value, "value_network", create_target_params=True)
-            if not any(True for _ in value.parameters()):  # no target to be warned of
+            if not any(True for _ in value.parameters()):  # no targets: prevents a warning
                 self._has_update_associated["value_network"] = True
         self.gamma = gamma
         self.k_steps = k_steps
@@ -110,17 +110,16 @@ class SliceLoss(LossModule):
         Args:
             tensordict: slices, as for :meth:`forward`, of ``k + n - 1`` steps or more (one more for
                 a Q-function).
-            k_steps: instead of the loss's own.
-            n_steps: instead of the loss's own.
-            gamma: instead of the loss's own.
+            k_steps: ``k``; ``None``: the loss's own.
+            n_steps: ``n``; ``None``: the loss's own.
+            gamma: discount; ``None``: the loss's own.
 
         Returns:
             TensorDict ``[B, k]``: ``latent``, ``context`` (with gradient if ``learn_encoder``),
             ``action``, ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
-            ``bootstrap_value`` (what the target ends with, before its discount),
-            ``("collector", "mask")``, ``planned`` and, if it is known, ``index``. For a Q-function
-            the mask is also False on the last step of an episode that has no action to bootstrap
-            with.
+            ``bootstrap_value`` (before its discount; 0 if there is none), ``("collector",
+            "mask")``, ``planned`` and, if known, ``index``. For a Q-function the mask is also False
+            on the last step of an unterminated episode, which has no action to bootstrap with.
 
         Raises:
             KeyError: if an entry is missing.
@@ -142,9 +141,9 @@ class SliceLoss(LossModule):
         n_steps: int | None = None,
         gamma: float | None = None,
     ) -> Slices:
-        """Compute what value targets need of the data alone; see :meth:`compute_targets`.
+        """Compute the part of value targets that needs no network; see :meth:`compute_targets`.
 
-        It may be done for the slices of many optimisation steps at once.
+        The slices may be those of many optimisation steps at once.
         """
         k_steps = self.k_steps if k_steps is None else k_steps
         n_steps = self.n_steps if n_steps is None else n_steps
@@ -167,8 +166,8 @@ class SliceLoss(LossModule):
 
         Returns:
             TensorDict ``[N]``: ``latent`` and ``context``, also under ``"next"``, ``action``,
-            ``("next", "terminated")``, ``("collector", "mask")``, ``weight`` and ``index`` if they
-            were there, and both observations for an encoder with running statistics.
+            ``("next", "terminated")``, ``("collector", "mask")``, ``weight`` and ``index`` if
+            given, and both observations for an encoder with running statistics.
 
         Raises:
             KeyError: if an entry is missing.
@@ -191,7 +190,7 @@ class SliceLoss(LossModule):
         return Slices.read(transitions, self.tensor_keys, with_reward=False, with_mask=False)
 
     def _targets(self, slices: Slices) -> dict[NestedKey, Tensor]:
-        """What reward and value learn from, ``[B, k]``, of slices with returns."""
+        """Training data ``[B, k]`` of reward and value, from slices with returns."""
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             latent, context = self.encoder.encode(slices.observation)
@@ -225,13 +224,13 @@ class SliceLoss(LossModule):
 
     @torch.no_grad()
     def _encode(self, transitions: Slices) -> dict[NestedKey, Tensor]:
-        """What the dynamics learn from, ``[N]``."""
+        """Training data ``[N]`` of the dynamics."""
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
         entries: dict[NestedKey, Tensor | None] = {}
         if self.encoder.has_statistics:
             entries[names.observation] = transitions.observation
             entries[names.next_observation] = transitions.next_observation
-        # after the observations: the latent state may be called the same
+        # after the observations, because the latent state may have the same name
         entries[latent_key], entries[context_key] = self.encoder.encode(transitions.observation)
         following = self.encoder.encode(transitions.next_observation)
         entries[next_key(latent_key)], entries[next_key(context_key)] = following
@@ -256,12 +255,12 @@ class SliceLoss(LossModule):
         )
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Called by ``set_keys``: let ``_reduce_loss`` find the mask under its new name."""
+        """Tell ``_reduce_loss`` the new name of the mask; ``set_keys`` calls this."""
         self.loss_mask_key = self.tensor_keys.mask
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.has_value:  # deepcopy makes TensorDictParams of its own beside the module's
+        if self.has_value:  # deepcopy makes a second TensorDictParams besides the module's
             self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
 
 

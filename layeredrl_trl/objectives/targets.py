@@ -1,8 +1,7 @@
 """N-step value targets of the first steps of slices.
 
-What needs no network is computed first (:func:`n_step_returns`), for the slices of many
-optimisation steps at once; the value that comes behind is added in each step
-(:func:`value_target`).
+Sums of rewards need no network and can be computed for many optimisation steps at once
+(:func:`n_step_returns`); each step then adds the bootstrap value (:func:`value_target`).
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from layeredrl_trl.objectives.batch import NStepReturns, Slices
 def n_step_returns(
     slices: Slices, *, k_steps: int, n_steps: int, gamma: float, needs_action: bool
 ) -> Slices:
-    r"""Cut slices to their first ``k`` steps, and sum up the ``n`` rewards from each on.
+    r"""Cut slices to their first ``k`` steps, and sum the next ``n`` rewards of each step.
 
-    ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l (1 - terminated) V``, where ``l`` is the smaller of
-    ``n`` and the steps left in the episode: this is the sum. A terminated end adds no value; a
-    truncated or unfinished end adds that of the observation after the last step. A Q-function has
-    no action there: the sum ends one step earlier, at the last stored pair, and the last step
-    itself has no target.
+    This is the sum in ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l (1 - terminated) V``, with ``l``
+    the smaller of ``n`` and the steps left in the episode. A terminated end adds no value; a
+    truncated or unfinished end adds the value of the observation after the last step. No action is
+    stored for that observation, so with a Q-function the sum ends one step earlier, at the last
+    stored pair, and the last step itself has no target.
 
     Args:
         slices: ``[B, T]`` with ``T`` at least ``k + n - 1``, or one more with ``needs_action``.
         k_steps: ``k``.
-        n_steps: ``n``, most rewards in a target.
+        n_steps: ``n``, maximum number of rewards in a target.
         gamma: discount.
         needs_action: whether the value is a Q-function.
 
     Returns:
-        slices ``[B, k]`` with ``returns``. Their mask says which steps have a target.
+        slices ``[B, k]`` with ``returns``; the mask is True on steps that have a target.
 
     Raises:
         ValueError: if the slices are too short.
@@ -62,14 +61,10 @@ def n_step_returns(
 
 
 def value_target(slices: Slices, value: Tensor) -> Tensor:
-    """Add the value behind the last reward of each target to the sum of its rewards.
+    """Add ``V`` of ``returns.observation``, 0 where it does not count, to the sums of rewards.
 
-    Args:
-        slices: from :func:`n_step_returns`.
-        value: ``V`` of ``returns.observation``, 0 where it does not count, ``[B, k, 1]``.
-
-    Returns:
-        ``[B, k, 1]`` of the reward's dtype, 0 where there is no target.
+    Takes slices from :func:`n_step_returns` and ``value`` ``[B, k, 1]``. Returns ``[B, k, 1]`` of
+    the reward's dtype, 0 where there is no target.
     """
     returns = slices.returns
     return add_bootstrap(returns.total, returns.discount, value).to(slices.reward.dtype)

@@ -22,7 +22,7 @@ LossTerms = Mapping[str, Tensor] | TensorDictBase
 
 
 def total_loss(terms: LossTerms) -> Tensor:
-    """Add up all loss terms of a loss module; they must be of one shape."""
+    """Sum all loss terms of a loss module; they must have one shape."""
     summands = [x for key, x in terms.items() if key.startswith("loss_")]
     if len({x.shape for x in summands}) > 1:
         shapes = {key: list(x.shape) for key, x in terms.items()}
@@ -32,14 +32,14 @@ def total_loss(terms: LossTerms) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """What a step starts from; the gradients themselves are in ``.grad`` of the parameters.
+    """Loss terms and gradients of one step; the gradients are also in ``.grad`` of parameters.
 
     Attributes:
-        terms: what the loss returned.
+        terms: outputs of the loss.
         total: the sum of the loss terms.
-        grads: those that the step uses.
-        norm: their global norm.
-        whole_norm: the norm of these and of those that the warm-up drops.
+        grads: gradients that the step uses.
+        norm: global norm of ``grads``.
+        whole_norm: global norm of all gradients, including those dropped by the warm-up.
         before: the running statistics before the loss was computed.
     """
 
@@ -52,21 +52,22 @@ class Gradients(NamedTuple):
 
 
 class Update:
-    """Take optimisation steps on a loss, and leave everything as it was where a step went wrong.
+    """Take optimisation steps on a loss; a failed step leaves everything unchanged.
 
-    A batch whose gradients are not finite changes no parameter, no target and no running
-    statistic; it is counted in :attr:`skipped` and warned of once. Nor does a step that raises.
+    A batch with non-finite gradients changes no parameter, target or running statistic; it is
+    counted in :attr:`skipped`, and the first one causes a warning. A step that raises changes
+    nothing either.
 
     Args:
         loss_module: every output whose key begins with ``loss_`` is minimised.
         optimizer: over (some of) the parameters of ``loss_module``.
         target_updater: moved after every step; ``None`` without target networks.
-        clip_grad_max_norm: largest global norm of the gradients; ``None`` for no clipping.
-        warm_up: for so many steps only ``warm_up_params`` learn.
+        clip_grad_max_norm: maximum global norm of the gradients; ``None`` for no clipping.
+        warm_up: number of first steps in which only ``warm_up_params`` learn.
         warm_up_params: parameters that learn from the start.
 
     Attributes:
-        compute: computes the loss terms of a batch: ``loss_module``, or a faster twin of it.
+        compute: computes the loss terms of a batch: ``loss_module`` or a compiled version of it.
         steps: steps taken, skipped ones included.
         skipped: steps skipped for non-finite gradients.
 
@@ -109,9 +110,9 @@ class Update:
             *batches: arguments of the loss.
 
         Returns:
-            The outputs of the loss, detached, with the sum of its loss terms under ``loss`` and the
-            gradients' global norm before clipping under ``grad_norm``; where that is not finite
-            the step was skipped.
+            The detached outputs of the loss, the sum of its loss terms as ``loss`` and the global
+            norm of the gradients before clipping as ``grad_norm``, non-finite if the step was
+            skipped.
         """
         step = self.compute_gradients(*batches)
         if math.isfinite(step.whole_norm.item()):
@@ -127,7 +128,7 @@ class Update:
         return TensorDict(self.outcome(step), batch_size=[])
 
     def compute_gradients(self, *batches: Any) -> Gradients:
-        """Compute the loss and its gradients; nothing has changed yet but running statistics."""
+        """Compute the loss and its gradients; changes only running statistics."""
         before = SavedBuffers(self._statistics)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         for p in params:
@@ -152,7 +153,7 @@ class Update:
         return Gradients(terms, total, grads, norm, whole_norm, before)
 
     def outcome(self, step: Gradients) -> dict[str, Tensor]:
-        """Return what a call returns, as a dictionary."""
+        """Return the outputs of a call as a dictionary."""
         out = {key: x.detach() for key, x in step.terms.items()}
         norm = step.norm
         if norm is not step.whole_norm:
@@ -161,7 +162,7 @@ class Update:
 
     @staticmethod
     def warn_of_skipped(number: int) -> None:
-        """Warn if ``number`` skipped batches is the first one."""
+        """Warn if ``number``, of batches skipped so far, is 1."""
         if number == 1:
             warnings.warn(
                 "A batch gave non-finite gradients and was skipped: no parameter, target or "
@@ -177,16 +178,16 @@ class Update:
 
 
 class ForeachSoftUpdate(SoftUpdate):
-    """TorchRL's ``SoftUpdate``, all targets moved by one call: a fifth of its time.
+    """TorchRL's ``SoftUpdate`` in a fifth of the time, by moving all targets in one call.
 
     Args:
-        loss_module: with target parameters.
+        loss_module: loss with target parameters.
         tau: how far targets move to their parameters in a step, in [0, 1].
     """
 
     def __init__(self, loss_module: LossModule, tau: float) -> None:
         super().__init__(loss_module, eps=1.0)
-        self.eps = 1 - tau  # set later: the constructor warns of a tau above 0.5
+        self.eps = 1 - tau  # set here, because the constructor warns of a tau above 0.5
 
     @torch.no_grad()
     def step(self) -> None:
@@ -201,7 +202,7 @@ class ForeachSoftUpdate(SoftUpdate):
 
 
 def _norm(params: list[nn.Parameter], total: Tensor) -> Tensor:
-    """Global norm of the gradients that ``total`` gave to parameters."""
+    """Global norm of the gradients of ``params``; zero, like ``total``, if there are none."""
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.zeros_like(total)

@@ -1,4 +1,4 @@
-"""Learning rates that are numbers or functions of the env steps so far."""
+"""Learning rates: numbers, or functions of the total number of env steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ class LearningRates:
     """The learning rate of each part of a predictor.
 
     Args:
-        **rates: by the name of the part, each a number or a function of the total env steps.
+        **rates: by name of the part, each a number or a function of the total env steps.
 
     Raises:
-        ValueError: if one is neither a number of at least 0 nor a function; it is called
-            ``<part>_lr``.
+        ValueError: if one is neither a number of at least 0 nor a function; named ``<part>_lr``.
     """
 
     def __init__(self, **rates: LearningRate) -> None:
@@ -31,7 +30,7 @@ class LearningRates:
         self._rates = rates
 
     def at(self, n_total_env_steps: int, names: Iterable[str]) -> dict[str, float]:
-        """Evaluate the rates called ``names`` after so many env steps.
+        """Evaluate the rates of parts ``names`` after ``n_total_env_steps``.
 
         Raises:
             ValueError: if a function gives a negative number or NaN.
@@ -47,7 +46,7 @@ class LearningRates:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values; rates that are functions but no ``Schedule`` have none."""
+        """Return plain values, without rates that are functions but no ``Schedule``."""
         return {
             name: rate.state_dict() if isinstance(rate, Schedule) else rate
             for name, rate in self._rates.items()
@@ -55,6 +54,6 @@ class LearningRates:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; rates without a state stay as they are."""
+        """Restore the rates from :meth:`state_dict`; the others stay unchanged."""
         for name, rate in state.items():
             self._rates[name] = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate

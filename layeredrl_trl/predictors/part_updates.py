@@ -1,4 +1,4 @@
-"""The optimisation step of a predictor: an optimiser with a group of parameters for each part."""
+"""The optimisation step of a predictor, with one optimiser group for each part."""
 
 from __future__ import annotations
 
@@ -21,16 +21,7 @@ def make_update(
     compile: bool,
     cudagraphs: bool,
 ) -> Update | DeviceUpdate:
-    """Put the optimisation step together; the door to what makes it faster.
-
-    Args:
-        loss: to minimise.
-        tau: of the value's target.
-        clip_grad_max_norm: see :class:`~layeredrl_trl.objectives.Update`.
-        encoder_warm_up: steps in which only ``encoder`` and ``reward`` learn.
-        compile: compute the loss in compiled code.
-        cudagraphs: take the step as a CUDA graph.
-    """
+    """Make the optimisation step of a loss; options as in :class:`RewardPredictor`."""
     parts = {
         "model": loss.dynamics,
         "value": loss.value_network if loss.has_value else None,
@@ -40,7 +31,7 @@ def make_update(
     }
     params = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
     groups = [{"params": own, "name": name} for name, own in params.items() if own]
-    # without both, nothing would learn in the warm-up, or nothing would be warmed up
+    # without a reward nothing would learn in the warm-up, without the encoder it has no use
     has_warm_up = loss.learn_encoder and loss.reward is not None
     update = Update(
         loss,
@@ -56,7 +47,7 @@ def make_update(
 
 
 def update_state(update: Update | DeviceUpdate) -> dict[str, Any]:
-    """Return the state of an update: the optimiser's, and counters."""
+    """Return the state of the optimiser, and counters."""
     return {
         "optimizer": update.optimizer.state_dict(),
         "parameters": _parameter_shapes(update),
@@ -66,19 +57,19 @@ def update_state(update: Update | DeviceUpdate) -> dict[str, Any]:
 
 
 def load_update_state(update: Update | DeviceUpdate, state: Mapping[str, Any]) -> None:
-    """Restore what :func:`update_state` returned.
+    """Restore the state from :func:`update_state`.
 
     Raises:
-        ValueError: if it is that of other parts or layers; nothing has changed then.
+        ValueError: if the state is of other parts or layers; nothing is changed then.
     """
     _check_parameters(_parameter_shapes(update), state.get("parameters"))
-    # the optimiser would keep the very tensors of the state, and share them with its owner
+    # copied, because the optimiser would share the tensors of the state
     update.optimizer.load_state_dict(deepcopy(state["optimizer"]))
     update.steps, update.skipped = state["steps"], state["skipped"]
 
 
 def _parameter_shapes(update: Update | DeviceUpdate) -> dict[str, list[list[int]]]:
-    """Return the shapes of the parameters that the optimiser changes, by the name of the part."""
+    """Return the shapes of the optimiser's parameters, by name of the part."""
     groups = update.optimizer.param_groups
     return {group["name"]: [list(p.shape) for p in group["params"]] for group in groups}
 

@@ -31,21 +31,20 @@ from layeredrl_trl.predictors.logging import check_writer
 
 
 class Predictor(nn.Module, abc.ABC):
-    """Predict what the next latent state, the reward, the termination and the value will be.
+    """Predict next latent state, reward, termination and value.
 
     Args:
-        model: of the dynamics.
+        model: the dynamics model.
         val_func: state value or Q-function; a plain ``f(latent, context)`` or
-            ``f(latent, context, action)`` is wrapped; ``None`` if there is none.
-        rew_func: of the reward; a plain ``f(latent, context, action)`` is wrapped; ``None`` if
-            there is none.
-        encoder: of observations.
-        latent_state_dim: ``D``.
-        context_dim: ``C``.
-        device: where all parts are moved to.
-        writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` to log nothing. A copied or
-            unpickled predictor has none.
-        log_interval: of logging, in calls to :meth:`learn`.
+            ``f(latent, context, action)`` is wrapped; may be ``None``.
+        rew_func: reward function; a plain ``f(latent, context, action)`` is wrapped; may be
+            ``None``.
+        encoder: encoder of observations.
+        latent_state_dim, context_dim: ``D`` and ``C``.
+        device: device to move all parts to.
+        writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` for no logging. Copied and
+            unpickled predictors have none.
+        log_interval: number of calls to :meth:`learn` per log entry.
 
     Attributes:
         model, val_func, rew_func, encoder: the parts, each a ``TensorDictModule``.
@@ -86,7 +85,7 @@ class Predictor(nn.Module, abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         tensor = next(self.parameters(), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
@@ -100,7 +99,7 @@ class Predictor(nn.Module, abc.ABC):
             ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
         Raises:
-            ValueError: if the last dims are not those of the encoder.
+            ValueError: if the last dims do not fit the encoder.
         """
         return self.encoder.encode(self._tensor(obs))
 
@@ -141,7 +140,7 @@ class Predictor(nn.Module, abc.ABC):
         return self._evaluate(self.rew_func, latent, context, self._tensor(act))
 
     def value(self, obs: Tensor | np.ndarray, act: Tensor | np.ndarray | None = None) -> Tensor:
-        """Predict the value of ``obs`` ``[B, O]``; returns ``[B]``.
+        """Predict the value of observations; returns ``[B]``.
 
         Args:
             obs: ``[B, O]``.
@@ -168,14 +167,14 @@ class Predictor(nn.Module, abc.ABC):
         *,
         set_truncated: bool = False,
     ) -> tuple[TensorDictBase, Tensor]:
-        """Imagine what given actions lead to; carries gradient unless under ``torch.no_grad``.
+        """Imagine a rollout of given actions; carries gradient unless under ``torch.no_grad``.
 
         Args:
-            obs: where to start, ``[B, O]``.
+            obs: initial observations, ``[B, O]``.
             act: ``[B, H, A]``, or indices ``[B, H]`` of discrete actions.
             deterministic: move particles to the mean of their mixture instead of drawing.
-            set_truncated: raise ``truncated`` and ``done`` on the last step; rollouts that go into
-                a replay buffer need that.
+            set_truncated: set ``truncated`` and ``done`` on the last step; needed for a replay
+                buffer.
 
         Returns:
             TorchRL's rollout layout, batch size ``[B, H]``: ``latent`` ``[B, H, E, P, D]`` before
@@ -205,15 +204,12 @@ class Predictor(nn.Module, abc.ABC):
         return out, out.get(self.encoder.out_keys[1])[:, 0]
 
     def env(self, action_spec: TensorSpec, **options: Any) -> PredictorEnv:
-        """Make the model an environment.
+        """Make an environment that shares the parts of this predictor, and so follows learning.
 
         Args:
             action_spec: of one env, without batch dims.
             options: of :class:`~layeredrl_trl.envs.PredictorEnv`; ``reward`` replaces the learned
                 one.
-
-        Returns:
-            An env that shares the parts of this predictor: what these learn, it knows.
         """
         reward = options.pop("reward", self.rew_func)
         return PredictorEnv(self.encoder, self.model, reward, action_spec, **options)
@@ -245,16 +241,15 @@ class Predictor(nn.Module, abc.ABC):
         Past the end of the episode the last real step repeats and the mask is 0.
 
         Args:
-            buffer: to draw from.
+            buffer: replay buffer to draw from.
             batch_size: number of slices.
             n_steps: steps of a slice.
-            device: of the returned tensors.
+            device: device of ``lengths`` and ``mask``.
 
         Returns:
             ``indices``, storage positions as an int64 ndarray ``[n_steps, batch_size]`` (for a
-            storage of two dims counted row by row, as ``np.ravel_multi_index`` does);
-            ``lengths``, real steps of each slice, ``[batch_size]``; ``mask``
-            ``[batch_size, n_steps]``, 1.0 on real steps.
+            storage of two dims as from ``np.ravel_multi_index``); ``lengths``, real steps of each
+            slice, ``[batch_size]``; ``mask`` ``[batch_size, n_steps]``, 1.0 on real steps.
 
         Raises:
             TypeError: if ``buffer`` is no replay buffer or a number no integer.
@@ -274,7 +269,7 @@ class Predictor(nn.Module, abc.ABC):
         return super()._apply(fn, recurse)
 
     def _rollout_env(self, deterministic: bool, discrete: bool) -> PredictorEnv:
-        """An env for :meth:`rollout`; kept, because making specs takes longer than a step."""
+        """Return an env for :meth:`rollout`; cached, as making specs takes longer than a step."""
         envs = self.__dict__.setdefault("_envs", {})
         env = envs.get((deterministic, discrete))
         if env is None or not self._is_of_my_parts(env):
@@ -306,7 +301,7 @@ class Predictor(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_envs"}
-        return state | {"writer": None}  # an open file: neither to be copied nor sent elsewhere
+        return state | {"writer": None}  # an open file, which cannot be copied or pickled
 
 
 def _check_dims(

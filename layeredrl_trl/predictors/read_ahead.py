@@ -1,7 +1,7 @@
-"""From a replay buffer to batches, those of many optimisation steps drawn and read at once.
+"""Draw and read the batches of many optimisation steps from a replay buffer at once.
 
-To find, read and check a batch takes as long as the step that learns from it, whatever its size up
-to some ten thousand steps of a buffer.
+Reading a batch takes about as long as learning from it, at any size up to some ten thousand
+transitions.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from layeredrl_trl.data import (
 from layeredrl_trl.objectives import RewardPredictorLoss, Slices, rows_with_data
 
 READ_AHEAD = 2**16
-"""Most steps that are read from a buffer at once."""
+"""Maximum number of transitions that are read at once."""
 
 _MOST_NUMBERS = 2**25
-"""Most numbers of observations that are read at once, for large ones."""
+"""Maximum number of elements of observations that are read at once."""
 
 
 class ReadAhead(NamedTuple):
-    """Draw batches from replay buffers and read what a loss needs of them.
+    """Draw batches from replay buffers and read the entries that a loss needs.
 
     Attributes:
-        loss: names the entries and the length of slices; no network of it is asked.
+        loss: gives the names of entries and the length of slices; none of its networks is used.
         sampler: draws slices.
-        device: of the batches.
+        device: device of the batches.
     """
 
     loss: RewardPredictorLoss
@@ -47,10 +47,9 @@ class ReadAhead(NamedTuple):
     def batches(
         self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
     ) -> Iterator[tuple[Slices, Slices]]:
-        """Give slices and transitions for each of ``n_steps`` optimisation steps.
+        """Yield slices and transitions for each of ``n_steps`` optimisation steps.
 
-        Transforms of the buffer are asked anew for every step: what they give may change with what
-        is learned.
+        A buffer with transforms is read for each step, as their output may depend on learning.
         """
         length, ahead = self.loss.slice_len, 1
         if has_plain_columns(buffer):
@@ -60,13 +59,13 @@ class ReadAhead(NamedTuple):
         for done in range(0, n_steps, ahead):
             n = min(ahead, n_steps - done)
             slices = self.loss.with_returns(self.slices(buffer, n * batch_size, length))
-            if slices.mask.all():  # as of single steps with a state value
+            if slices.mask.all():  # for example slices of one step with a state value
                 slices = slices._replace(mask=None)
             transitions = self.transitions(buffer, n * model_batch_size)
             yield from zip(slices.split(n), transitions.split(n), strict=True)
 
     def slices(self, buffer: TensorDictReplayBuffer, batch_size: int, length: int) -> Slices:
-        """Draw slices ``[B, length]``, whose starts are uniform over what is stored."""
+        """Draw slices ``[B, length]``, whose starts are uniform over stored transitions."""
         index, mask = self._draw(buffer, batch_size, length)
         slices = self._read(buffer, index, with_reward=True)
         return slices._replace(mask=mask.to(self.device).unsqueeze(-1), weight=None)

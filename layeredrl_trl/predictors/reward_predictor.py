@@ -26,52 +26,51 @@ from layeredrl_trl.predictors.read_ahead import ReadAhead
 class RewardPredictor(Predictor):
     """Learn encoder, dynamics, reward and value together from partial trajectories.
 
-    The gradient of the reward loss is what shapes the encoder. See
-    :class:`~layeredrl_trl.objectives.RewardPredictorLoss` for the terms of the loss and what
-    happens at terminated, truncated, unfinished and padded steps.
+    Only the reward loss trains the encoder. See
+    :class:`~layeredrl_trl.objectives.RewardPredictorLoss` for the loss terms and the treatment of
+    terminated, truncated, unfinished and padded steps.
 
-    The loss, the optimiser and the targets are bound to the parts at construction. Putting another
-    one in its place later (``predictor.rew_func = ...``) changes what predicts, not what learns:
-    make a new predictor of the parts instead.
+    Loss, optimiser and targets are bound to the parts at construction. Replacing a part later
+    (``predictor.rew_func = ...``) changes predictions but not learning: make a new predictor
+    instead.
 
     Args:
-        model: of the dynamics.
+        model: the dynamics model.
         val_func: state value or Q-function; ``None``: no value is learned.
-        rew_func: of the reward; ``None``: no reward is learned.
-        encoder: of observations.
+        rew_func: reward function; ``None``: no reward is learned.
+        encoder: encoder of observations.
         latent_state_dim, context_dim: ``D`` and ``C``.
         gamma: discount, in [0, 1].
         tau: how far the value's target moves to the value after each step, in [0, 1].
         k_steps: steps of a slice that train reward and value.
-        n_steps: most rewards in a value target.
+        n_steps: maximum number of rewards in a value target.
         learn_encoder: let the reward loss train the encoder.
         consistency_loss_weight, value_loss_weight, rew_loss_weight: factors of the losses of
             dynamics, value and reward.
         delta_standardizer_lr, encoder_lr, reward_lr, model_lr, value_lr: learning rates, each a
             float or a function of the total number of env steps.
-        encoder_warm_up: for so many optimiser steps only encoder and reward learn; with
-            ``learn_encoder=False`` there is nothing to warm up.
+        encoder_warm_up: number of first optimiser steps in which only encoder and reward learn; no
+            effect with ``learn_encoder=False``.
         delta_standardizer: learn a matrix that whitens changes of the latent state.
-        clip_grad_max_norm: largest global norm of the gradients; ``None`` for no clipping.
-        device: where all parts are moved to.
-        writer: a ``SummaryWriter`` or TorchRL ``Logger``.
-        log_interval: of logging, in calls to :meth:`learn`.
-        compile: compute losses and gradients of :meth:`learn` in code from ``torch.compile``: the
-            same numbers but for rounding, on a CPU in some 60 to 90% of the time. The first call,
-            and the first with other batch sizes, takes half a minute, which TorchRL's logger says
-            once. Needs a C++ compiler, on CUDA Triton.
+        clip_grad_max_norm: maximum global norm of the gradients; ``None`` for no clipping.
+        device: device to move all parts to.
+        writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` for no logging.
+        log_interval: number of calls to :meth:`learn` per log entry.
+        compile: run losses and gradients of :meth:`learn` in code from ``torch.compile``; equal up
+            to rounding, on a CPU in some 60 to 90% of the time. Compiling, at the first call and
+            for new batch sizes, takes half a minute and is logged once. Needs a C++ compiler, on
+            CUDA Triton.
         cudagraphs: take the steps of :meth:`learn` as a CUDA graph, see
             :class:`~layeredrl_trl.acceleration.DeviceUpdate`. Not yet run on a GPU.
 
     Attributes:
-        loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for one's own
-            loops.
+        loss_module: the :class:`~layeredrl_trl.objectives.RewardPredictorLoss`, for your own loops.
         standardizer: the :class:`~layeredrl_trl.modules.DeltaStandardizer`, or ``None``.
 
     Raises:
         TypeError: if a part is of an unknown kind, ``val_func`` a reward or ``rew_func`` a value.
-        ValueError: if a number is out of its range or sizes of the parts differ, or ``cudagraphs``
-            are asked for without CUDA.
+        ValueError: if a number is out of range, sizes of the parts differ, or ``cudagraphs`` is set
+            without CUDA.
 
     Example:
         >>> from torchrl.data import LazyTensorStorage
@@ -151,8 +150,8 @@ class RewardPredictor(Predictor):
             rew_loss_weight=rew_loss_weight,
         )
         loss_module.set_keys(observation=self.encoder.in_keys[0], action=self.model.in_keys[2])
-        # The loss holds the same parts: registering it too would put each into the state twice.
-        # Its target parameters are the only state of its own.
+        # The loss holds the same parts, so registering it would put each into the state twice.
+        # Only its target parameters are registered (below).
         self.__dict__["loss_module"] = loss_module
         self._rates = LearningRates(
             delta_standardizer=delta_standardizer_lr,
@@ -185,18 +184,15 @@ class RewardPredictor(Predictor):
         """Draw slices and compute their n-step value targets.
 
         Args:
-            buffer: to draw from; slice starts are uniform over what it stores.
+            buffer: replay buffer; slice starts are uniform over stored transitions.
             batch_size: ``B``, number of slices.
             k_steps: steps of a slice that get a target.
-            n_steps: most rewards in a target.
+            n_steps: maximum number of rewards in a target.
             gamma: discount, in [0, 1].
 
         Returns:
-            TensorDict ``[B, k_steps]``: ``latent``, ``context``, ``action``,
-            ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
-            ``bootstrap_value`` (before its discount; 0 where there is none),
-            ``("collector", "mask")``, ``planned`` and ``index`` (storage positions). ``latent`` and
-            ``context`` carry gradient if ``learn_encoder``.
+            TensorDict ``[B, k_steps]`` as from ``loss_module.compute_targets``, with ``index``
+            (storage positions).
 
         Raises:
             KeyError: if the buffer lacks an entry.
@@ -210,10 +206,10 @@ class RewardPredictor(Predictor):
         )
 
     def sample_model_batch(self, buffer: TensorDictReplayBuffer, batch_size: int) -> TensorDict:
-        """Draw single transitions, uniform over what the buffer stores, for the dynamics.
+        """Draw single transitions for the dynamics, uniformly over stored ones.
 
         Args:
-            buffer: to draw from.
+            buffer: replay buffer to draw from.
             batch_size: ``B``.
 
         Returns:
@@ -269,9 +265,9 @@ class RewardPredictor(Predictor):
     ) -> tuple[Tensor, dict[str, float]]:
         """Take optimisation steps on data from a replay buffer.
 
-        Slices and transitions are drawn uniformly from the buffer's storage; the buffer's own
-        sampler and batch size are not used, its transforms are. A predictor in evaluation mode
-        (:meth:`eval`) is in training mode meanwhile, statistics included.
+        Slices and transitions are drawn uniformly from the buffer's storage; the buffer's
+        transforms are used, its sampler and batch size are not. A predictor in evaluation mode
+        (:meth:`eval`) is set to training mode during the call.
 
         Args:
             buffer: with ``observation``, ``action``, ``("next", "observation")``,
@@ -280,15 +276,14 @@ class RewardPredictor(Predictor):
             n_steps: optimisation steps.
             batch_size: slices in a batch, for reward and value.
             model_batch_size: transitions in a batch, for the dynamics.
-            n_total_env_steps: steps taken in the real env so far; what learning rates that are
-                functions get.
+            n_total_env_steps: steps taken in the real env so far; argument of learning rates that
+                are functions.
 
         Returns:
-            The loss, mean over the steps that were not skipped (NaN if all were), and an info
-            dictionary of floats, likewise: every term, ``loss``,
-            ``grad_norm`` (before clipping), ``target_scale`` (mean over dims; of a model that has
-            it), a ``lr_...`` for each part, ``skipped`` (batches skipped so far for non-finite
-            gradients).
+            The mean loss over steps that were not skipped (NaN if all were), and an info dictionary
+            of floats: means of every term, ``loss`` and ``grad_norm`` (before clipping) over the
+            same steps, ``target_scale`` (mean over dims, if the model has it), ``lr_...`` for each
+            part, and ``skipped`` (batches skipped so far for non-finite gradients).
 
         Raises:
             KeyError: if the buffer lacks an entry.
@@ -328,9 +323,9 @@ class RewardPredictor(Predictor):
         """Rename the entries that are read from buffers.
 
         Args:
-            names: of ``observation`` and ``action`` (by default what ``encoder`` and ``model`` call
-                them), ``planned``, and of ``reward`` and ``terminated`` under ``"next"``. ``done``
-                and ``truncated`` are looked for beside ``terminated``.
+            names: of ``observation`` and ``action`` (by default as in ``encoder`` and ``model``),
+                ``planned``, and of ``reward`` and ``terminated`` under ``"next"``; ``done`` and
+                ``truncated`` are siblings of ``terminated``.
 
         Raises:
             ValueError: if there is no such entry.
@@ -350,9 +345,9 @@ class RewardPredictor(Predictor):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Compute the log density of the whitened change of the latent state: a skill's reward.
 
-        The density is that of ``W (next_state - state)`` under the mixture of all members with
-        means ``W (mean - state)`` and standard deviation ``fixed_std``; ``W`` is the standardizer's
-        matrix, the identity without one.
+        It is the density of ``W (next_state - state)`` under the mixture of all members with means
+        ``W (mean - state)`` and standard deviation ``fixed_std``; ``W`` is the standardizer's
+        matrix, or the identity.
 
         Args:
             state: latent state, ``[B, D]``.
@@ -387,10 +382,10 @@ class RewardPredictor(Predictor):
         return log_prob, term_prob, {"standardized_delta": (next_state - state) @ matrix.mT}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """State beyond parameters and buffers: the optimiser's, counters and learning rates.
+        """Return state besides parameters and buffers: optimiser, counters and learning rates.
 
-        A learning rate that is a function, but no :class:`~layeredrl_trl.schedules.Schedule`, has
-        no state; after loading it is what it was.
+        A learning rate that is a function but no :class:`~layeredrl_trl.schedules.Schedule` has no
+        state; loading leaves it unchanged.
         """
         return {
             "rates": self._rates.state_dict(),
@@ -399,11 +394,11 @@ class RewardPredictor(Predictor):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` returned.
+        """Restore the state from :meth:`get_extra_state`.
 
         Raises:
-            ValueError: if it is that of a predictor with other parts or layers; then nothing has
-                changed yet, :meth:`load_state_dict` comes here first.
+            ValueError: if it is of a predictor with other parts or layers; :meth:`load_state_dict`
+                raises this before it changes anything.
         """
         load_update_state(self.update, state)
         self.n_learn_calls = state["n_learn_calls"]
@@ -436,7 +431,7 @@ class RewardPredictor(Predictor):
         self._remake_update(extra_state)
 
     def _remake_update(self, extra_state: dict[str, Any]) -> None:
-        """Bind optimiser and target updater to parameters that were moved, copied or unpickled."""
+        """Bind optimiser and target updater to moved, copied or unpickled parameters."""
         buffers = [(buffer, buffer.clone()) for buffer in self.loss_module.buffers()]
         self.update = make_update(self.loss_module, **self._update_options)
         for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from layeredrl_trl.acceleration import in_pieces, run_layers
-from layeredrl_trl.acceleration.pieces import pays_in_pieces
+from layeredrl_trl.acceleration.pieces import should_split
 
 PIECE = 2048
 SIZES = [1, 5, PIECE // 2, PIECE // 2 + 1, PIECE, PIECE + 1, 3 * PIECE + 7]
@@ -64,17 +64,15 @@ def counted(monkeypatch):
 
 def test_it_pays_for_many_rows_of_which_no_gradient_is_asked_for():
     with torch.no_grad():
-        assert [pays_in_pieces(torch.zeros(n, 1)) for n in SIZES] == [False] * 3 + [True] * 4
-        assert pays_in_pieces(torch.zeros(5, PIECE, 1)) and not pays_in_pieces(
-            torch.zeros(PIECE, 5, 1)
-        )
-    assert not pays_in_pieces(torch.zeros(PIECE, 1))
+        assert [should_split(torch.zeros(n, 1)) for n in SIZES] == [False] * 3 + [True] * 4
+        assert should_split(torch.zeros(5, PIECE, 1)) and not should_split(torch.zeros(PIECE, 5, 1))
+    assert not should_split(torch.zeros(PIECE, 1))
 
 
 @torch.no_grad()
 def test_it_pays_not_in_compiled_code():
     compiled = torch.compile(
-        lambda x: x + 1 if pays_in_pieces(x) else x - 1, backend="eager", fullgraph=True
+        lambda x: x + 1 if should_split(x) else x - 1, backend="eager", fullgraph=True
     )
     assert (compiled(torch.ones(PIECE, 1)) == 0).all()
 
