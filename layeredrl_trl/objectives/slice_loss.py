@@ -196,10 +196,11 @@ class SliceLoss(LossModule):
             latent, context = self.encoder.encode(slices.observation)
         context = context[:, :1].expand_as(context)
         returns = slices.returns
-        value = torch.zeros_like(slices.reward)
         if self.has_value:
             value = self._target_value(returns.observation, context.detach(), returns.action)
             value = torch.where(returns.bootstraps, value, 0.0)
+        else:
+            value = torch.zeros_like(slices.reward)
         targets = {
             latent_key: latent,
             context_key: context,

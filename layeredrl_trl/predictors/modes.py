@@ -17,17 +17,13 @@ R = TypeVar("R")
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Put a module and all of its parts into one mode; afterwards each is in its own again."""
     before, modes = module.training, [(part, part.training) for part in module.modules()]
-    changes = any(mode is not training for _, mode in modes)
-    if changes:
-        module.train(training)
+    module.train(training)
     try:
         yield
     finally:
-        if changes:
-            module.train(before)  # for what it passes the mode on to beside its parts
+        module.train(before)  # it may pass the mode on to more than its parts
         for part, mode in modes:
-            if part.training is not mode:  # to set it takes longer than to ask
-                part.training = mode
+            part.training = mode
 
 
 def in_training_mode(method: Callable[P, R]) -> Callable[P, R]:

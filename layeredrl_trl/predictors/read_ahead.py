@@ -89,9 +89,8 @@ class ReadAhead(NamedTuple):
     ) -> Slices:
         names = self.loss.tensor_keys
         needed = [names.observation, names.action, names.next_observation, names.next_terminated]
-        optional = [names.planned] if with_reward else [keys.WEIGHT]
-        needed += [names.next_reward] if with_reward else []
-        steps = read_transitions(buffer, index, needed, optional)
+        more = ([names.next_reward], [names.planned]) if with_reward else ([], [keys.WEIGHT])
+        steps = read_transitions(buffer, index, needed + more[0], more[1])
         steps.set(keys.INDEX, stack_index(index))
         is_there = all(x.device == self.device for x in steps.values(True, True))
         steps = steps if is_there else steps.to(self.device)
