@@ -18,11 +18,8 @@ from torchrl import logger as torchrl_logger
 
 T = TypeVar("T")
 
-_MOST_VARIANTS = 64
-"""Compiled variants of one function; torch's default of 8 is too low for many model sizes."""
-
 _OPTIONS = {
-    "recompile_limit": _MOST_VARIANTS,
+    "recompile_limit": 64,  # of one function: torch's 8 are too few for many kinds of models
     "skip_nnmodule_hook_guards": False,  # hooks may be registered after the code was made
 }
 
