@@ -11,10 +11,8 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import (
     Bounded,
-    Categorical,
     LazyTensorStorage,
     ListStorage,
-    OneHot,
     TensorDictReplayBuffer,
     Unbounded,
 )
@@ -35,17 +33,10 @@ from layeredrl_trl.functional import disagreement
 from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, SelectEncoder
 from layeredrl_trl.planners import CrossEntropyPlanner
 from layeredrl_trl.planners.scoring import CandidateReturn
+from tests.envs.imagined import ACTION_SPECS, BATCH_SHAPES, CONTINUOUS
 from tests.oracles import member_prediction, random_ensemble, random_reward
 from tests.problems import LinearGaussian
 
-CONTINUOUS = Bounded(-1.0, 1.0, (2,))
-ACTION_SPECS = {
-    "continuous": CONTINUOUS,
-    "one-hot": OneHot(4),
-    "categorical": Categorical(4),
-    "categorical-1": Categorical(4, shape=(1,)),
-}
-BATCH_SHAPES = [(), (3,), (2, 3)]
 KINDS = [DisagreementBonus, PessimismPenalty]
 SCALE = 0.3
 
