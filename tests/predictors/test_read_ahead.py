@@ -72,3 +72,23 @@ def test_a_step_is_aimed_at_the_target_network_of_the_step_before():
     update.compute = spy
     learn(predictor, filled_buffer().buffer, n_steps=6)
     assert seen == [True] * 6
+
+
+@pytest.mark.parametrize("value", ["state", "q", None])
+def test_padding_is_masked_in_every_batch_that_learns(value):
+    """Past the end of an episode the last step repeats; only the mask tells."""
+    predictor, padded = small_predictor(value, k_steps=4), 0
+    update = predictor.update
+
+    def spy(slices, transitions):
+        nonlocal padded
+        repeats = slices.index[:, 1:] == slices.index[:, :-1]
+        if repeats.any():
+            assert not slices.mask[:, 1:][repeats].any()
+        padded += int(repeats.sum())
+        return update(slices, transitions)
+
+    spy.steps, spy.skipped, spy.optimizer = 0, 0, update.optimizer
+    predictor.update = spy
+    learn(predictor, filled_buffer().buffer, n_steps=4)
+    assert padded > 0
