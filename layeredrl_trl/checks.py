@@ -1,4 +1,4 @@
-"""Checks of a user's plain numbers; the error names the argument, what was expected, what came.
+"""Checks of a user's plain arguments; the error names the argument, what was expected, what came.
 
 Each function takes the name and the value of the argument.
 """
@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -60,3 +62,62 @@ def check_finite(name: str, value: Any, *, above: float = -math.inf) -> None:
     if not value > above:
         bound = "positive" if above == 0 else f"above {above}"
         raise ValueError(f"{name} must be {bound}, got {value}.")
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    """Check that an argument is True or False, or None if it is ``optional``.
+
+    Raises:
+        TypeError: if ``value`` is something else; 1 and ``"no"`` are.
+    """
+    if isinstance(value, (bool, np.bool_)) or (optional and value is None):
+        return
+    expected = "True, False or None" if optional else "True or False"
+    raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
+
+
+def check_key(name: str, value: Any) -> None:
+    """Check that an argument is the key of one TensorDict entry.
+
+    Raises:
+        TypeError: if ``value`` is neither a string nor a tuple of one or more strings.
+    """
+    if not _is_key(value):
+        raise TypeError(
+            f"{name} must be a string or a tuple of strings, got {value!r} "
+            f"({type(value).__name__})."
+        )
+
+
+def check_keys(name: str, value: Any, count: int | None = None) -> None:
+    """Check that an argument is a sequence of keys of TensorDict entries.
+
+    A string is not taken for the sequence of its letters. A tuple of strings is a sequence of
+    keys, as everywhere in TorchRL; a sequence of one nested key is ``[("next", "reward")]``.
+
+    Args:
+        name: the argument's name.
+        value: the argument.
+        count: how many keys there must be; None for any number.
+
+    Raises:
+        TypeError: if ``value`` is not a sequence or an element is not a key.
+        ValueError: if there are not ``count`` keys.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        like = repr([value] if _is_key(value) else ["x"])
+        raise TypeError(
+            f"{name} must be a sequence of keys, as in {like}, got {value!r} "
+            f"({type(value).__name__})."
+        )
+    for i, key in enumerate(value):
+        check_key(f"{name}[{i}]", key)
+    if count is not None and len(value) != count:
+        raise ValueError(f"{name} must hold {count} key(s), got {len(value)}: {list(value)}.")
+
+
+def _is_key(value: Any) -> bool:
+    """Whether a value is a NestedKey: a string or a tuple of one or more strings."""
+    if isinstance(value, tuple):
+        return bool(value) and all(isinstance(part, str) for part in value)
+    return isinstance(value, str)

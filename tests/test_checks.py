@@ -1,9 +1,17 @@
-"""Checks of plain numbers: what they accept, and what they say of what they refuse."""
+"""Checks of plain arguments: what they accept, and what they say of what they refuse."""
 
 import numpy as np
 import pytest
 
-from layeredrl_trl.checks import check_count, check_counts, check_finite, check_sizes
+from layeredrl_trl.checks import (
+    check_count,
+    check_counts,
+    check_finite,
+    check_flag,
+    check_key,
+    check_keys,
+    check_sizes,
+)
 
 
 def test_what_is_legal_passes():
@@ -15,6 +23,14 @@ def test_what_is_legal_passes():
     check_sizes("sizes", [])
     check_finite("x", 0.5, above=0)
     check_finite("x", np.float32(-1))
+    check_flag("f", True)
+    check_flag("f", np.bool_(False))
+    check_flag("f", None, optional=True)
+    check_key("k", "x")
+    check_key("k", ("next", "x"))
+    check_keys("ks", ["x", ("next", "x")], 2)
+    check_keys("ks", ("x", "y", "z"), 3)
+    check_keys("ks", [])
 
 
 @pytest.mark.parametrize("value", [2.0, True, "2", None])
@@ -56,3 +72,40 @@ def test_a_size_that_is_none():
 def test_numbers_that_are_not_finite_or_positive(value, error, text):
     with pytest.raises(error, match=text):
         check_finite("x", value, above=0)
+
+
+@pytest.mark.parametrize("value", ["cuda", 1, 0.0, None, [True]])
+def test_what_is_no_flag(value):
+    with pytest.raises(TypeError, match="f must be True or False, got"):
+        check_flag("f", value)
+
+
+def test_the_error_of_a_flag_names_the_kind_of_what_came():
+    with pytest.raises(TypeError, match=r"f must be True or False, got 'cuda' \(str\)\."):
+        check_flag("f", "cuda")
+    with pytest.raises(TypeError, match=r"f must be True, False or None, got 1 \(int\)\."):
+        check_flag("f", 1, optional=True)
+
+
+@pytest.mark.parametrize("value", [None, 3, ["x"], (), ("x", 1)])
+def test_what_is_no_key(value):
+    with pytest.raises(TypeError, match="k must be a string or a tuple of strings, got"):
+        check_key("k", value)
+
+
+def test_a_string_is_not_split_into_keys():
+    with pytest.raises(TypeError, match=r"ks must be a sequence of keys, as in \['x'\], got 'x'"):
+        check_keys("ks", "x", 1)
+
+
+@pytest.mark.parametrize("value", [None, 3, {"x"}])
+def test_what_is_no_sequence_of_keys(value):
+    with pytest.raises(TypeError, match=r"ks must be a sequence of keys, as in \['x'\], got"):
+        check_keys("ks", value)
+
+
+def test_sequences_that_hold_no_keys_or_too_many():
+    with pytest.raises(TypeError, match=r"ks\[1\] must be a string or a tuple of strings, got 2"):
+        check_keys("ks", ["x", 2])
+    with pytest.raises(ValueError, match=r"ks must hold 2 key\(s\), got 3: \['x', 'y', 'z'\]"):
+        check_keys("ks", ["x", "y", "z"], 2)
