@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import promised
+from layeredrl_trl.checks import check_keys
 from layeredrl_trl.functional import (
     fold_index,
     gaussian_mixture_log_prob,
@@ -22,7 +23,9 @@ from layeredrl_trl.functional import (
     sample_gaussian_mixture,
     zero_where_not,
 )
+from layeredrl_trl.modules.outputs import check_output, check_prediction
 from layeredrl_trl.modules.particles import ParticlePrediction
+from layeredrl_trl.modules.spaces import are_indices
 
 
 class DynamicsModel(TensorDictModuleBase, abc.ABC):
@@ -54,6 +57,10 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
 
     Writes:
         ``("next", "latent")`` ``[..., D]`` and ``("next", "term_prob")`` ``[..., 1]``.
+
+    Raises:
+        TypeError: if ``in_keys`` or ``out_keys`` are not sequences of keys.
+        ValueError: if there are not three ``in_keys`` and two ``out_keys``.
     """
 
     n_models: int
@@ -71,6 +78,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         out_keys: Sequence[NestedKey] = (keys.NEXT_LATENT, keys.NEXT_TERM_PROB),
     ) -> None:
         super().__init__()
+        check_keys(f"{type(self).__name__}: in_keys", in_keys, 3)
+        check_keys(f"{type(self).__name__}: out_keys", out_keys, 2)
         self.in_keys = list(in_keys)
         self.out_keys = list(out_keys)
 
@@ -94,6 +103,27 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         Raises:
             ValueError: if a last dim or a leading shape does not fit.
         """
+
+    def particles(
+        self,
+        latent: Tensor,
+        context: Tensor,
+        action: Tensor,
+        member: Tensor | None = None,
+    ) -> ParticlePrediction:
+        """Call :meth:`predict_particles` and check the shapes of what it returns.
+
+        Everything that imagines or scores goes through here, because tensors of another shape
+        would be broadcast, to a wrong number and without an error.
+
+        Raises:
+            TypeError: if it does not return a :class:`ParticlePrediction` of tensors.
+            ValueError: if the shape of one of them does not fit.
+        """
+        out = self.predict_particles(latent, context, action, member)
+        sizes = latent.shape[:-1], self.n_modes, self.latent_state_dim
+        check_prediction(type(self).__name__, out, *sizes)
+        return out
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
@@ -153,6 +183,9 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             self._check_weight(weight, latent.shape[:-1])
         score = promised(self, "score_members") or self._score_members
         nll, bce = score(latent, context, action, next_latent, terminated)
+        for x in (nll, bce):
+            expected = (*latent.shape[:-1], self.n_models)
+            check_output(f"{type(self).__name__}.score_members", x, expected)
         if weight is not None:
             nll, bce = weight * nll, weight * bce
         if nll.shape[-1] == 1:  # one member needs no mean
@@ -182,6 +215,16 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             n_total_env_steps: steps taken in the real env so far.
             whitening: matrix of the predictor's delta standardizer, ``[D, D]``.
         """
+
+    def penalty(self) -> Tensor:
+        """Call :meth:`regularization` and check that it is a scalar.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        out = self.regularization()
+        check_output(f"{type(self).__name__}.regularization", out, ())
+        return out
 
     def update_statistics(
         self,
@@ -240,7 +283,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         if transform is not None:
             transform = transform.to(mean.dtype)
             mean = (mean - latent.to(mean.dtype).unsqueeze(-2)) @ transform.mT
-            next_latent = (next_latent - latent).to(mean.dtype) @ transform.mT
+            next_latent = (next_latent.to(mean.dtype) - latent.to(mean.dtype)) @ transform.mT
         log_prob = gaussian_mixture_log_prob(next_latent.to(mean.dtype), mean, std, log_weights)
         return log_prob, term_prob.squeeze(-1)
 
@@ -271,13 +314,13 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         weight = self.joint_weight(batch.shape, mask=mask, weight=weight, index=index)
         if weight is None:
             nll, bce = self.negative_log_likelihood(*entries)
-            return (nll + bce).mean() + self.regularization()
+            return (nll + bce).mean() + self.penalty()
         # before the networks, else garbage on padding reaches the gradient (0 * NaN)
         counts = (weight > 0).any(-1)
         entries = [zero_where_not(counts, x) for x in entries]
         nll, bce = self.negative_log_likelihood(*entries, weight)
         total = weight.mean(-1).sum()
-        return (nll + bce).sum() / torch.where(total > 0, total, 1.0) + self.regularization()
+        return (nll + bce).sum() / torch.where(total > 0, total, 1.0) + self.penalty()
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -304,7 +347,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
 
         Args:
             batch: shape ``[...]`` of the batch.
-            mask: False on padding, bool ``[..., 1]``.
+            mask: False on padding, bool ``[..., 1]`` or ``[...]``.
             weight: at least 0, ``[..., 1]`` or ``[..., E]``.
             index: storage positions ``[...]`` or ``[..., ndim]``, for :meth:`transition_weights`.
 
@@ -323,9 +366,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             index = index if index.shape == batch else fold_index(index)
             _check_shape("index", index, batch)
             own = self.transition_weights(index)
-            factors += [] if own is None else [own]
+            if own is not None:
+                name = f"{type(self).__name__}.transition_weights"
+                check_output(name, own, (*batch, self.n_models))
+                factors.append(own.to(torch.float32))
         if mask is not None:
-            mask = mask.reshape(*batch, 1)
+            if mask.shape != tuple(batch):
+                _check_shape("mask", mask, (*batch, 1))
+            mask = mask.bool().reshape(*batch, 1)
             factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
         return math.prod(factors[1:], start=factors[0]) if factors else None
 
@@ -365,10 +413,14 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
     ) -> ParticlePrediction:
         """Let every member predict for the same latent states, ``[..., E, M, D]``."""
+        batch = latent.shape[:-1]
+        _check_shape("latent", latent, (*batch, self.latent_state_dim))
+        _check_shape("context", context, (*batch, self.context_dim))
+        are_indices(action, batch, self.action_dim, indices=self.accepts_indices)
         particles = latent[..., None, None, :].expand(
-            *latent.shape[:-1], self.n_models, 1, latent.shape[-1]
+            *batch, self.n_models, 1, self.latent_state_dim
         )
-        mean, own_std, log_weights, term_logit = self.predict_particles(particles, context, action)
+        mean, own_std, log_weights, term_logit = self.particles(particles, context, action)
         mean = mean.squeeze(-3)
         std = own_std.squeeze(-3) if std is None else torch.as_tensor(std).to(mean).expand_as(mean)
         return ParticlePrediction(mean, std, log_weights.squeeze(-2), term_logit.squeeze(-2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -15,6 +16,8 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_count, check_keys, check_sizes
+from layeredrl_trl.modules.outputs import check_output
 
 
 class Encoder(TensorDictModuleBase, abc.ABC):
@@ -33,7 +36,9 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
     Raises:
-        ValueError: if a dim is out of its range.
+        TypeError: if a dim is no integer, or ``in_keys`` or ``out_keys`` are no sequences of keys.
+        ValueError: if a dim is out of its range, or there are not one key in ``in_keys`` and two in
+            ``out_keys``.
     """
 
     def __init__(
@@ -46,11 +51,11 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
         super().__init__()
-        if latent_state_dim < 1 or context_dim < 0:
-            raise ValueError(
-                f"{type(self).__name__}: latent_state_dim must be at least 1 and context_dim at "
-                f"least 0, got {latent_state_dim} and {context_dim}."
-            )
+        name = type(self).__name__
+        check_count(f"{name}: latent_state_dim", latent_state_dim)
+        check_count(f"{name}: context_dim", context_dim, least=0)
+        check_keys(f"{name}: in_keys", in_keys, 1)
+        check_keys(f"{name}: out_keys", out_keys, 2)
         self.obs_shape = as_shape(obs_shape)
         self.latent_state_dim = latent_state_dim
         self.context_dim = context_dim
@@ -66,9 +71,18 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         """Encode ``[..., *obs_shape]`` to ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
         Raises:
-            ValueError: if the trailing shape is not ``obs_shape``.
+            TypeError: if :meth:`_encode` does not return a pair of tensors.
+            ValueError: if the trailing shape is not ``obs_shape``, or a shape that :meth:`_encode`
+                returns does not fit.
         """
-        return self._encode(self._flatten(observation, "observation"))
+        flat = self._flatten(observation, "observation")
+        out, name = self._encode(flat), type(self).__name__
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise TypeError(f"{name}._encode must return (latent, context), got {out!r}.")
+        latent, context = out
+        check_output(f"{name}: latent", latent, (*flat.shape[:-1], self.latent_state_dim))
+        check_output(f"{name}: context", context, (*flat.shape[:-1], self.context_dim))
+        return latent, context
 
     @property
     def has_statistics(self) -> bool:
@@ -106,7 +120,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
 
     @abc.abstractmethod
     def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode flattened float32 observations ``[..., O]``."""
+        """Encode flattened float32 observations ``[..., O]`` to a latent state and a context."""
 
     def _flatten(self, observation: Tensor, name: str) -> Tensor:
         """Check ``[..., *obs_shape]`` and return it as float32 ``[..., O]``."""
@@ -161,5 +175,12 @@ class IdentityEncoder(Encoder):
 
 
 def as_shape(obs_shape: int | Sequence[int]) -> torch.Size:
-    """Return the shape of one observation as a ``torch.Size``; an int means ``(int,)``."""
-    return torch.Size([obs_shape] if isinstance(obs_shape, int) else obs_shape)
+    """Return the shape of one observation as a ``torch.Size``; an int means ``(int,)``.
+
+    Raises:
+        TypeError: if it is neither an integer nor a sequence of integers.
+        ValueError: if a size is below 1.
+    """
+    sizes = (obs_shape,) if isinstance(obs_shape, Integral) else obs_shape
+    check_sizes("obs_shape", sizes)
+    return torch.Size(map(int, sizes))

@@ -13,6 +13,7 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_count, check_flag
 from layeredrl_trl.modules.encoders import Encoder
 from layeredrl_trl.modules.normalization import RunningMoments
 
@@ -51,8 +52,10 @@ class LearnedEncoder(Encoder):
         ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
     Raises:
+        TypeError: if a number is no integer, ``standardize`` is neither True nor False, or
+            ``make_net`` returns no module.
         ValueError: if a dim is out of its range; if ``freeze_after`` is below 1, or given with
-            ``standardize=False``.
+            ``standardize=False``; when encoding, if a network's output is of another size.
 
     Example:
         >>> encoder = LearnedEncoder(3, latent_state_dim=2, context_dim=1, make_net=nn.Linear)
@@ -79,17 +82,16 @@ class LearnedEncoder(Encoder):
         dims = latent_state_dim, context_dim
         super().__init__(obs_shape, *dims, in_keys=in_keys, out_keys=out_keys)
         name = type(self).__name__
-        if freeze_after is not None and freeze_after < 1:
-            raise ValueError(
-                f"{name}: freeze_after must be at least 1 or None, got {freeze_after}."
-            )
+        check_flag(f"{name}: standardize", standardize)
+        if freeze_after is not None:
+            check_count(f"{name}: freeze_after", freeze_after)
         if freeze_after is not None and not standardize:
             raise ValueError(
                 f"{name}: freeze_after needs standardize=True, got {freeze_after} and False."
             )
         size = self.obs_shape.numel()
-        self.latent_net = make_net(size, latent_state_dim)
-        self.context_net = make_net(size, context_dim) if context_dim > 0 else None
+        self.latent_net = _as_module(name, make_net(size, latent_state_dim))
+        self.context_net = _as_module(name, make_net(size, context_dim)) if context_dim else None
         self.freeze_after = freeze_after
         self.moments = RunningMoments(size) if standardize else None
         self.register_buffer("changes", torch.zeros(size, dtype=torch.bool))
@@ -140,3 +142,10 @@ class LearnedEncoder(Encoder):
             self.latent_net(torch.where(changes, observation, 0.0)),
             self.context_net(torch.where(changes, 0.0, observation)),
         )
+
+
+def _as_module(name: str, net: nn.Module) -> nn.Module:
+    """Check what ``make_net`` made; a plain function would be called, but never learned."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{name}: make_net must return an nn.Module, got {type(net).__name__}.")
+    return net

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_trl.acceleration import in_pieces, run_layers
-from layeredrl_trl.checks import check_sizes
+from layeredrl_trl.checks import check_count, check_counts, check_sizes
 
 
 class ConcatMLP(nn.Module):
@@ -22,8 +22,8 @@ class ConcatMLP(nn.Module):
         activation: class of the nonlinearity between layers.
 
     Raises:
-        TypeError: if ``hidden_sizes`` is no sequence of integers.
-        ValueError: if one of them is below 1.
+        TypeError: if a size is no integer, or ``in_dims`` or ``hidden_sizes`` is no sequence.
+        ValueError: if a size is below 1 (of ``in_dims``: below 0).
     """
 
     def __init__(
@@ -34,8 +34,11 @@ class ConcatMLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
-        check_sizes("hidden_sizes", hidden_sizes)
         self.in_dims = tuple(in_dims)
+        for i, dim in enumerate(self.in_dims):
+            check_count(f"in_dims[{i}]", dim, least=0)
+        check_count("out_dim", out_dim)
+        check_sizes("hidden_sizes", hidden_sizes)
         sizes = [sum(self.in_dims), *hidden_sizes]
         layers: list[nn.Module] = []
         for size_in, size_out in pairwise(sizes):
@@ -76,8 +79,8 @@ class EnsembleMLP(nn.Module):
         activation: class of the nonlinearity between layers.
 
     Raises:
-        TypeError: if ``hidden_sizes`` is no sequence of integers.
-        ValueError: if one of them is below 1.
+        TypeError: if a size is no integer, or ``hidden_sizes`` is no sequence.
+        ValueError: if a size is below 1.
 
     Example:
         >>> EnsembleMLP(5, 3, 2, (8,))(torch.zeros(5, 7, 3)).shape
@@ -93,6 +96,7 @@ class EnsembleMLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
+        check_counts(n_members=n_members, in_dim=in_dim, out_dim=out_dim)
         check_sizes("hidden_sizes", hidden_sizes)
         sizes = [in_dim, *hidden_sizes, out_dim]
         self.weights = nn.ParameterList()

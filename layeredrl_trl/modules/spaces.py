@@ -5,6 +5,7 @@ A space may be given as a number of dims, a Gymnasium space, or a TorchRL spec.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import gymnasium
@@ -36,10 +37,10 @@ def space_dim(space: Any, name: str) -> int:
     """
     if space is None:
         return 0
-    if isinstance(space, int):
+    if isinstance(space, Integral) and not isinstance(space, bool):
         if space < 0:
             raise ValueError(f"{name}: expected at least 0 dims, got {space}.")
-        return space
+        return int(space)
     if isinstance(space, gymnasium.spaces.Box):
         return int(torch.Size(space.shape).numel()) if space.shape else 1
     if isinstance(space, gymnasium.spaces.Discrete):
@@ -61,7 +62,7 @@ def is_continuous(space: Any) -> bool:
 
     A bare number of dims does not tell, except 1: a discrete space of one element has no choice.
     """
-    is_one = isinstance(space, int) and space == 1
+    is_one = isinstance(space, Integral) and space == 1
     return is_one or isinstance(space, gymnasium.spaces.Box | Bounded | Unbounded)
 
 
@@ -77,12 +78,22 @@ def action_features(
     Raises:
         ValueError: if the shape is none of these, or of indices without ``indices``.
     """
-    if action.shape == (*batch_shape, dim):
-        return action.to(torch.float32)
-    has_index_shape = action.shape in (batch_shape, (*batch_shape, 1))
-    if indices and has_index_shape and not action.is_floating_point():
+    if are_indices(action, batch_shape, dim, indices=indices):
         index = action.reshape(batch_shape).long()
         return torch.nn.functional.one_hot(index, dim).to(torch.float32)
+    return action.to(torch.float32)
+
+
+def are_indices(action: Tensor, batch_shape: torch.Size, dim: int, *, indices: bool = True) -> bool:
+    """Check the shape of actions, and tell indices from vectors ``[*batch_shape, dim]``.
+
+    The arguments and the error are those of :func:`action_features`.
+    """
+    if action.shape == (*batch_shape, dim):
+        return False
+    has_index_shape = action.shape in (batch_shape, (*batch_shape, 1))
+    if indices and has_index_shape and not action.is_floating_point():
+        return True
     or_indices = f" or indices (integers) of shape {list(batch_shape)}" if indices else ""
     raise ValueError(
         f"action: expected shape {[*batch_shape, dim]}{or_indices}, "

@@ -9,6 +9,8 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from layeredrl_trl.checks import check_count
+
 
 class StackedNetworks(nn.Module):
     """``E`` networks of one architecture, evaluated side by side by ``torch.func.vmap``.
@@ -28,7 +30,7 @@ class StackedNetworks(nn.Module):
     Raises:
         ValueError: if ``n_members`` is below 1, or ``make_network`` returns one network twice or
             networks of different architecture.
-        TypeError: if it returns no ``nn.Module``.
+        TypeError: if ``n_members`` is no integer or ``make_network`` returns no ``nn.Module``.
 
     Example:
         >>> import torch
@@ -38,8 +40,7 @@ class StackedNetworks(nn.Module):
 
     def __init__(self, n_members: int, make_network: Callable[[], nn.Module]) -> None:
         super().__init__()
-        if n_members < 1:
-            raise ValueError(f"StackedNetworks: n_members must be at least 1, got {n_members}.")
+        check_count("StackedNetworks: n_members", n_members)
         networks = [make_network() for _ in range(n_members)]
         _check_networks(networks)
         self.n_members = n_members
@@ -50,13 +51,25 @@ class StackedNetworks(nn.Module):
         """Map ``[E, N, in]`` to ``[E, N, out]``, row ``e`` through member ``e``.
 
         With ``member`` ``[G]`` ``[G, N, in]``, row ``g`` through that member.
+
+        Raises:
+            TypeError: if a network returns no tensor.
+            ValueError: if it does not return ``[N, out]``.
         """
         params, buffers = dict(self.network.named_parameters()), dict(self.network.named_buffers())
         if member is not None:
             params = {name: p.index_select(0, member) for name, p in params.items()}
             buffers = {name: b.index_select(0, member) for name, b in buffers.items()}
         call = partial(functional_call, self.network)
-        return vmap(call, randomness="different")((params, buffers), (x,))
+        out = vmap(call, randomness="different")((params, buffers), (x,))
+        name = f"StackedNetworks: the output of {type(self.network).__name__}"
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(out).__name__}.")
+        if out.ndim != 3 or out.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"{name} must be [N, out] for {list(x.shape[1:])}, got {list(out.shape[1:])}."
+            )
+        return out
 
 
 def _check_networks(networks: list[nn.Module]) -> None:

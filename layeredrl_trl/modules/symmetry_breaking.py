@@ -129,7 +129,7 @@ class SymmetryBreakingStart(DynamicsModel):
         member: Tensor | None = None,
     ) -> ParticlePrediction:
         """Predict one step of every particle; see :class:`DynamicsModel` for the shapes."""
-        learned = self.model.predict_particles(latent, context, action, member)
+        learned = self.model.particles(latent, context, action, member)
         if self._is_over:
             return learned
         share = self._share.to(learned.mean.dtype)

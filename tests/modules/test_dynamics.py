@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from layeredrl_trl.functional import fold_index
-from layeredrl_trl.modules import DynamicsModel, ParticlePrediction
+from layeredrl_trl.modules import DynamicsModel, ParticlePrediction, SymmetryBreakingStart
 from tests.oracles import even_mixture, member_alone, random_ensemble
 
 NAN = float("nan")
@@ -327,6 +327,133 @@ def test_likelihood_does_not_broadcast(changes, message):
     shapes = {"next_latent": (5, 2), "terminated": (5, 1)} | changes
     with pytest.raises(ValueError, match=message):
         Shift([1.0]).negative_log_likelihood(*inputs(5), *map(torch.zeros, shapes.values()))
+
+
+WRONG = {
+    "mean without its modes": lambda p: p._replace(mean=p.mean.squeeze(-2)),
+    "mean of one dim": lambda p: p._replace(mean=p.mean[..., :1]),
+    "mean of one env": lambda p: p._replace(mean=p.mean[:1]),
+    "mean of one member": lambda p: p._replace(mean=p.mean[..., :1, :, :, :]),
+    "std of every dim": lambda p: p._replace(std=p.std[0, 0, 0, 0]),
+    "std without its modes": lambda p: p._replace(std=p.std.squeeze(-2)),
+    "log_weights of two modes": lambda p: p._replace(log_weights=p.log_weights.expand(5, 2, 1, 2)),
+    "log_weights without a dim": lambda p: p._replace(log_weights=p.log_weights.squeeze(-1)),
+    "term_logit without a dim": lambda p: p._replace(term_logit=p.term_logit.squeeze(-1)),
+    "term_logit of each dim": lambda p: p._replace(term_logit=p.term_logit.expand(5, 2, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
+def test_a_prediction_of_the_wrong_shape_is_not_broadcast(change, request):
+    class Wrong(Shift):
+        def predict_particles(self, *args):
+            return change(super().predict_particles(*args))
+
+    model, args = Wrong([1.0, 3.0]), inputs(5)
+    field = request.node.callspec.id.split()[0]
+    calls = (
+        lambda: model.predict(*args),
+        lambda: model.log_prob(*args, args[0]),
+        lambda: model.negative_log_likelihood(*args, args[0], torch.zeros(5, 1)),
+        lambda: model(*args),
+        lambda: model.particles(args[0][:, None, None].expand(5, 2, 1, 2), *args[1:]),
+        lambda: SymmetryBreakingStart(model, 10).predict(*args),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"Wrong.predict_particles: {field} must have shape"):
+            call()
+
+
+def test_a_prediction_for_one_member_has_one_row():
+    class Wrong(Shift):
+        def predict_particles(self, latent, context, action, member=None):
+            return super().predict_particles(latent.expand(-1, 2, -1, -1), context, action)
+
+    given = torch.zeros(5, 1, 3, 2), torch.zeros(5, 0), torch.zeros(5, 1)
+    text = r"mean must have shape \[5, 1, 3, 1, 2\], got \[5, 2, 3, 1, 2\]"
+    with pytest.raises(ValueError, match=text):
+        Wrong([1.0, 3.0]).particles(*given, torch.zeros(5, 1).long())
+
+
+@pytest.mark.parametrize("change", [tuple, lambda p: p.mean, lambda p: p._replace(std=0.1)])
+def test_a_prediction_of_the_wrong_kind(change):
+    class Wrong(Shift):
+        def predict_particles(self, *args):
+            return change(super().predict_particles(*args))
+
+    with pytest.raises(TypeError, match=r"Wrong.predict_particles.* must "):
+        Wrong([1.0, 3.0]).predict(*inputs(5))
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "name"),
+    [(0, (5, 1), "latent"), (1, (1, 0), "context"), (2, (1, 1), "action"), (2, (1,), "action")],
+)
+def test_inputs_of_a_model_of_your_own_are_not_broadcast(position, shape, name):
+    args = list(inputs(5))
+    args[position] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \[5, "):
+        Shift([1.0, 3.0]).predict(*args)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 2), (5, 2, 1)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_scores_of_the_members_are_not_broadcast(which, shape):
+    class Scored(Shift):
+        def score_members(self, *args):
+            out = [torch.zeros(5, 2), torch.zeros(5, 2)]
+            out[which] = torch.zeros(shape)
+            return tuple(out)
+
+    args = inputs(5)
+    with pytest.raises(ValueError, match=r"Scored.score_members must have shape \[5, 2\], got"):
+        Scored([1.0, 3.0]).negative_log_likelihood(*args, args[0], torch.zeros(5, 1))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 2), ()])
+def test_weights_of_stored_transitions_are_not_broadcast(shape):
+    class Weighed(Shift):
+        def transition_weights(self, index):
+            return torch.ones(shape)
+
+    data = batch_of(Shift([1.0]), 5)
+    data["index"] = torch.arange(5)
+    with pytest.raises(ValueError, match=r"Weighed.transition_weights must have shape \[5, 2\]"):
+        Weighed([1.0, 3.0]).loss(data)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_regularization_for_each_member_is_not_broadcast(masked):
+    class Regularized(Shift):
+        def regularization(self):
+            return torch.ones(2)
+
+    data = batch_of(Shift([1.0]), 5)
+    if masked:
+        data["collector", "mask"] = torch.ones(5, 1).bool()
+    with pytest.raises(ValueError, match=r"regularization must have shape \[\], got \[2\]"):
+        Regularized([1.0, 3.0]).loss(data)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1), (3, 4), (12,), (4, 3, 2)])
+def test_a_mask_of_other_steps_is_not_reshaped(shape):
+    mask = torch.ones(shape).bool()
+    with pytest.raises(ValueError, match=r"mask: expected shape \[4, 3, 1\], got"):
+        Shift([1.0]).joint_weight((4, 3), mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "text"),
+    [
+        ({"in_keys": "zca"}, TypeError, "in_keys must be a sequence of keys, as in"),
+        ({"out_keys": "zp"}, TypeError, "out_keys must be a sequence of keys, as in"),
+        ({"in_keys": ["z", "c"]}, ValueError, r"in_keys must hold 3 key\(s\), got 2"),
+        ({"out_keys": ["z"]}, ValueError, r"out_keys must hold 2 key\(s\), got 1"),
+    ],
+)
+def test_keys_that_are_a_string_are_not_split_into_letters(keys, error, text):
+    with pytest.raises(error, match=f"Shift: {text}"):
+        Shift([1.0], **keys)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 1), (5, 3), (5, 2, 1)])

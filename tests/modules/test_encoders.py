@@ -1,5 +1,6 @@
 """Encoders: shapes, casts, decoding, nested keys, errors."""
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -91,5 +92,72 @@ def test_missing_observation_names_what_there_is():
 
 @pytest.mark.parametrize(("latent", "context"), [(0, 0), (-1, 0), (1, -1)])
 def test_dims_out_of_range(latent, context):
-    with pytest.raises(ValueError, match=f"FirstDims: .* got {latent} and {context}"):
+    number = min(latent, context)
+    with pytest.raises(ValueError, match=f"FirstDims: .*_dim must be at least ., got {number}"):
         FirstDims(5, latent, context)
+
+
+@pytest.mark.parametrize("number", [2.0, True, float("nan"), "2", None])
+@pytest.mark.parametrize("name", ["latent_state_dim", "context_dim"])
+def test_a_number_of_dims_that_is_no_integer(name, number):
+    dims = {"latent_state_dim": 1, "context_dim": 1, name: number}
+    with pytest.raises(TypeError, match=f"FirstDims: {name} must be an integer, got {number!r}"):
+        FirstDims(5, **dims)
+
+
+@pytest.mark.parametrize("shape", [2.0, True, "3", (3.0,), None])
+def test_a_shape_that_is_none(shape):
+    with pytest.raises(TypeError, match="obs_shape"):
+        IdentityEncoder(shape)
+
+
+def test_a_shape_of_numpy_integers():
+    encoder = IdentityEncoder(np.int64(3))
+    assert encoder.obs_shape == (3,) and type(encoder.latent_state_dim) is int
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "text"),
+    [
+        ({"in_keys": "x"}, TypeError, r"in_keys must be a sequence of keys, as in \['x'\]"),
+        ({"out_keys": "zc"}, TypeError, r"out_keys must be a sequence of keys, as in \['zc'\]"),
+        ({"in_keys": ["x", "y"]}, ValueError, r"in_keys must hold 1 key\(s\), got 2"),
+        ({"out_keys": ["z"]}, ValueError, r"out_keys must hold 2 key\(s\), got 1"),
+        ({"out_keys": ["z", 3]}, TypeError, r"out_keys\[1\] must be a string or a tuple"),
+    ],
+)
+def test_keys_that_are_a_string_are_not_split_into_letters(keys, error, text):
+    with pytest.raises(error, match=f"Encoder: {text}"):
+        IdentityEncoder(3, **keys)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 5)])
+@pytest.mark.parametrize("part", ["latent", "context"])
+@pytest.mark.parametrize("change", ["size", "no-last-dim", "no-batch"])
+def test_what_an_encoder_of_your_own_returns_is_not_broadcast(part, batch, change):
+    class Wrong(FirstDims):
+        def _encode(self, observation):
+            out = dict(zip(("latent", "context"), super()._encode(observation), strict=True))
+            x = out[part]
+            out[part] = {"size": x[..., :1], "no-last-dim": x[..., 0], "no-batch": x.sum(0)}[change]
+            return out["latent"], out["context"]
+
+    expected = ", ".join(map(str, (*batch, 2)))
+    with pytest.raises(ValueError, match=rf"Wrong: {part} must have shape \[{expected}\], got"):
+        Wrong(5, 2, 2).encode(torch.randn(*batch, 5))
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (torch.zeros(4, 2), r"Wrong._encode must return \(latent, context\), got tensor"),
+        ((torch.zeros(4, 2), None), r"Wrong: context must be a tensor of shape \[4, 1\], got None"),
+    ],
+)
+def test_an_encoder_of_your_own_that_returns_no_pair_of_tensors(returned, text):
+    class Wrong(FirstDims):
+        def _encode(self, observation):
+            return returned
+
+    with pytest.raises(TypeError, match=text):
+        Wrong(5, 2, 1).encode(torch.zeros(4, 5))

@@ -624,7 +624,7 @@ def test_likelihood_far_from_every_mean_has_finite_gradients(distance):
 @pytest.mark.parametrize(
     ("position", "shape", "message"),
     [
-        (0, (5, 1), r"latent: expected 3 latent dims, got shape \[5, 3, 1, 1\]"),
+        (0, (5, 1), r"latent: expected shape \[5, 3\], got \[5, 1\]"),
         (1, (5, 1), r"context: expected shape \[5, 2\], got \[5, 1\]"),
         (1, (1, 2), r"context: expected shape \[5, 2\], got \[1, 2\]"),
         (1, (2,), r"context: expected shape \[5, 2\], got \[2\]"),

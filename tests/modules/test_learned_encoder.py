@@ -316,16 +316,42 @@ def test_statistics_may_move_between_forward_and_backward(make):
 @both
 @pytest.mark.parametrize(("d", "c"), [(0, 0), (-1, 0), (1, -1)])
 def test_dims_out_of_range(make, d, c):
-    with pytest.raises(ValueError, match=f"Encoder: .* got {d} and {c}"):
+    with pytest.raises(ValueError, match=f"Encoder: .*_dim must be at least ., got {min(d, c)}"):
         make(5, d, c)
+
+
+@both
+@pytest.mark.parametrize(
+    "options", [{"standardize": "cuda"}, {"standardize": 1}, {"freeze_after": 2.5}], ids=str
+)
+def test_options_of_the_wrong_kind(make, options):
+    with pytest.raises(TypeError, match=rf"Encoder: {next(iter(options))} must be .* got"):
+        make(3, 1, 1, **options)
+
+
+@pytest.mark.parametrize("part", ["latent", "context"])
+def test_a_network_of_the_wrong_size_is_not_broadcast(part):
+    def make_net(size, dim):
+        return nn.Linear(size, 1 if dim == {"latent": 2, "context": 3}[part] else dim)
+
+    encoder = LearnedEncoder(4, 2, 3, make_net)
+    size = {"latent": 2, "context": 3}[part]
+    message = rf"LearnedEncoder: {part} must have shape \[5, {size}\], got \[5, 1\]"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(torch.zeros(5, 4))
+
+
+def test_a_plain_function_as_a_network_is_not_left_unlearned():
+    with pytest.raises(TypeError, match=r"make_net must return an nn\.Module, got function"):
+        LearnedEncoder(4, 2, 0, lambda size, dim: lambda x: x[..., :dim])
 
 
 @both
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"freeze_after": 0}, "Encoder: freeze_after must be at least 1 or None, got 0"),
-        ({"freeze_after": -3}, "freeze_after must be at least 1 or None, got -3"),
+        ({"freeze_after": 0}, "Encoder: freeze_after must be at least 1, got 0"),
+        ({"freeze_after": -3}, "freeze_after must be at least 1, got -3"),
         (
             {"freeze_after": 3, "standardize": False},
             "freeze_after needs standardize=True, got 3 and False",

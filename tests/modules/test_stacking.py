@@ -144,6 +144,32 @@ def test_members_that_share_a_tensor():
         StackedNetworks(2, lambda: nn.Sequential(shared))
 
 
+class Pick(nn.Linear):
+    """Returns something else than ``[N, out]``."""
+
+    def __init__(self, pick):
+        super().__init__(3, 2)
+        self.pick = pick
+
+    def forward(self, x):
+        return self.pick(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("pick", "error", "text"),
+    [
+        (lambda y: y.mean(0), ValueError, r"must be \[N, out\] for \[7, 3\], got \[2\]"),
+        (lambda y: y[:1], ValueError, r"must be \[N, out\] for \[7, 3\], got \[1, 2\]"),
+        (lambda y: y[..., 0], ValueError, r"must be \[N, out\] for \[7, 3\], got \[7\]"),
+        (lambda y: (y, y), TypeError, "must be a tensor, got tuple"),
+    ],
+)
+def test_what_a_network_returns_is_not_broadcast(pick, error, text):
+    stack = StackedNetworks(2, lambda: Pick(pick))
+    with pytest.raises(error, match=f"the output of Pick {text}"):
+        stack(torch.zeros(2, 7, 3))
+
+
 # --- state
 
 
