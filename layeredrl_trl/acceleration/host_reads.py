@@ -33,6 +33,18 @@ def check_values(is_right: Tensor, error: Callable[[], Exception]) -> None:
         raise error()
 
 
+def is_surely_none(flags: Tensor) -> bool:
+    """Return True if the host may read ``flags``, bool of any shape, and none of them is True.
+
+    Work that is needed where a flag is True is then left out; else it is done in any case.
+
+    Example:
+        >>> is_surely_none(torch.tensor([False])), is_surely_none(torch.tensor([False, True]))
+        (True, False)
+    """
+    return can_read(flags) and not flags.any()
+
+
 @contextmanager
 def without_reading() -> Iterator[None]:
     """Forbid reading values, also on a CPU, because the work will be recorded."""

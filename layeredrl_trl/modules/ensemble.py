@@ -30,6 +30,9 @@ from layeredrl_trl.modules.stacking import StackedNetworks
 _BOUNDS_PENALTY = 0.01
 """Penalty on the distance between learned bounds of the log standard deviation, as in PETS."""
 
+_LEAST_SCALE = 1e-6
+"""Minimum scale of a change, relative to the standard deviation of the latent state."""
+
 _TERMINATION_WIDTH = 64
 """Maximum width of a hidden layer of the default termination network."""
 
@@ -264,8 +267,13 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     @property
     def target_scale(self) -> Tensor:
-        """Running standard deviation of the networks' targets, ``[D]``, in latent units."""
-        return self.target_moments.std(floor=1e-4)
+        """Running standard deviation of the networks' targets, ``[D]``, in latent units.
+
+        It is at least a millionth of that of the latent state, so that a dim that never changes
+        has a scale, too.
+        """
+        latent_std = self.input_moments.divisor()[: self.latent_state_dim]
+        return self.target_moments.std(floor=_LEAST_SCALE * latent_std)
 
     @torch.no_grad()
     def _spread_modes(self, target: Tensor, mask: Tensor | None) -> None:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from layeredrl_trl.acceleration import is_surely_none
+
+_FAR = 1e4
+"""Distance from the mean, in standard deviations, at which a number is taken for a fault."""
+
+_FAULTS = 32
+"""At most one row in so many of a batch is a fault; more of them are a change of the stream."""
+
+_ROUNDING = torch.finfo(torch.float32).eps
+"""Standard deviation, relative to the mean, of numbers that differ by rounding only."""
+
+_MAD = 1.4826
+"""Standard deviation of a Gaussian, relative to its median absolute deviation."""
 
 
 class RunningMoments(nn.Module):
     """Keep the running mean and variance of every dim of a stream of batches.
 
     The first ``1 / rate`` batches are averaged evenly, later ones exponentially with ``rate``: the
-    moments are unbiased from the first batch on and still follow a drifting stream. A batch with a
-    non-finite number changes nothing.
+    moments are unbiased from the first batch on and still follow a drifting stream.
+
+    A batch in which a number or its square is not finite changes nothing. A single number 10,000
+    standard deviations from the mean is taken for a fault and replaced by the mean: it would hide
+    what all others vary by. If more than one row in 32 is as far, the stream has changed, and all
+    of them count. In the first batch, median and median deviation tell what is far.
 
     Args:
         dim: ``D``, number of dims.
@@ -36,7 +56,16 @@ class RunningMoments(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
         self.register_buffer("count", torch.zeros(()))
+        self._has_started = False  # the host's copy of ``count > 0``, so as not to read the device
+        self.register_load_state_dict_post_hook(_sync_has_started)
 
+    @property
+    def has_started(self) -> bool:
+        """Whether a batch has been seen. Reads the device until one has."""
+        self._has_started = self._has_started or bool(self.count > 0)
+        return self._has_started
+
+    @torch.no_grad()
     def update(self, samples: Tensor, mask: Tensor | None = None) -> None:
         """Update the moments with a batch.
 
@@ -55,26 +84,32 @@ class RunningMoments(nn.Module):
         if mask is not None and mask.shape != batch:
             raise ValueError(f"mask: expected shape {list(batch)}, got {list(mask.shape)}.")
         samples = samples.detach().reshape(-1, samples.shape[-1])
-        if mask is None:
-            batch_mean, batch_var = _moments(samples)
-        else:
-            counts = mask.reshape(-1)
-            batch_mean, batch_var = _moments(samples, counts)
+        counts = None if mask is None else mask.reshape(-1)
+        batch_mean, batch_var = self._faultless_moments(samples, counts)
         if samples.dtype is not mean.dtype:
             batch_var, batch_mean = batch_var.to(var.dtype), batch_mean.to(mean.dtype)
-        # the variance is finite only if the mean is
-        usable = batch_var.max() < torch.inf
-        batch_mean, batch_var = (
-            torch.where(usable, x, now) for x, now in ((batch_mean, mean), (batch_var, var))
-        )
-        rate = count.add_(usable).reciprocal().clamp(self.rate, 1.0)
         shift = batch_mean - mean
-        var.lerp_(torch.addcmul(batch_var, shift, shift * (1 - rate)), rate)
-        mean.lerp_(batch_mean, rate)
+        rate = (count + 1).reciprocal().clamp_min(self.rate)
+        new_var = var.lerp(torch.addcmul(batch_var, shift, shift * (1 - rate)), rate)
+        new_mean = mean.lerp(batch_mean, rate)
+        # A mean whose square overflows would make every later variance infinite.
+        usable = torch.addcmul(new_var, new_mean, new_mean).max() < torch.inf
+        count.add_(usable)
+        mean.copy_(torch.where(usable, new_mean, mean))
+        var.copy_(torch.where(usable, new_var, var))
 
-    def std(self, *, floor: float) -> Tensor:
+    def std(self, *, floor: float | Tensor) -> Tensor:
         """Return the standard deviation ``[D]``, at least ``floor``."""
-        return self.var.sqrt().clamp_min(floor)
+        std = self.var.sqrt()
+        return std.clamp_min(floor) if isinstance(floor, float) else std.maximum(floor)
+
+    def spread(self, *, unchanged: float | Tensor) -> Tensor:
+        """Return the standard deviation ``[D]``, ``unchanged`` for dims that never changed.
+
+        Changes by float32's rounding of the mean do not count.
+        """
+        std = self.var.sqrt()
+        return torch.where(std > _ROUNDING * self.mean.abs(), std, unchanged)
 
     def standardize(self, samples: Tensor) -> Tensor:
         """Shift and scale ``samples`` ``[..., D]`` to mean 0 and standard deviation 1."""
@@ -82,8 +117,46 @@ class RunningMoments(nn.Module):
 
     def divisor(self) -> Tensor:
         """Return the divisor of :meth:`standardize`, ``[D]``; 1 for a dim that never changed."""
-        std = self.var.sqrt()
-        return torch.where(std > 1e-4, std, 1.0)
+        return self.spread(unchanged=1.0)
+
+    def _faultless_moments(self, samples: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``[D]`` of the rows of ``[N, D]`` that count, without faults."""
+        mean, var = _moments(samples, counts)
+        if self.has_started:
+            centre, spread = self.mean, self.spread(unchanged=torch.inf)
+        else:
+            centre, spread = _robust_moments(samples, counts)
+        # A fault adds at least this much to the sum of the squared distances from the centre.
+        square = torch.addcmul(var, mean - centre, mean - centre)
+        is_suspicious = len(samples) * square > (_FAR * spread) ** 2
+        if is_surely_none(is_suspicious):
+            return mean, var
+        far = (samples - centre).abs() > _FAR * spread
+        n: int | Tensor = len(samples)
+        if counts is not None:
+            far, n = far & counts.unsqueeze(-1), counts.sum()
+        are_faults = far & (_FAULTS * far.sum(0) <= n)
+        new_mean, new_var = _moments(torch.where(are_faults, centre, samples), counts)
+        # A batch that is not usable stays so.
+        is_finite = var.isfinite()
+        return torch.where(is_finite, new_mean, mean), torch.where(is_finite, new_var, var)
+
+
+def _sync_has_started(moments: RunningMoments, _: Any) -> None:
+    moments._has_started = not moments.count.is_meta and bool(moments.count > 0)
+
+
+def _robust_moments(samples: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Median, and spread by the median distance from it, of the rows ``[N, D]`` that count.
+
+    The spread is infinite for a dim in which more than half of the rows are the same.
+    """
+    if counts is not None:
+        samples = torch.where(counts.unsqueeze(-1), samples, torch.nan)
+    centre = samples.nanmedian(0).values if len(samples) else samples.sum(0)
+    spread = (samples - centre).abs()
+    spread = _MAD * spread.nanmedian(0).values if len(samples) else spread.sum(0)
+    return centre, torch.where(spread > _ROUNDING * centre.abs(), spread, torch.inf)
 
 
 def _moments(samples: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:

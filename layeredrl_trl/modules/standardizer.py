@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from layeredrl_trl.functional import whitening_residual
 from layeredrl_trl.modules.normalization import RunningMoments
 
+_UNCHANGED = 1e-4
+"""Standard deviation of a dim that never changed. It is small, because the symmetry-breaking start
+moves each dim by some standard deviations."""
+
 
 class DeltaStandardizer(nn.Module):
     """Learn the whitening matrix ``W`` of changes ``delta`` of the latent: ``cov(W delta) = I``.
 
     ``W_ij = A_ij / max(std_i, std_j)`` with ``A`` learned and symmetric, and ``std`` from running
     moments of ``delta``. So ``W`` starts with the right scale in every dim, and all entries of
-    ``A`` have a similar size, whatever the units of the latent are.
+    ``A`` have a similar size, whatever the units of the latent are. The ``std`` of a dim that never
+    changed is set to 1e-4.
 
     Args:
         latent_state_dim: ``D``.
@@ -32,7 +37,7 @@ class DeltaStandardizer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The whitening matrix ``W``, ``[D, D]``, symmetric."""
-        twice_std = 2 * self.moments.std(floor=1e-4)
+        twice_std = 2 * self.moments.spread(unchanged=_UNCHANGED)
         return (self.raw + self.raw.mT) / torch.maximum(twice_std[:, None], twice_std)
 
     def residual(self, delta: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layeredrl_trl.acceleration import check_values
+from layeredrl_trl.acceleration import check_values, is_surely_none
 from layeredrl_trl.acceleration.host_reads import can_read, without_reading
 
 X = torch.zeros(2)
@@ -75,3 +75,10 @@ def test_values_that_would_cost_something_are_not_checked():
     assert torch.compile(checked, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
     with pytest.raises(Wrong):
         checked(torch.zeros(1))
+
+
+def test_what_may_not_be_read_may_be_there():
+    none, some = torch.tensor([False, False]), torch.tensor([False, True])
+    assert is_surely_none(none) and not is_surely_none(some)
+    with without_reading():
+        assert not is_surely_none(none) and not is_surely_none(some)

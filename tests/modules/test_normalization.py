@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layeredrl_trl.acceleration.host_reads import without_reading
 from layeredrl_trl.modules import RunningMoments
 from tests.oracles import moments_of
 
@@ -178,3 +179,103 @@ def test_state_dict_round_trip():
     moments.update(batch)
     other.update(batch)
     assert all(torch.equal(x, other.state_dict()[key]) for key, x in moments.state_dict().items())
+
+
+@pytest.mark.parametrize("unit", [2.0**-40, 3e-5, 1.0, 2.0**40])
+def test_a_small_unit_is_not_taken_for_a_constant(unit):
+    moments, plain = RunningMoments(2), RunningMoments(2)
+    for _ in range(3):
+        samples = torch.randn(50, 2)
+        moments.update(samples * unit)
+        plain.update(samples)
+    torch.testing.assert_close(moments.divisor() / unit, plain.divisor())
+    torch.testing.assert_close(moments.standardize(samples * unit), plain.standardize(samples))
+
+
+def test_rounding_of_a_large_number_is_no_change():
+    """Numbers next to 1e6 in float32 are 0.06 apart."""
+    moments, large = RunningMoments(1), torch.tensor(1e6)
+    neighbours = torch.stack([large, torch.nextafter(large, 2 * large)])
+    moments.update(neighbours.repeat(50)[:, None])
+    assert moments.divisor() == 1 and moments.spread(unchanged=0.5) == 0.5
+
+
+FAULTS = [1e6, -1e8, 1e12]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+def test_one_huge_value_in_1000_rows_does_not_hide_what_the_others_vary_by(first, fault, masked):
+    data = torch.randn(1000, 2) * torch.tensor([0.3, 3.0]) + torch.tensor([5.0, 0.0])
+    _, var = moments_of(data)
+    data[17, 0] = fault
+    moments = RunningMoments(2)
+    if not first:
+        moments.update(data[100:200])
+    for i in range(50):
+        rows = torch.cat([torch.tensor([17]), torch.randint(1000, (255,))])
+        rows = rows if i == 0 or i % 4 == 1 else rows[rows != 17]
+        mask = torch.rand(len(rows)) < 0.9 if masked else None
+        moments.update(data[rows], mask)
+    assert moments.count == 50 + (not first)
+    torch.testing.assert_close(moments.var.double(), var, rtol=0.1, atol=0)
+
+
+def test_a_stream_that_really_changes_is_followed():
+    moments = RunningMoments(1)
+    moments.update(1e-6 * torch.randn(256, 1))
+    samples = torch.where(torch.rand(256, 1) < 0.1, torch.randn(256, 1), 0.0)
+    moments.update(samples)
+    assert moments.var.item() == pytest.approx(samples.var(correction=0).item() / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+def test_a_rare_event_in_a_dim_that_is_constant_otherwise_counts(first):
+    """A sparse reward, say: nothing tells how large its usual values are."""
+    moments, samples = RunningMoments(1), torch.zeros(256, 1)
+    if not first:
+        moments.update(samples)
+    samples[3] = 1e6
+    moments.update(samples)
+    assert moments.var.item() > 1e12 / 256 / 2.1
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+def test_a_batch_whose_mean_is_huge_does_not_stop_all_later_ones(first):
+    moments = RunningMoments(1)
+    if not first:
+        moments.update(torch.randn(50, 1))
+    for huge in (1e20, 3e19, -1e38):
+        before = state_of(moments)
+        moments.update(torch.full((50, 1), huge))
+        assert all(torch.equal(x, before[key]) for key, x in moments.state_dict().items())
+    moments.update(torch.randn(50, 1))
+    assert 0.5 < moments.var.item() < 2 and moments.count == 1 + (not first)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+def test_moments_are_the_same_where_nothing_may_be_read(first):
+    read, unread = RunningMoments(3), RunningMoments(3)
+    batches = torch.randn(4, 200, 3)
+    batches[1:, 7, 0] = 1e9
+    start = [] if first else [batches[0]]
+    for moments in (read, unread):
+        for batch in start:
+            moments.update(batch)
+    for batch in batches[1:]:
+        read.update(batch)
+        with without_reading():
+            unread.update(batch)
+    for key, x in read.state_dict().items():
+        torch.testing.assert_close(unread.state_dict()[key], x)
+
+
+def test_loaded_moments_go_on_from_where_they_were():
+    moments, other = RunningMoments(1), RunningMoments(1)
+    moments.update(torch.randn(100, 1))
+    assert not other.has_started
+    other.load_state_dict(moments.state_dict())
+    assert other.has_started
+    other.load_state_dict(RunningMoments(1).state_dict())
+    assert not other.has_started
