@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layeredrl_trl.acceleration import promised
+from layeredrl_trl.checks import check_count, check_finite
 from layeredrl_trl.modules.dynamics import DynamicsModel
 from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.spaces import action_features
@@ -41,7 +42,10 @@ class SymmetryBreakingStart(DynamicsModel):
         The entries that ``model`` writes.
 
     Raises:
-        ValueError: if ``sb_start_duration`` is negative, or ``factor`` or ``std`` not positive.
+        TypeError: if ``model`` is no :class:`DynamicsModel`, ``sb_start_duration`` no integer, or
+            ``factor`` or ``std`` no number.
+        ValueError: if ``sb_start_duration`` is negative, or ``factor`` or ``std`` not positive or
+            not finite.
 
     Example:
         >>> from layeredrl_trl.modules import ProbabilisticEnsemble
@@ -63,12 +67,14 @@ class SymmetryBreakingStart(DynamicsModel):
         factor: float = 1.5,
         std: float = 0.3,
     ) -> None:
-        super().__init__(in_keys=model.in_keys, out_keys=model.out_keys)
-        if sb_start_duration < 0 or factor <= 0 or std <= 0:
-            raise ValueError(
-                "SymmetryBreakingStart: sb_start_duration must not be negative, factor and std "
-                f"must be positive, got {sb_start_duration}, {factor} and {std}."
+        if not isinstance(model, DynamicsModel):
+            raise TypeError(
+                f"SymmetryBreakingStart: model must be a DynamicsModel, got {type(model).__name__}."
             )
+        super().__init__(in_keys=model.in_keys, out_keys=model.out_keys)
+        check_count("SymmetryBreakingStart: sb_start_duration", sb_start_duration, least=0)
+        check_finite("SymmetryBreakingStart: factor", factor, above=0)
+        check_finite("SymmetryBreakingStart: std", std, above=0)
         self.model = model
         self.sb_start_duration = sb_start_duration
         self.std = std
@@ -119,7 +125,7 @@ class SymmetryBreakingStart(DynamicsModel):
         self.model.advance(n_total_env_steps, whitening)
         self.n_total_env_steps = n_total_env_steps
         if whitening is not None and self.learned_share < 1:
-            self.unwhiten.copy_(torch.linalg.pinv(whitening.detach()))
+            self.unwhiten.copy_(_inverse(whitening.detach()))
 
     def predict_particles(
         self,
@@ -176,3 +182,17 @@ class SymmetryBreakingStart(DynamicsModel):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Restore the progress from :meth:`get_extra_state`."""
         self.n_total_env_steps = state["n_total_env_steps"]
+
+
+def _inverse(whitening: Tensor) -> Tensor:
+    """Compute the pseudo-inverse of a matrix ``[D, D]`` of dims that may be of different units.
+
+    The pseudo-inverse drops directions whose singular value is small next to the largest one. So
+    rows and columns are brought to similar lengths before, in float64: a dim does not count for
+    less because of its unit.
+    """
+    whitening = whitening.double()
+    rows, columns = (torch.linalg.vector_norm(whitening, dim=dim).sqrt() for dim in (1, 0))
+    rows, columns = (torch.where(x > 0, x, 1.0) for x in (rows, columns))
+    inverse = torch.linalg.pinv(whitening / torch.outer(rows, columns))
+    return inverse / torch.outer(columns, rows)

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from layeredrl_trl.acceleration import EnsembleRollout, promised
-from layeredrl_trl.modules import ProbabilisticEnsemble, SymmetryBreakingStart
+from layeredrl_trl.modules import (
+    DeltaStandardizer,
+    ProbabilisticEnsemble,
+    SymmetryBreakingStart,
+)
 from tests.oracles import roll_out
 
 
@@ -55,6 +59,34 @@ def test_the_inverse_standardizer_brings_changes_to_the_scale_of_real_ones():
     change = (mean - latent[:, None, None])[:, 0, 0]
     torch.testing.assert_close(change @ matrix.mT, action @ model.direction.mT)
     torch.testing.assert_close(std[0, 0, 0], matrix.inverse().square().sum(1).sqrt())
+
+
+@pytest.mark.parametrize("units", [(1e5, 1e-5), (1e-10, 1e10), (1.0, 2.0**-14)], ids=str)
+def test_a_dim_of_a_small_unit_moves_too(units):
+    """In float32, the pseudo-inverse took the larger of two units for rounding error."""
+    scale = torch.tensor(units)
+    standardizer = DeltaStandardizer(2)
+    with torch.no_grad():
+        standardizer.raw.add_(torch.tensor([[0.0, 0.4], [-0.2, 0.1]]))
+    standardizer.moments.var.copy_(scale.square())
+    model, plain = start(), start()
+    plain.direction.copy_(model.direction)
+    latent, context, action = inputs(model, 5)
+    latent = torch.zeros_like(latent)
+    model.advance(0, standardizer.matrix)
+    matrix = standardizer.matrix.double()
+    change, _, std, _ = model.predict(latent, context, action)
+    expected = action.double() @ (matrix.inverse() @ model.direction.double()).mT
+    change = change[:, 0, 0].double()
+    torch.testing.assert_close(change / scale, expected / scale, rtol=1e-4, atol=1e-4)
+    relative = std[0, 0, 0] / scale
+    assert ((relative > 0.1) & (relative < 1)).all()
+
+
+def test_a_direction_that_is_whitened_to_nothing_does_not_move():
+    model = start()
+    model.advance(0, torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    assert model.unwhiten.tolist() == [[0.5, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +170,33 @@ def test_the_random_map_gets_no_gradient_and_stays():
     torch.testing.assert_close(model.direction, before, rtol=0, atol=0)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
-    "options", [{"sb_start_duration": -1}, {"factor": 0.0}, {"std": -1.0}], ids=str
+    "options",
+    [
+        *({"sb_start_duration": -1}, {"factor": 0.0}, {"std": -1.0}),
+        *({"factor": NAN}, {"std": NAN}, {"factor": INF}, {"std": INF}),
+    ],
+    ids=str,
 )
 def test_options_out_of_range(options):
-    with pytest.raises(ValueError, match="must"):
+    with pytest.raises(ValueError, match=f"SymmetryBreakingStart: {next(iter(options))} must be"):
         SymmetryBreakingStart(ProbabilisticEnsemble(2, 0, 1), **{"sb_start_duration": 1} | options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sb_start_duration": NAN}, {"factor": "1"}, {"std": True}], ids=str
+)
+def test_options_of_another_kind(options):
+    with pytest.raises(TypeError, match=f"SymmetryBreakingStart: {next(iter(options))} must be"):
+        SymmetryBreakingStart(ProbabilisticEnsemble(2, 0, 1), **{"sb_start_duration": 1} | options)
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(TypeError, match="model must be a DynamicsModel, got Linear"):
+        SymmetryBreakingStart(torch.nn.Linear(2, 2), 10)
 
 
 def test_a_state_dict_restores_where_the_start_is():
