@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.data import SliceSampler, TensorStorage
 from torchrl.data.replay_buffers.storages import Storage
 
-from layeredrl_trl.checks import check_count
+from layeredrl_trl.checks import check_count, check_key, check_keys
 from layeredrl_trl.data.boundaries import Columns, read_flags, walk
 from layeredrl_trl.data.reading import flat_position, leaf_keys
 from layeredrl_trl.keys import IS_INIT, MASK, NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED, TRAJ_IDS
@@ -74,7 +74,8 @@ class TransitionSliceSampler(SliceSampler):
 
     Raises:
         TypeError: both or none of ``slice_len`` and ``num_slices`` are given, or one is no integer;
-            when sampling: the storage is not one of tensors in a TensorDict (a ``ListStorage``).
+            ``end_keys`` is no sequence of keys, or ``traj_key`` or ``init_key`` no key; when
+            sampling: the storage is not one of tensors in a TensorDict (a ``ListStorage``).
         ValueError: ``slice_len`` or ``num_slices`` is below 1, or ``end_keys`` is empty; when
             sampling: the storage is empty, its elements are themselves batches, or the batch size
             is not divisible.
@@ -117,8 +118,14 @@ class TransitionSliceSampler(SliceSampler):
             check_count("slice_len", slice_len)
         else:
             check_count("num_slices", num_slices)
-        if end_keys is not None and not len(end_keys):
-            raise ValueError("TransitionSliceSampler: end_keys is empty; pass None for the usual.")
+        if end_keys is not None:
+            check_keys("TransitionSliceSampler: end_keys", end_keys)
+            if not len(end_keys):
+                text = "TransitionSliceSampler: end_keys is empty; pass None for the usual."
+                raise ValueError(text)
+        for name, key in (("traj_key", traj_key), ("init_key", init_key)):
+            if key is not None:
+                check_key(f"TransitionSliceSampler: {name}", key)
         super().__init__(
             slice_len=slice_len,
             num_slices=num_slices,

@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import EnsembleRollout, MemberGroups
-from layeredrl_trl.checks import check_count
+from layeredrl_trl.checks import check_count, check_finite, check_flag
 from layeredrl_trl.functional import (
     bootstrap_weights,
     gaussian_mixture_log_prob,
@@ -84,8 +84,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         ``("next", "latent")`` ``[..., D]`` and ``("next", "term_prob")`` ``[..., 1]``.
 
     Raises:
-        ValueError: if a number is out of its range.
-        TypeError: if a space is of an unknown kind, or a count no integer.
+        ValueError: if a number is out of its range, or not finite.
+        TypeError: if a space is of an unknown kind, a count no integer, or a flag neither True nor
+            False.
 
     Reference:
         Chua et al. 2018, arXiv:1805.12114. Deviations: mixture modes; a termination head; fixed
@@ -128,10 +129,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         }
         for name, count in counts.items():
             check_count(f"ProbabilisticEnsemble: {name}", count)
-        if not 0 < std_bounds[0] < std_bounds[1]:
-            raise ValueError(
-                f"ProbabilisticEnsemble: std_bounds must be 0 < low < high, got {std_bounds}."
-            )
+        flags = {
+            "learn_std_bounds": learn_std_bounds,
+            "bootstrap": bootstrap,
+            "predict_delta": predict_delta,
+            "condition_on_context": condition_on_context,
+        }
+        for name, flag in flags.items():
+            check_flag(f"ProbabilisticEnsemble: {name}", flag)
+        _check_std_bounds("ProbabilisticEnsemble: std_bounds", std_bounds)
         self.latent_state_dim = space_dim(latent_state_space, "latent_state_space")
         self.context_dim = space_dim(context_space, "context_space")
         self.action_dim = space_dim(action_space, "action_space")
@@ -378,6 +384,15 @@ class ProbabilisticEnsemble(DynamicsModel):
             raise ValueError(
                 f"context: expected shape {[*batch, self.context_dim]}, got {list(context.shape)}."
             )
+
+
+def _check_std_bounds(name: str, bounds: Any) -> None:
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise TypeError(f"{name} must be a pair (low, high), got {bounds!r}.")
+    for number in bounds:
+        check_finite(name, number)
+    if not 0 < bounds[0] < bounds[1]:
+        raise ValueError(f"{name} must be 0 < low < high, got {bounds}.")
 
 
 def _sync_modes_have_started(model: ProbabilisticEnsemble, _: Any) -> None:

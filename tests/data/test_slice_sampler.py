@@ -427,6 +427,10 @@ def _buffer_of(data, storage=LazyTensorStorage, **kwargs):
         ({"num_slices": -1}, ValueError, "num_slices must be .* got -1"),
         ({"slice_len": 2.0}, TypeError, "slice_len must be an integer, got 2.0"),
         ({"slice_len": 2, "end_keys": []}, ValueError, "end_keys is empty"),
+        ({"slice_len": 2, "end_keys": "done"}, TypeError, r"end_keys must be .* as in \['done'\]"),
+        ({"slice_len": 2, "end_keys": [3]}, TypeError, r"end_keys\[0\] must be a string or"),
+        ({"slice_len": 2, "traj_key": 3}, TypeError, "traj_key must be a string or a tuple"),
+        ({"slice_len": 2, "init_key": ["x"]}, TypeError, "init_key must be a string or a tuple"),
     ],
 )
 def test_bad_arguments(kwargs, error, text):

@@ -674,7 +674,10 @@ def test_statistics_do_not_broadcast_and_nothing_is_changed(shape):
         ((3, 0, 2), {"n_particles_per_model": 0}, "n_particles_per_model must be at least 1"),
         ((3, 0, 2), {"std_bounds": (1.0, 0.5)}, "std_bounds must be 0 < low < high"),
         ((3, 0, 2), {"std_bounds": (0.0, 0.5)}, "std_bounds must be 0 < low < high"),
+        ((3, 0, 2), {"std_bounds": (math.nan, 0.5)}, "std_bounds must be finite, got nan"),
+        ((3, 0, 2), {"std_bounds": (0.1, math.inf)}, "std_bounds must be finite, got inf"),
         ((3, 0, 2), {"statistics_rate": 0.0}, "rate must be in"),
+        ((3, 0, 2), {"statistics_rate": math.nan}, "rate must be in"),
         ((0, 0, 2), {}, "latent_state_space has no dims"),
         ((3, -1, 2), {}, "context_space: expected at least 0 dims"),
     ],
@@ -682,6 +685,21 @@ def test_statistics_do_not_broadcast_and_nothing_is_changed(shape):
 def test_options_out_of_range(dims, options, message):
     with pytest.raises(ValueError, match=message):
         ProbabilisticEnsemble(*dims, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["learn_std_bounds", "bootstrap", "predict_delta", "condition_on_context"]
+)
+@pytest.mark.parametrize("value", ["cuda", 1, None, [False]])
+def test_a_flag_of_another_kind_does_not_count_as_true(name, value):
+    with pytest.raises(TypeError, match=f"Ensemble: {name} must be True or False, got"):
+        ProbabilisticEnsemble(3, 0, 2, **{name: value})
+
+
+@pytest.mark.parametrize("bounds", [0.1, (0.1,), "12", (0.1, "1"), (0.1, True), {0.1, 1.0}])
+def test_bounds_of_another_kind(bounds):
+    with pytest.raises(TypeError, match="Ensemble: std_bounds must be a"):
+        ProbabilisticEnsemble(3, 0, 2, std_bounds=bounds)
 
 
 def test_a_network_of_other_sizes():
