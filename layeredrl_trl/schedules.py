@@ -267,12 +267,13 @@ def _set_numbers(schedule: Any) -> None:
 
 def _as_number(schedule: Schedule, name: str, value: Any) -> float:
     """Return the argument ``name`` as a finite float."""
+    text = f"{type(schedule).__name__}: {name} must be a number, got {value!r}."
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(text)
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"{type(schedule).__name__}: {name} must be a number, got {value!r}."
-        ) from None
+        raise TypeError(text) from None
     _require(schedule, isfinite(number), f"{name} must be finite, got {number}")
     return number
 

@@ -30,6 +30,7 @@ ALL = [
     PiecewiseLinearSchedule([(0, 0.0), (10, 1e-3), (1000, 1e-4)]),
     PiecewiseLogLinearSchedule([(0, 1e-5), (10, 1e-3), (1000, 1e-4)]),
 ]
+NAN, INF = float("nan"), float("inf")
 every_schedule = pytest.mark.parametrize("schedule", ALL, ids=lambda x: type(x).__name__)
 
 # --- contract
@@ -142,7 +143,13 @@ def test_duration_out_of_range(make, duration):
             "ConstantSchedule: value must be a number, .*'a'",
         ),
         (lambda: ConstantSchedule(None), TypeError, "value must be a number, got None"),
-        (lambda: ConstantSchedule(float("nan")), ValueError, "value must be finite, got nan"),
+        (lambda: ConstantSchedule("1e-3"), TypeError, "value must be a number, got '1e-3'"),
+        (lambda: ConstantSchedule(True), TypeError, "value must be a number, got True"),
+        (lambda: PiecewiseLinearSchedule([(0, INF)]), ValueError, "points must be finite, got inf"),
+        (lambda: PiecewiseLinearSchedule([(NAN, 0)]), ValueError, "points must be finite, got nan"),
+        (lambda: RampSchedule(1, 0, NAN, 5), ValueError, "warm_up must be finite, got nan"),
+        (lambda: LinearSchedule(1, 0, INF), ValueError, "duration must be finite, got inf"),
+        (lambda: ConstantSchedule(NAN), ValueError, "value must be finite, got nan"),
         (lambda: LinearSchedule(0, float("inf"), 1), ValueError, "end_value must be finite"),
         (lambda: PiecewiseLinearSchedule([]), ValueError, "points must be at least one"),
         (

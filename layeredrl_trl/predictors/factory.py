@@ -11,6 +11,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import nn
 
+from layeredrl_trl.checks import check_count
 from layeredrl_trl.envs import observation_layout
 from layeredrl_trl.modules import (
     DynamicsModel,
@@ -99,24 +100,29 @@ class PredictorFactory:
             writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` to log nothing.
 
         Raises:
-            TypeError: if ``action_space`` is of an unknown kind.
+            TypeError: if ``action_space`` is of an unknown kind, or a part returns something of
+                another kind than it should.
             ValueError: if the parts do not fit the shape or each other.
         """
         action_dim = space_dim(action_space, "action_space")
         encoder = self.partial_encoder(mapped_env_obs_shape)
+        _check_part("partial_encoder", encoder, isinstance(encoder, Encoder), "an Encoder")
         dims = encoder.latent_state_dim, encoder.context_dim
-        spaces = [Box(-np.inf, np.inf, (dim,)) for dim in dims]
-        val_func, rew_func = self.partial_val_func, self.partial_rew_func
-        return self.partial_predictor(
-            model=self.partial_model(*spaces, action_space),
-            val_func=None if val_func is None else val_func(*dims),
-            rew_func=None if rew_func is None else rew_func(*dims, action_dim),
+        model = self.partial_model(*(Box(-np.inf, np.inf, (d,)) for d in dims), action_space)
+        _check_part("partial_model", model, isinstance(model, DynamicsModel), "a DynamicsModel")
+        predictor = self.partial_predictor(
+            model=model,
+            val_func=_make_head("partial_val_func", self.partial_val_func, *dims),
+            rew_func=_make_head("partial_rew_func", self.partial_rew_func, *dims, action_dim),
             encoder=encoder,
             latent_state_dim=dims[0],
             context_dim=dims[1],
             device=device,
             writer=writer,
         )
+        is_predictor = isinstance(predictor, Predictor)
+        _check_part("partial_predictor", predictor, is_predictor, "a Predictor")
+        return predictor
 
 
 def get_default_predictor_factory(env: Any, sb_start_duration: int) -> PredictorFactory:
@@ -140,7 +146,7 @@ def get_default_predictor_factory(env: Any, sb_start_duration: int) -> Predictor
         sb_start_duration: env steps of the symmetry-breaking start; 0 for none.
 
     Raises:
-        TypeError: if ``env`` is of an unknown kind.
+        TypeError: if ``env`` is of an unknown kind, or ``sb_start_duration`` no integer.
         ValueError: if its observation has no entries ``achieved_goal`` and ``desired_goal``, or
             ``sb_start_duration`` is negative.
 
@@ -166,8 +172,7 @@ def get_default_predictor_factory(env: Any, sb_start_duration: int) -> Predictor
         >>> latent.shape, context.shape
         (torch.Size([2]), torch.Size([2]))
     """
-    if sb_start_duration < 0:
-        raise ValueError(f"sb_start_duration must not be negative, got {sb_start_duration}.")
+    check_count("sb_start_duration", sb_start_duration, least=0)
     layout = observation_layout(env)
     if ACHIEVED_GOAL not in layout or DESIRED_GOAL not in layout:
         raise ValueError(
@@ -185,6 +190,21 @@ def get_default_predictor_factory(env: Any, sb_start_duration: int) -> Predictor
         ),
         partial_predictor=partial(RewardPredictor, learn_encoder=False),
     )
+
+
+def _make_head(name: str, make: Callable[..., Any] | None, *sizes: int) -> Any:
+    """Make a reward or value of the given sizes; ``None`` makes none."""
+    head = None if make is None else make(*sizes)
+    is_head = head is None or (callable(head) and not isinstance(head, type))
+    _check_part(name, head, is_head, "a module or function")
+    return head
+
+
+def _check_part(name: str, part: Any, legal: bool, expected: str) -> None:
+    if not legal:
+        kind = part.__name__ if isinstance(part, type) else type(part).__name__
+        came = f"the class {kind} itself" if isinstance(part, type) else kind
+        raise TypeError(f"PredictorFactory: {name} must return {expected}, got {came}.")
 
 
 def _ensemble_with_start(*spaces: Any, sb_start_duration: int, **options: Any) -> DynamicsModel:

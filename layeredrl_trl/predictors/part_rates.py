@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 from layeredrl_trl.schedules import Schedule
@@ -17,32 +19,26 @@ class LearningRates:
         **rates: by name of the part, each a number or a function of the total env steps.
 
     Raises:
-        ValueError: if one is neither a number of at least 0 nor a function; named ``<part>_lr``.
+        ValueError: if one is neither a finite number of at least 0 nor a function; named
+            ``<part>_lr``.
     """
 
     def __init__(self, **rates: LearningRate) -> None:
-        for name, rate in rates.items():
-            if not callable(rate) and not (isinstance(rate, float | int) and rate >= 0):
-                raise ValueError(
-                    f"{name}_lr must be a number of at least 0 or a function of env steps, got "
-                    f"{rate!r}."
-                )
-        self._rates = rates
+        self._rates = {name: _checked(name, rate) for name, rate in rates.items()}
 
     def at(self, n_total_env_steps: int, names: Iterable[str]) -> dict[str, float]:
         """Evaluate the rates of parts ``names`` after ``n_total_env_steps``.
 
         Raises:
-            ValueError: if a function gives a negative number or NaN.
+            TypeError: if a function returns no number.
+            ValueError: if a function returns a number that is negative or not finite.
         """
         out = {}
         for name in names:
             rate = self._rates[name]
-            out[name] = float(rate(n_total_env_steps)) if callable(rate) else rate
-            if not out[name] >= 0:
-                raise ValueError(
-                    f"{name}_lr must be at least 0, got {out[name]} at {n_total_env_steps} steps."
-                )
+            if callable(rate):
+                rate = _evaluated(name, rate(n_total_env_steps), n_total_env_steps)
+            out[name] = rate
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,4 +52,33 @@ class LearningRates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the rates from :meth:`state_dict`; the others stay unchanged."""
         for name, rate in state.items():
-            self._rates[name] = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate
+            rate = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate
+            self._rates[name] = _checked(name, rate)
+
+
+def _checked(name: str, rate: Any) -> LearningRate:
+    """Return a function as it is, and a number as a plain float."""
+    if callable(rate):
+        return rate
+    is_number = isinstance(rate, Real) and not isinstance(rate, bool)
+    if not (is_number and 0 <= rate < math.inf):
+        raise ValueError(
+            f"{name}_lr must be a finite number of at least 0 or a function of env steps, got "
+            f"{rate!r}."
+        )
+    return float(rate)
+
+
+def _evaluated(name: str, value: Any, n_total_env_steps: int) -> float:
+    """Return what a function returned as a plain float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}_lr must be a number, got {value!r} at {n_total_env_steps} steps."
+        ) from None
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            f"{name}_lr must be finite and at least 0, got {number} at {n_total_env_steps} steps."
+        )
+    return number

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
@@ -90,11 +92,12 @@ class TrainConfig:
     """Whether the planner adds the learned value of the last state of a plan."""
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check kinds and ranges.
 
         Raises:
             RecipeError: naming the option, what is expected and what came.
         """
+        _require_kinds(self)
         fractions, phases = ("gamma", "tau"), ("planned_frames", "random_frames")
         _require_positive(self, but=("seed", "updates_per_frame", *fractions, *phases))
         for name in fractions:
@@ -154,9 +157,29 @@ class EvaluateConfig:
     """Threads of torch on the CPU."""
 
     def __post_init__(self) -> None:
-        """Check ranges, as in :class:`TrainConfig`."""
+        """Check kinds and ranges, as in :class:`TrainConfig`."""
+        _require_kinds(self)
         _require_positive(self, but=("seed",))
         check_device(self.device)
+
+
+def _require_kinds(config: TrainConfig | EvaluateConfig) -> None:
+    """Check that options are of the kind that is declared for them, and numbers finite."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if kind is bool:
+            _require(config, name, isinstance(value, bool), "be True or False")
+        elif kind is int:
+            _require(config, name, _is_number(value, Integral), "be an integer")
+        elif kind is float:
+            legal = _is_number(value, Real) and math.isfinite(value)
+            _require(config, name, legal, "be a finite number")
+        elif choices := [x for x in get_args(kind) if isinstance(x, str)]:
+            _require(config, name, value in choices, f"be one of {choices}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _require_positive(config: TrainConfig | EvaluateConfig, but: tuple[str, ...]) -> None:

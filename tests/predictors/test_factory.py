@@ -11,6 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
+from torch import nn
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import GymEnv, GymWrapper, TransformedEnv
 
@@ -144,6 +145,32 @@ def test_what_has_to_be_there(name):
         make_factory(**{name: None})
 
 
+@pytest.mark.parametrize(
+    ("name", "returned", "expected"),
+    [
+        ("partial_encoder", nn.Linear(3, 3), "Encoder"),
+        ("partial_encoder", IdentityEncoder, "Encoder"),
+        ("partial_model", RewardNet(2, 1, 2), "DynamicsModel"),
+        ("partial_val_func", ValueNet, "module or function"),
+        ("partial_val_func", 3, "module or function"),
+        ("partial_rew_func", RewardNet, "module or function"),
+        ("partial_rew_func", {}, "module or function"),
+        ("partial_predictor", nn.Linear(3, 3), "Predictor"),
+        ("partial_predictor", None, "Predictor"),
+    ],
+)
+def test_a_part_that_returns_the_wrong_kind_is_named(name, returned, expected):
+    factory = make_factory(**{name: lambda *args, **kwargs: returned})
+    text = f"PredictorFactory: {name} must return a {expected}, got"
+    with pytest.raises(TypeError, match=text.replace("a Encoder", "an Encoder")):
+        factory((3,), ACTION, "cpu", None)
+
+
+def test_a_head_that_a_part_leaves_out():
+    factory = make_factory(partial_val_func=lambda *dims: None)
+    assert factory((3,), ACTION, "cpu", None).val_func is None
+
+
 def test_spaces_that_do_not_fit():
     with pytest.raises(TypeError, match="action_space: expected"):
         make_factory()((3,), gymnasium.spaces.Dict(), "cpu", None)
@@ -237,8 +264,10 @@ def test_env_with_one_goal_only():
 
 
 def test_start_of_negative_duration():
-    with pytest.raises(ValueError, match="sb_start_duration must not be negative, got -1"):
+    with pytest.raises(ValueError, match="sb_start_duration must be at least 0, got -1"):
         get_default_predictor_factory(GoalEnv(), -1)
+    with pytest.raises(TypeError, match="sb_start_duration must be an integer, got nan"):
+        get_default_predictor_factory(GoalEnv(), float("nan"))
 
 
 # --- real envs
