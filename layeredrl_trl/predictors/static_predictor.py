@@ -49,10 +49,12 @@ class StaticPredictor(Predictor):
         buffer: TensorDictReplayBuffer,
         n_steps: int,
         batch_size: int,
-        model_batch_size: int,
-        n_total_env_steps: int,
+        model_batch_size: int | None = None,
+        n_total_env_steps: int | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Learn nothing; the buffer is not read and may be empty.
+
+        The arguments are those of :meth:`Predictor.learn`; none has an effect.
 
         Returns:
             The scalar 0 and an empty dictionary.

@@ -69,6 +69,14 @@ def test_learns_nothing(value):
     assert all(p.grad is None for p in predictor.parameters())
 
 
+def test_learns_nothing_from_three_arguments_as_from_five():
+    """`learn(buffer, n_steps, batch_size)`, as the contract writes it."""
+    buffer = filled_buffer(20).buffer
+    for more in ((), (8,), (8, 20)):
+        loss, info = make().learn(buffer, 5, 8, *more)
+        assert loss.item() == 0.0 and info == {}
+
+
 def test_learns_nothing_from_nothing():
     empty = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
     assert make().learn(empty, 5, 8, 8, 0)[1] == {}
