@@ -88,8 +88,8 @@ def read_transitions(
 
     With a tensor storage and without transforms, only the named entries are gathered. Otherwise
     the steps go as one flat batch through the buffer's collate function and transforms, exactly as
-    a batch of ``buffer.sample()`` does, and the named entries are taken from the result. Every
-    float64 entry is cast to float32.
+    a batch of ``buffer.sample()`` does, and the named entries are taken from the result. Entries
+    of floating-point numbers, float16 and bfloat16 included, are cast to float32.
 
     Args:
         buffer: the replay buffer.
@@ -201,5 +201,5 @@ def _describe(value) -> str:
 
 def _as_float32(value):
     if isinstance(value, Tensor):
-        return value.float() if value.dtype == torch.float64 else value
+        return value.float() if value.is_floating_point() else value
     return value.apply(_as_float32) if is_tensor_collection(value) else value

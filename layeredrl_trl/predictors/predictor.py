@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
-from layeredrl_trl.checks import check_count, check_counts
+from layeredrl_trl.checks import check_count, check_counts, check_flag
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.data.reading import flat_position
 from layeredrl_trl.envs import PredictorEnv
@@ -93,7 +93,7 @@ class Predictor(nn.Module, abc.ABC):
         """Encode observations.
 
         Args:
-            obs: ``[..., O]``; float64 is cast.
+            obs: ``[..., O]``; numbers are cast to float32.
 
         Returns:
             ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
@@ -183,8 +183,11 @@ class Predictor(nn.Module, abc.ABC):
             and the context ``[B, C]``.
 
         Raises:
+            TypeError: if ``deterministic`` or ``set_truncated`` is neither True nor False.
             ValueError: if a shape does not fit.
         """
+        check_flag("rollout: deterministic", deterministic)
+        check_flag("rollout: set_truncated", set_truncated)
         device = self.device
         obs, act = self._tensor(obs, device), self._tensor(act, device)
         if obs.ndim != 1 + len(self.encoder.obs_shape) or act.ndim not in (2, 3):
@@ -297,7 +300,7 @@ class Predictor(nn.Module, abc.ABC):
 
     def _tensor(self, x: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:
         x = torch.as_tensor(x, device=device or self.device)
-        return x.float() if x.dtype == torch.float64 else x
+        return x.float() if x.is_floating_point() else x
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_envs"}

@@ -57,6 +57,18 @@ def test_keys_shapes_and_dtypes(shape, ndim, storage):
     assert {type(value) for value in out.values(True, True)} == {torch.Tensor}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("transform", [None, Compose()], ids=["plain", "transformed"])
+def test_sums_of_half_precision_rewards_do_not_overflow(dtype, transform):
+    """A sum of 60,000 and 60,000 is infinite in float16."""
+    steps = {"reward": torch.full((4, 1), 6e4).to(dtype), "goal": {"x": torch.ones(4, dtype=dtype)}}
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(4), transform=transform)
+    buffer.extend(TensorDict(steps, batch_size=[4]))
+    out = read_transitions(buffer, (torch.arange(4),), ["reward", "goal"])
+    assert {x.dtype for x in out.values(True, True)} == {torch.float32}
+    assert out["reward"].sum().item() == pytest.approx(4 * 6e4, rel=1e-2)
+
+
 def test_optional_keys_are_read_where_they_are_there():
     out = read_transitions(make_buffer(), positions(1, (2,)), ["action"], ["count", ("a", "b")])
     assert set(out.keys(True, True)) == {"action", "count"}

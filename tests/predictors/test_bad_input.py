@@ -75,14 +75,15 @@ def test_a_value_without_parameters_has_no_target_to_move():
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), "x", None])
 def test_learning_rates_out_of_range(rate):
-    with pytest.raises(ValueError, match="model_lr must be a number of at least 0"):
+    with pytest.raises(ValueError, match="model_lr must be a finite number of at least 0"):
         predictor_of(model_lr=rate)
 
 
 def test_a_schedule_that_turns_negative_changes_nothing():
     predictor = predictor_of(reward=RewardNet(3, 0, 1), model_lr=lambda steps: 1.0 - steps)
     before = tensors(predictor)
-    with pytest.raises(ValueError, match=r"model_lr must be at least 0, got -1.0 at 2 steps"):
+    text = r"model_lr must be finite and at least 0, got -1.0 at 2 steps"
+    with pytest.raises(ValueError, match=text):
         predictor.learn(filled_buffer().buffer, 1, 8, 8, 2)
     assert moved_parts(predictor, before) == set()
 
@@ -231,6 +232,12 @@ def test_rewards_that_are_no_floats_crashed_or_cut_targets_off(dtype, k_steps):
 def test_rollout_says_which_dims_it_expects(obs, act):
     with pytest.raises(ValueError, match=r"rollout: expected obs \[B, O\] and act \[B, H, A\]"):
         predictor_of().rollout(torch.zeros(obs), torch.zeros(act))
+
+
+@pytest.mark.parametrize("name", ["deterministic", "set_truncated"])
+def test_rollout_with_a_flag_of_another_kind(name):
+    with pytest.raises(TypeError, match=f"rollout: {name} must be True or False, got 'no'"):
+        predictor_of().rollout(torch.zeros(4, 3), torch.zeros(4, 5, 1), **{name: "no"})
 
 
 @pytest.mark.parametrize("name", ["n_steps", "batch_size", "model_batch_size"])

@@ -118,6 +118,23 @@ def test_discrete_actions():
     torch.testing.assert_close(a["next", "reward"], b["next", "reward"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """A plain module got half-precision actions, and a linear layer takes none."""
+    model, _, _, encoder = small_parts()
+    predictor = FixedPredictor(model, ToyQ(), PlainReward(), encoder, 2, 1)
+    obs, act = torch.randn(5, 3).to(dtype), torch.randn(5, 6, 1).to(dtype)
+    results = predictor.predict(obs, act[:, 0])
+    assert {x.dtype for x in results} == {torch.float32}
+    torch.testing.assert_close(results, predictor.predict(obs.float(), act[:, 0].float()))
+    torch.testing.assert_close(
+        predictor.value(obs, act[:, 0]), predictor.value(obs.float(), act[:, 0].float())
+    )
+    out, _ = predictor.rollout(obs, act, deterministic=True)
+    expected, _ = predictor.rollout(obs.float(), act.float(), deterministic=True)
+    torch.testing.assert_close(out["next", "reward"], expected["next", "reward"])
+
+
 def test_numpy_float64():
     """A plain module got float64 actions, and a linear layer takes none."""
     model, _, _, encoder = small_parts()
