@@ -20,6 +20,7 @@ def n_step_target(
     *,
     state_values: list[float] | None = None,
     action_values: list[float] | None = None,
+    planned: list[bool] | None = None,
 ) -> float | None:
     """The n-step target of step j of an episode, from the list of all its rewards.
 
@@ -31,6 +32,7 @@ def n_step_target(
         gamma: discount.
         state_values: value of the state *after* each step.
         action_values: value of each step's own (state, action).
+        planned: of each step, whether its action was planned; None: all were.
 
     Returns:
         None where the step has no target.
@@ -41,6 +43,8 @@ def n_step_target(
         last_summed = length - 2  # nothing to bootstrap with behind the last step
     target, discount, i = 0.0, 1.0, j
     while i <= last_summed and i < j + n:
+        if planned is not None and i > j and not planned[i]:
+            break
         target += discount * rewards[i]
         discount *= gamma
         i += 1

@@ -90,6 +90,9 @@ class ToyBuffer:
     def at(self, key: str, row: int, lane: int):
         return self.lists[key][row][lane]
 
+    def is_planned(self, row: int, lane: int) -> bool:
+        return bool(self.data["planned"][row, lane]) if "planned" in self.data.keys() else True
+
     def walk(self, row: int, lane: int) -> list[int]:
         """Rows of the rest of the episode, from one on."""
         rows = [row]
@@ -176,9 +179,9 @@ def target_oracle(
         q: whether ``value`` needs an action.
 
     Returns:
-        For each step ``row``, ``mask`` and, where that is True, ``target``, ``bootstrap`` (the
-        value that it ends with, before its discount; 0 behind a termination) and ``size`` (the sum
-        of the magnitudes that went into it).
+        For each step ``row``, ``mask``, ``has_target`` and, where that is True, ``target``,
+        ``bootstrap`` (the value that it ends with, before its discount; 0 behind a termination) and
+        ``size`` (the sum of the magnitudes that went into it).
     """
     lane = start[1]
     path = toy.walk(*start)
@@ -191,7 +194,7 @@ def target_oracle(
     out = []
     for j in range(k):
         if j >= len(path):
-            out.append({"row": path[-1], "mask": False})
+            out.append({"row": path[-1], "mask": False, "has_target": False})
             continue
         target, discount, size, has_target = 0.0, 1.0, 0.0, True
         i = j
@@ -208,7 +211,8 @@ def target_oracle(
             if last and ends_terminated:
                 tail = 0.0
                 break
-            if last or i + 1 == j + n:
+            is_next_random = not last and not toy.is_planned(path[i + 1], lane)
+            if last or i + 1 == j + n or is_next_random:
                 if q:
                     tail = bootstrap(
                         toy.at("obs", path[i + 1], lane), toy.at("act", path[i + 1], lane)
@@ -220,7 +224,8 @@ def target_oracle(
         out.append(
             {
                 "row": path[j],
-                "mask": has_target,
+                "mask": True,
+                "has_target": has_target,
                 "target": target + discount * tail,
                 "bootstrap": tail,
                 "size": size + abs(discount * tail),

@@ -20,23 +20,35 @@ class NStepWindow(NamedTuple):
         bootstrap: whether a bootstrap value follows the last reward, bool ``[..., k]``.
         valid: whether the step has a target, bool ``[..., k]``.
         summable: whether a reward of the slice may be summed, bool ``[..., T]``.
+        planned: bool ``[..., T]``: a sum that starts earlier stops before a step where it is False;
+            ``None``: True everywhere.
     """
 
     steps: Tensor
     bootstrap: Tensor
     valid: Tensor
     summable: Tensor
+    planned: Tensor | None = None
 
 
 def n_step_window(
-    terminated: Tensor, mask: Tensor, k_steps: int, n_steps: int, *, next_action: bool = False
+    terminated: Tensor,
+    mask: Tensor,
+    k_steps: int,
+    n_steps: int,
+    *,
+    next_action: bool = False,
+    planned: Tensor | None = None,
 ) -> NStepWindow:
-    """Find the end of each n-step target: ``n`` steps later, or at the episode's end if earlier.
+    """Find the end of each n-step target: ``n`` steps later, or earlier where something ends it.
 
     A target that ends in a termination does not bootstrap. One that ends at a truncation or in an
     unfinished episode bootstraps with the value of the state after the last step. No action is
     stored for that state, so a Q-function (``next_action``) bootstraps one step earlier, at the
     last stored pair, and the last step itself has no target.
+
+    A target also ends before the first step after its own that was not planned, and bootstraps
+    there, so that no target holds rewards of random exploration.
 
     Args:
         terminated: bool ``[..., T]``; read at the last real step of each slice.
@@ -45,6 +57,7 @@ def n_step_window(
         n_steps: maximum number of rewards in a target. ``T`` must be at least
             ``k_steps + n_steps - 1``, with ``next_action`` at least ``k_steps + n_steps``.
         next_action: bootstrap from the next stored (state, action) pair.
+        planned: bool ``[..., T]``, False where the action was random; ``None``: all True.
 
     Returns:
         An :class:`NStepWindow`. The bootstrap value of step ``j`` is that of the state after step
@@ -71,16 +84,23 @@ def n_step_window(
         summable = mask & (step < n_rewards)
     step = torch.arange(k_steps, device=mask.device)
     steps = (n_rewards - step).clamp(0, n_steps)
+    if planned is not None:
+        steps = steps.minimum(_steps_before_unplanned(planned, k_steps))
     return NStepWindow(
         steps=steps,
         bootstrap=~(ends_terminated & (step + steps >= length)),
         valid=step < n_rewards,
         summable=summable,
+        planned=planned,
     )
 
 
-def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
+def discounted_window_sum(
+    reward: Tensor, gamma: float, n_steps: int, planned: Tensor | None = None
+) -> Tensor:
     r"""Sum the next ``n_steps`` rewards of every step: ``G_t = sum_{i<n} gamma^i r_{t+i}``.
+
+    A sum stops before the first step after its own that was not ``planned``.
 
     Combines sums over 1, 2, 4, ... rewards by the binary digits of ``n_steps``, in ``O(T log n)``.
     Differences of a cumulative sum would cost ``O(T)``, but divide by ``gamma^t``, which loses all
@@ -90,6 +110,7 @@ def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
         reward: ``[..., T]``; rewards after the last step count as 0.
         gamma: discount, in [0, 1].
         n_steps: number of rewards in a sum, at least 1.
+        planned: bool ``[..., T]``; ``None``: all True.
 
     Returns:
         ``[..., T]``, of the reward's dtype.
@@ -98,14 +119,18 @@ def discounted_window_sum(reward: Tensor, gamma: float, n_steps: int) -> Tensor:
         >>> discounted_window_sum(torch.tensor([1.0, 2.0, 4.0]), 0.5, 2)
         tensor([2., 4., 4.])
     """
-    total = torch.zeros_like(reward)
-    window, size, summed = reward, 1, 0
+    planned = torch.ones_like(reward, dtype=torch.bool) if planned is None else planned
+    total, window, size, summed = torch.zeros_like(reward), reward, 1, 0
+    # whether a sum reaches the step after its window, and after what is summed
+    goes_on, reaches = _ahead(planned, 1), torch.ones_like(planned)
     while size <= n_steps:
         if n_steps & size:
-            total = total + gamma**summed * _ahead(window, summed)
+            total = total + gamma**summed * torch.where(reaches, _ahead(window, summed), 0.0)
+            reaches = reaches & _ahead(goes_on, summed)
             summed += size
         if 2 * size <= n_steps:
-            window = window + gamma**size * _ahead(window, size)
+            window = window + gamma**size * torch.where(goes_on, _ahead(window, size), 0.0)
+            goes_on = goes_on & _ahead(goes_on, size)
         size *= 2
     return total
 
@@ -126,7 +151,8 @@ def n_step_sums(
         ``[..., k]``.
     """
     summable = torch.where(window.summable, reward, 0.0).double()
-    total = discounted_window_sum(summable, gamma, n_steps)[..., : window.steps.shape[-1]]
+    total = discounted_window_sum(summable, gamma, n_steps, window.planned)
+    total = total[..., : window.steps.shape[-1]]
     base = torch.tensor(gamma, dtype=total.dtype, device=reward.device)
     return total, torch.pow(base, window.steps)
 
@@ -140,6 +166,19 @@ def add_bootstrap(total: Tensor, discount: Tensor, value: Tensor) -> Tensor:
         value: bootstrap value, 0 where there is none, ``[...]``.
     """
     return torch.addcmul(total, discount, value.double())
+
+
+def _steps_before_unplanned(planned: Tensor, k_steps: int) -> Tensor:
+    """Count the steps, each step's own included, until one after it was not planned; ``[..., k]``.
+
+    Where none follows, the number reaches beyond the slice.
+    """
+    length = planned.shape[-1]
+    step = torch.arange(length, device=planned.device)
+    unplanned = torch.where(planned, length, step).expand_as(planned)
+    following = unplanned.flip(-1).cummin(-1).values.flip(-1)  # the first at or after each step
+    following = torch.nn.functional.pad(following[..., 1:], (0, 1), value=length)[..., :k_steps]
+    return torch.where(following < length, following - step[:k_steps], length)
 
 
 def _ahead(x: Tensor, steps: int) -> Tensor:

@@ -8,6 +8,7 @@ named entries (:mod:`layeredrl_trl.keys`), so any of them can be replaced by one
 from layeredrl_trl.modules.dynamics import DynamicsModel
 from layeredrl_trl.modules.encoders import Encoder, IdentityEncoder
 from layeredrl_trl.modules.ensemble import ProbabilisticEnsemble
+from layeredrl_trl.modules.head_mlp import HeadMLP
 from layeredrl_trl.modules.heads import (
     LatentFunction,
     RewardNet,
@@ -38,6 +39,7 @@ __all__ = [
     "DynamicsModel",
     "Encoder",
     "EnsembleMLP",
+    "HeadMLP",
     "IdentityEncoder",
     "LatentFunction",
     "LearnedEncoder",

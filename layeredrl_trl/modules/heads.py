@@ -11,7 +11,8 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_count
+from layeredrl_trl.checks import check_flag, check_keys
+from layeredrl_trl.modules.head_mlp import HeadMLP
 from layeredrl_trl.modules.mlp import ConcatMLP
 from layeredrl_trl.modules.spaces import action_features
 
@@ -40,9 +41,42 @@ class LatentFunction(TensorDictModule):
         """Evaluate on tensors by name, without a TensorDict in between."""
         return self.module(*(entries[key] for key in self.in_keys))
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it standardises what it reads and predicts, by running moments."""
+        return isinstance(self.module, HeadMLP)
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has no statistics, or they have seen a batch."""
+        return not self.has_statistics or self.module.moments.has_started
+
+    @property
+    def target_scale(self) -> Tensor | None:
+        """Unit in which its targets are learned, ``[1]``; ``None``: it has no statistics."""
+        return self.module.target_scale if self.has_statistics else None
+
+    def update_statistics(
+        self, entries: Mapping[NestedKey, Tensor], target: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Update the running moments, if there are any, with real steps.
+
+        Args:
+            entries: what it reads, by name, ``[..., *]``.
+            target: what it is to predict, ``[..., 1]``.
+            mask: bool ``[..., 1]``, False on steps to ignore.
+        """
+        if self.has_statistics:
+            inputs = [entries[key].detach() for key in self.in_keys]
+            self.module.update_statistics(inputs, target.detach(), mask)
+
 
 class RewardNet(LatentFunction):
     """Predict the reward of taking ``action`` in ``latent``.
+
+    It standardises what it reads and what it learns by running moments, so units do not matter; see
+    :class:`~layeredrl_trl.modules.HeadMLP`. The loss updates these; in a loop of your own call
+    :meth:`update_statistics`, or it is a plain perceptron.
 
     Args:
         latent_state_dim, context_dim: ``D`` and ``C``.
@@ -51,8 +85,10 @@ class RewardNet(LatentFunction):
         in_keys, out_keys: of the latent state, the context and the action; of the reward.
 
     Raises:
-        TypeError: if a number of dims or the width of a layer is no integer.
-        ValueError: if it is below 1 (``context_dim``: below 0).
+        TypeError: if a number of dims or the width of a layer is no integer, or keys are no
+            sequence of keys.
+        ValueError: if a number is below 1 (``context_dim``: below 0), or there are too many or too
+            few keys.
 
     Reads:
         ``latent`` ``[..., D]``, ``context`` ``[..., C]``, ``action`` ``[..., A]``.
@@ -77,12 +113,16 @@ class RewardNet(LatentFunction):
         in_keys: Sequence[NestedKey] = _IN_KEYS,
         out_keys: Sequence[NestedKey] = (keys.REWARD,),
     ) -> None:
-        net = _LatentMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
+        net = HeadMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
+        check_keys("RewardNet: in_keys", in_keys, 3)
+        check_keys("RewardNet: out_keys", out_keys, 1)
         super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
 
 
 class ValueNet(LatentFunction):
     """Predict the value of a state, or with ``action_dim`` of a state and an action.
+
+    It standardises what it reads and what it learns, like :class:`RewardNet`.
 
     Args:
         latent_state_dim, context_dim: ``D`` and ``C``.
@@ -92,8 +132,10 @@ class ValueNet(LatentFunction):
             the value, by default ``state_value``, for a Q-function ``state_action_value``.
 
     Raises:
-        TypeError: if a number of dims or the width of a layer is no integer.
-        ValueError: if it is below 1 (``context_dim``: below 0).
+        TypeError: if a number of dims or the width of a layer is no integer, or keys are no
+            sequence of keys.
+        ValueError: if a number is below 1 (``context_dim``: below 0), or there are too many or too
+            few keys.
 
     Reads:
         ``latent`` ``[..., D]``, ``context`` ``[..., C]`` (and ``action`` ``[..., A]``).
@@ -118,10 +160,13 @@ class ValueNet(LatentFunction):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        net = _LatentMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
-        in_keys = list(in_keys or _IN_KEYS[: len(net.in_dims)])
+        net = HeadMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
+        in_keys = _IN_KEYS[: len(net.in_dims)] if in_keys is None else in_keys
         out_key = keys.STATE_VALUE if action_dim is None else keys.STATE_ACTION_VALUE
-        super().__init__(net, in_keys=in_keys, out_keys=list(out_keys or [out_key]))
+        out_keys = [out_key] if out_keys is None else out_keys
+        check_keys("ValueNet: in_keys", in_keys, len(net.in_dims))
+        check_keys("ValueNet: out_keys", out_keys, 1)
+        super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
 
 
 def as_reward_module(
@@ -153,16 +198,34 @@ def as_value_module(
     in_keys: Sequence[NestedKey] = _IN_KEYS,
     *,
     argument: str = "val_func",
+    reads_action: bool | None = None,
 ) -> TensorDictModuleBase | None:
     """Wrap a plain ``f(latent, context)`` or ``f(latent, context, action)`` ``-> [..., 1]``.
 
     The number of its arguments (of a module: of its ``forward``) that have no default tells a state
-    value from a Q-function. A TensorDict module passes through. The arguments are those of
-    :func:`as_reward_module`.
+    value from a Q-function. One of three arguments that ignores the action can be declared a state
+    value: by ``reads_action=False`` here, or by an attribute of that name of the module or its
+    class. It is then called with ``None`` for the action. A TensorDict module passes through: its
+    ``in_keys`` tell.
+
+    Args:
+        module: the value.
+        in_keys: of the latent state, the context and the action.
+        argument: what the module was handed in as, for the text of an error.
+        reads_action: whether it is a Q-function; ``None``: see above.
 
     Raises:
         TypeError: if it does not take two or three arguments, cannot be called, or is a
-            :class:`RewardNet`.
+            :class:`RewardNet`; or if ``reads_action`` is no bool.
+        ValueError: if ``reads_action`` is True for a module of two arguments.
+
+    Example:
+        >>> import torch
+        >>> def of_all(latent, context, action):
+        ...     return latent.sum(-1, keepdim=True)
+        >>> value = as_value_module(of_all, reads_action=False)
+        >>> value.in_keys, value(torch.ones(4, 3), torch.zeros(4, 0)).shape
+        (['latent', 'context'], torch.Size([4, 1]))
     """
     if isinstance(module, RewardNet):
         raise TypeError(
@@ -180,8 +243,15 @@ def as_value_module(
             f"{argument}: a plain module must be {signature}, but {name} takes {n_args} arguments. "
             "Wrap it in a tensordict.nn.TensorDictModule to name what it reads."
         )
-    out_key = keys.STATE_VALUE if n_args == 2 else keys.STATE_ACTION_VALUE
-    return _wrap(module, argument, in_keys[:n_args], out_key)
+    if reads_action is None:
+        reads_action = getattr(module, "reads_action", n_args == 3)
+    check_flag(f"{argument}: reads_action", reads_action)
+    if reads_action and n_args == 2:
+        raise ValueError(f"{argument}: reads_action is True, but it takes no action.")
+    if n_args == 3 and not reads_action:
+        module = _WithoutAction(module)
+    out_key = keys.STATE_ACTION_VALUE if reads_action else keys.STATE_VALUE
+    return _wrap(module, argument, in_keys[: 3 if reads_action else 2], out_key)
 
 
 def as_termination_module(
@@ -263,23 +333,15 @@ def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) 
     return out
 
 
-class _LatentMLP(ConcatMLP):
-    """A perceptron over latent state, context and, where it has one, action (also as index)."""
+class _WithoutAction(nn.Module):
+    """Call ``f(latent, context, action)``, which ignores the action, with ``None`` for it."""
 
-    def __init__(
-        self, latent_state_dim: int, context_dim: int, action_dim: int | None, *options: Any
-    ) -> None:
-        check_count("latent_state_dim", latent_state_dim)
-        check_count("context_dim", context_dim, least=0)
-        dims = (latent_state_dim, context_dim)
-        if action_dim is not None:
-            check_count("action_dim", action_dim)
-            dims = (*dims, action_dim)
-        super().__init__(dims, 1, *options)
+    def __init__(self, function: nn.Module | Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
 
-    def forward(self, latent: Tensor, context: Tensor, *action: Tensor) -> Tensor:
-        features = (action_features(a, latent.shape[:-1], self.in_dims[-1]) for a in action)
-        return super().forward(latent, context, *features)
+    def forward(self, latent: Tensor, context: Tensor) -> Tensor:
+        return self.function(latent, context, None)
 
 
 def _needs_no_wrapping(

@@ -51,6 +51,14 @@ class ConcatMLP(nn.Module):
         Raises:
             ValueError: if the last dim of an input does not fit, or leading shapes differ.
         """
+        x = self._join(*inputs)
+        batch = x.shape[:-1]
+        # as rows [N, in], because otherwise every layer flattens and restores them
+        out = in_pieces(self._run, x.reshape(batch.numel(), x.shape[-1]))
+        return out.reshape(*batch, out.shape[-1])
+
+    def _join(self, *inputs: Tensor) -> Tensor:
+        """Check the inputs and concatenate them, float32 ``[..., in]``."""
         dims = tuple(x.shape[-1] for x in inputs)
         if dims != self.in_dims:
             raise ValueError(f"expected inputs with last dims {self.in_dims}, got {dims}.")
@@ -60,10 +68,11 @@ class ConcatMLP(nn.Module):
             raise ValueError(f"expected inputs of one leading shape, got {shapes}.")
         parts = [x.to(torch.float32) for x in inputs]
         parts = [x for x in parts if x.shape[-1] > 0] or parts[:1]  # a context is often empty
-        x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        # as rows [N, in], because otherwise every layer flattens and restores them
-        out = in_pieces(self.layers, x.reshape(batch.numel(), x.shape[-1]))
-        return out.reshape(*batch, out.shape[-1])
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def _run(self, rows: Tensor) -> Tensor:
+        """Map rows ``[N, in]`` to ``[N, out_dim]``."""
+        return self.layers(rows)
 
 
 class EnsembleMLP(nn.Module):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import repeat
+from operator import and_
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +63,7 @@ class NStepReturns(NamedTuple):
         bootstraps: whether a bootstrap value is added, bool ``[B, k, 1]``.
         observation: observation to bootstrap from, ``[B, k, *obs_shape]``.
         action: for a Q-function, ``[B, k, A]`` or indices ``[B, k]``; else ``None``.
+        exists: whether the step has a target, bool ``[B, k, 1]``; ``None``: every real step has.
     """
 
     total: Tensor
@@ -68,6 +71,7 @@ class NStepReturns(NamedTuple):
     bootstraps: Tensor
     observation: Tensor
     action: Tensor | None
+    exists: Tensor | None = None
 
 
 class Slices(NamedTuple):
@@ -215,6 +219,12 @@ def flag(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     return x if x.dtype is torch.bool else x != 0
 
 
+def all_of(*flags: Tensor | None) -> Tensor | None:
+    """Return where all flags of one shape are True; ``None`` stands for True everywhere."""
+    given = [x for x in flags if x is not None]
+    return reduce(and_, given) if given else None
+
+
 def check_keys(tensordict: TensorDictBase, needed: Sequence[NestedKey]) -> None:
     """Check that a batch has all needed entries.
 
@@ -241,8 +251,11 @@ def _split(x: Any, n: int) -> Iterator[Any]:
 
 
 def _as_float(reward: Tensor) -> Tensor:
-    """Cast rewards that are integers or bools to float32."""
-    return reward if reward.is_floating_point() else reward.to(torch.float32)
+    """Cast rewards to float32, unless they are float64.
+
+    Sums of integers would be cut off, sums of float16 rounded or infinite.
+    """
+    return reward if reward.dtype is torch.float64 else reward.to(torch.float32)
 
 
 def _check_cut(mask: Tensor, index: Tensor | None, slice_len: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -15,6 +16,7 @@ from layeredrl_trl.modules import (
     DeltaStandardizer,
     DynamicsModel,
     Encoder,
+    LatentFunction,
     as_reward_module,
     as_value_module,
     check_heads,
@@ -22,7 +24,7 @@ from layeredrl_trl.modules import (
     check_parts,
     evaluate,
 )
-from layeredrl_trl.objectives.batch import Slices, check_keys, flag, per_step
+from layeredrl_trl.objectives.batch import Slices, all_of, check_keys, flag, per_step
 from layeredrl_trl.objectives.slice_loss import SliceLoss, next_key
 
 Entries = Mapping[NestedKey, Tensor] | TensorDictBase
@@ -41,10 +43,12 @@ class RewardPredictorLoss(SliceLoss):
     encoder if ``learn_encoder``), ``loss_value`` (squared error to the n-step target, detached from
     the encoder, only where ``planned``), ``loss_consistency`` (negative log-likelihood of the next
     latent state plus cross-entropy of termination, latents detached) and ``loss_standardizer``
-    (``||cov(W delta) - I||_F``).
+    (``||cov(W delta) - I||_F``). Errors of a reward or value that has a ``target_scale``, like the
+    library's own, are in that unit: its square times the loss is the error in units of the reward.
 
     A terminated step adds no bootstrap value; a truncated or unfinished end adds the value of the
-    state after it; padded steps are ignored.
+    state after it. A target ends before the first later step that was not ``planned``, with the
+    value of the state there. Padded steps are ignored.
 
     Args:
         encoder: encoder of observations.
@@ -71,7 +75,8 @@ class RewardPredictorLoss(SliceLoss):
 
     Writes:
         ``loss_reward``, ``loss_value``, ``loss_consistency``, ``loss_standardizer`` (those that
-        apply) and, detached, ``nll`` (nats), ``term_bce`` (nats) and ``value_target_mean``.
+        apply) and, detached, ``nll`` (nats), ``term_bce`` (nats) and ``value_target_mean`` (units
+        of the reward), means over what counts whatever the reduction, 0 if nothing does.
 
     Raises:
         TypeError: at construction, if a part is of an unknown kind, or a count no integer.
@@ -182,8 +187,8 @@ class RewardPredictorLoss(SliceLoss):
     ) -> TensorDict:
         """Compute every loss term.
 
-        The transitions first update the running statistics of dynamics, standardizer and encoder,
-        unless both the loss and the part are in evaluation mode.
+        The batch first updates the running statistics of all parts, unless both the loss and the
+        part are in evaluation mode.
 
         Args:
             tensordict: slices with the entries under ``Reads``, flat or ``[B, T]``.
@@ -201,7 +206,7 @@ class RewardPredictorLoss(SliceLoss):
         single = slices.first if transitions is None else self._read_transitions(transitions)
         if slices.returns is None:
             slices = self.with_returns(slices)
-        terms = self._reward_and_value_terms(self._targets(slices))
+        terms = self._reward_and_value_terms(self._targets(slices, learns=True))
         return TensorDict(terms | self._dynamics_terms(self._encode(single)), batch_size=[])
 
     def terms(self, targets: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
@@ -229,8 +234,9 @@ class RewardPredictorLoss(SliceLoss):
             real[names.next_reward] = per_step(targets, names.next_reward)
         if self.has_value:
             real[keys.VALUE_TARGET] = per_step(targets, keys.VALUE_TARGET)
-            if names.planned in targets.keys(True):
-                real[names.planned] = flag(targets, names.planned)
+            for key in (names.planned, keys.HAS_TARGET):
+                if key in targets.keys(True):
+                    real[key] = flag(targets, key)
         encoded = dict(transitions.items(True, True))
         encoded[names.next_terminated] = flag(transitions, names.next_terminated)
         return TensorDict(
@@ -245,14 +251,15 @@ class RewardPredictorLoss(SliceLoss):
         if self.reward is not None:
             if not self.learn_encoder:
                 latent, context = latent.detach(), context.detach()
-            predicted = evaluate(self.reward, self._head_entries(latent, context, action))
-            error = self._mean_square(predicted, targets[names.next_reward], valid)
+            entries = self._head_entries(latent, context, action)
+            error = self._error(self.reward, entries, targets[names.next_reward], valid)
             terms["loss_reward"] = self.rew_loss_weight * error
         if self.has_value:
             entries = self._head_entries(latent.detach(), context.detach(), action)
-            target, counts = targets[keys.VALUE_TARGET], targets.get(names.planned, None)
-            counts = valid if counts is None else counts if valid is None else valid & counts
-            error = self._mean_square(evaluate(self.value_network, entries), target, counts)
+            target = targets[keys.VALUE_TARGET]
+            flags = (targets.get(key, None) for key in (names.planned, keys.HAS_TARGET))
+            counts = all_of(valid, *flags)
+            error = self._error(self.value_network, entries, target, counts)
             terms["loss_value"] = self.value_loss_weight * error
             terms["value_target_mean"] = self._reduce_where(target.detach(), counts, "mean")
         return terms
@@ -279,14 +286,18 @@ class RewardPredictorLoss(SliceLoss):
         nll, bce = dynamics.negative_log_likelihood(
             latent, context, action, next_latent, transitions[names.next_terminated], weight
         )
-        if weight is not None and self.reduction == "mean":
-            total = weight.mean()
-            nll, bce = (x / torch.where(total > 0, total, 1.0) for x in (nll, bce))
-        consistency = self._reduce_loss(nll + bce) + dynamics.regularization()
+        share = None if weight is None else weight.mean()
+        if share is not None:
+            share = torch.where(share > 0, share, 1.0)
+        means = [x.mean() if share is None else x.mean() / share for x in (nll, bce)]
+        consistency = means[0] + means[1]
+        if self.reduction != "mean":
+            consistency = self._reduce_loss(nll + bce)
         terms = {
-            "loss_consistency": self.consistency_loss_weight * consistency,
-            "nll": nll.detach().mean(),
-            "term_bce": bce.detach().mean(),
+            "loss_consistency": self.consistency_loss_weight
+            * (consistency + dynamics.regularization()),
+            "nll": means[0].detach(),
+            "term_bce": means[1].detach(),
         }
         if standardizer is not None:
             delta = next_latent - latent
@@ -294,10 +305,6 @@ class RewardPredictorLoss(SliceLoss):
                 standardizer.update_statistics(delta, counts)
             terms["loss_standardizer"] = standardizer.residual(delta, counts)
         return terms
-
-    def _learns(self, part: nn.Module) -> bool:
-        # Parts are shared, so their mode may be set without setting that of the loss.
-        return self.training or part.training
 
     def _update_encoder_statistics(self, transitions: Entries, counts: Tensor | None) -> None:
         names = self.tensor_keys
@@ -308,20 +315,42 @@ class RewardPredictorLoss(SliceLoss):
             following = transitions[names.next_observation]
             self.encoder.update_statistics(observation, following, counts)
 
-    def _mean_square(self, predicted: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
+    def _error(
+        self,
+        head: TensorDictModuleBase,
+        entries: dict[NestedKey, Tensor],
+        target: Tensor,
+        counts: Tensor | None,
+    ) -> Tensor:
         """Reduce the squared errors ``[B, k, 1]`` where ``counts`` is True (``None``: all)."""
-        target = target.to(predicted.dtype)
+        if counts is not None:  # before the square, too: a gradient of 0 times NaN is NaN
+            target = torch.where(counts, target, 0.0)
+        standardizes = isinstance(head, LatentFunction) and head.has_statistics
+        if standardizes and self._learns(head):
+            head.update_statistics(entries, target, counts)
+        predicted = evaluate(head, entries)
+        # squares of half precision would overflow
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        predicted, target = predicted.to(dtype), target.to(dtype)
+        if standardizes:
+            scale = head.target_scale
+            predicted, target = predicted / scale, target / scale
         if counts is None:
             return mse_loss(predicted, target, reduction=self.reduction)
-        # also before the square: a gradient of 0 times NaN is NaN
-        error = mse_loss(predicted, torch.where(counts, target, 0.0), reduction="none")
-        return self._reduce_where(error, counts)
+        return self._reduce_where(mse_loss(predicted, target, reduction="none"), counts)
 
     def _reduce_where(
         self, x: Tensor, counts: Tensor | None, reduction: str | None = None
     ) -> Tensor:
-        """Reduce ``x`` ``[B, k, 1]`` where ``counts`` is True; with "none", set the rest to 0."""
-        if counts is not None and (reduction or self.reduction) == "none":
+        """Reduce ``x`` ``[B, k, 1]`` where ``counts`` is True; with "none", set the rest to 0.
+
+        The mean over nothing is 0: an entire batch may be unplanned.
+        """
+        reduction = reduction or self.reduction
+        if counts is None:
+            return self._reduce_loss(x, reduction=reduction)
+        if reduction == "none":
             # _reduce_loss would drop masked entries and so lose the shape
             return torch.where(counts, x, 0.0)
-        return self._reduce_loss(x, mask=counts, reduction=reduction)
+        total = self._reduce_loss(x, mask=counts, reduction="sum")
+        return total / counts.sum().clamp_min(1) if reduction == "mean" else total

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
 from layeredrl_trl.checks import check_counts
-from layeredrl_trl.modules import DynamicsModel, Encoder, evaluate, head_entries, reads_action
-from layeredrl_trl.objectives.batch import SliceKeys, Slices, as_slices
+from layeredrl_trl.modules import (
+    DynamicsModel,
+    Encoder,
+    LatentFunction,
+    RunningMoments,
+    evaluate,
+    head_entries,
+    reads_action,
+)
+from layeredrl_trl.objectives.batch import SliceKeys, Slices, all_of, as_slices
 from layeredrl_trl.objectives.targets import n_step_returns, value_target
 
 
@@ -61,8 +71,10 @@ class SliceLoss(LossModule):
         self.encoder = encoder
         self.dynamics = dynamics
         self.has_value = value is not None
+        self.value_moments = _moments_of(value)
         if value is not None:
-            self.convert_to_functional(value, "value_network", create_target_params=True)
+            with _without_moments(value):
+                self.convert_to_functional(value, "value_network", create_target_params=True)
             if not any(True for _ in value.parameters()):  # no targets: prevents a warning
                 self._has_update_associated["value_network"] = True
         self.gamma = gamma
@@ -94,6 +106,13 @@ class SliceLoss(LossModule):
             names.mask,
         ]
 
+    def train(self, mode: bool = True) -> SliceLoss:
+        """Set training or evaluation mode, also of the value, which is not registered as a part."""
+        super().train(mode)
+        if self.has_value:
+            self.value_network.train(mode)
+        return self
+
     def compute_targets(
         self,
         tensordict: TensorDictBase | Slices,
@@ -105,7 +124,8 @@ class SliceLoss(LossModule):
         r"""Encode the first ``k`` steps of slices and compute their n-step value targets.
 
         ``G_j = sum_{i<l} gamma^i r_{j+i} + gamma^l (1 - terminated) V_target`` with ``l`` the
-        smaller of ``n`` and the steps left in the episode.
+        smallest of ``n``, the steps left in the episode, and the steps before the first one after
+        ``j`` that was not ``planned``.
 
         Args:
             tensordict: slices, as for :meth:`forward`, of ``k + n - 1`` steps or more (one more for
@@ -118,8 +138,9 @@ class SliceLoss(LossModule):
             TensorDict ``[B, k]``: ``latent``, ``context`` (with gradient if ``learn_encoder``),
             ``action``, ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
             ``bootstrap_value`` (before its discount; 0 if there is none), ``("collector",
-            "mask")``, ``planned`` and, if known, ``index``. For a Q-function the mask is also False
-            on the last step of an unterminated episode, which has no action to bootstrap with.
+            "mask")``, ``planned`` and, if known, ``index``. For a Q-function also ``has_target``,
+            bool, False on the last step of an unterminated episode: it has no action to bootstrap
+            with, so the value does not learn from it.
 
         Raises:
             KeyError: if an entry is missing.
@@ -189,19 +210,24 @@ class SliceLoss(LossModule):
             return transitions
         return Slices.read(transitions, self.tensor_keys, with_reward=False, with_mask=False)
 
-    def _targets(self, slices: Slices) -> dict[NestedKey, Tensor]:
-        """Training data ``[B, k]`` of reward and value, from slices with returns."""
+    def _targets(self, slices: Slices, *, learns: bool = False) -> dict[NestedKey, Tensor]:
+        """Training data ``[B, k]`` of reward and value, from slices with returns.
+
+        A value that ``learns`` and has seen no target yet takes its unit from the rewards.
+        """
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             latent, context = self.encoder.encode(slices.observation)
         context = context[:, :1].expand_as(context)
         returns = slices.returns
+        if learns and self.has_value and self._learns(self.value_network):
+            self._start_value(latent, context, slices)
         if self.has_value:
             value = self._target_value(returns.observation, context.detach(), returns.action)
             value = torch.where(returns.bootstraps, value, 0.0)
         else:
             value = torch.zeros_like(slices.reward)
-        targets = {
+        targets: dict[NestedKey, Tensor | None] = {
             latent_key: latent,
             context_key: context,
             names.action: slices.action,
@@ -211,8 +237,25 @@ class SliceLoss(LossModule):
             keys.BOOTSTRAP_VALUE: value,
             names.mask: slices.mask,
             names.planned: slices.planned,
+            keys.HAS_TARGET: returns.exists,
         }
         return {key: x for key, x in targets.items() if x is not None}
+
+    def _start_value(self, latent: Tensor, context: Tensor, slices: Slices) -> None:
+        """Give a value without statistics those of the rewards, as if nothing came after them.
+
+        An untrained network predicts numbers near 1, which targets would hold for a long time if
+        rewards were smaller.
+        """
+        value, returns = self.value_network, slices.returns
+        if isinstance(value, LatentFunction) and not value.has_started:
+            counts = all_of(slices.mask, slices.planned, returns.exists)
+            entries = self._head_entries(latent, context, slices.action)
+            value.update_statistics(entries, returns.total, counts)
+
+    def _learns(self, part: nn.Module) -> bool:
+        # Parts are shared, so their mode may be set without setting that of the loss.
+        return self.training or part.training
 
     @torch.no_grad()
     def _target_value(self, observation: Tensor, context: Tensor, action: Tensor | None) -> Tensor:
@@ -262,12 +305,38 @@ class SliceLoss(LossModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.has_value:  # deepcopy makes a second TensorDictParams besides the module's
-            self.value_network_params = TensorDict.from_module(self.value_network, as_module=True)
+            value = self.value_network
+            with _without_moments(value):
+                self.value_network_params = TensorDict.from_module(value, as_module=True)
 
 
 def next_key(key: NestedKey) -> NestedKey:
     """Name an entry under ``"next"``."""
     return unravel_key(("next", key))
+
+
+def _moments_of(value: TensorDictModuleBase | None) -> RunningMoments | None:
+    """Return the running moments of a value that standardises, else ``None``."""
+    has_moments = isinstance(value, LatentFunction) and value.has_statistics
+    return value.module.moments if has_moments else None
+
+
+@contextmanager
+def _without_moments(value: TensorDictModuleBase) -> Iterator[None]:
+    """Keep the running moments of a value out of its parameters.
+
+    The target network then uses those of the value: what two networks learn in different units
+    could not be averaged.
+    """
+    moments = _moments_of(value)
+    if moments is None:
+        yield
+        return
+    del value.module.moments
+    try:
+        yield
+    finally:
+        value.module.moments = moments
 
 
 def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:

@@ -22,7 +22,9 @@ def n_step_returns(
     the smaller of ``n`` and the steps left in the episode. A terminated end adds no value; a
     truncated or unfinished end adds the value of the observation after the last step. No action is
     stored for that observation, so with a Q-function the sum ends one step earlier, at the last
-    stored pair, and the last step itself has no target.
+    stored pair, and the last step itself has no target. A sum also ends before the first step after
+    its own that was not planned, and adds the value of the observation there (for a Q-function: of
+    the pair stored there).
 
     Args:
         slices: ``[B, T]`` with ``T`` at least ``k + n - 1``, or one more with ``needs_action``.
@@ -32,7 +34,7 @@ def n_step_returns(
         needs_action: whether the value is a Q-function.
 
     Returns:
-        slices ``[B, k]`` with ``returns``; the mask is True on steps that have a target.
+        slices ``[B, k]`` with ``returns``.
 
     Raises:
         ValueError: if the slices are too short.
@@ -40,7 +42,12 @@ def n_step_returns(
     mask = torch.ones_like(slices.terminated) if slices.mask is None else slices.mask
     mask = mask.squeeze(-1)
     window = n_step_window(
-        slices.terminated.squeeze(-1), mask, k_steps, n_steps, next_action=needs_action
+        slices.terminated.squeeze(-1),
+        mask,
+        k_steps,
+        n_steps,
+        next_action=needs_action,
+        planned=None if slices.planned is None else slices.planned.squeeze(-1),
     )
     valid = mask[:, :k_steps] & window.valid
     total, discount = n_step_sums(slices.reward.squeeze(-1), window, gamma=gamma, n_steps=n_steps)
@@ -55,9 +62,10 @@ def n_step_returns(
         bootstraps=(window.bootstrap & valid).unsqueeze(-1),
         observation=observation,
         action=action,
+        exists=valid.unsqueeze(-1) if needs_action else None,
     )
     first = Slices(*(None if x is None else x[:, :k_steps] for x in slices[:-1]))
-    return first._replace(mask=valid.unsqueeze(-1), returns=returns)
+    return first._replace(mask=mask[:, :k_steps].unsqueeze(-1), returns=returns)
 
 
 def value_target(slices: Slices, value: Tensor) -> Tensor:

@@ -49,7 +49,9 @@ def slices_of(episode, k, n, *, next_action, extra=0, garbage=NAN):
 
 
 def targets_of(slices, k, n, gamma, *, next_action, garbage=NAN):
-    window = n_step_window(slices["terminated"], slices["mask"], k, n, next_action=next_action)
+    flags = slices["terminated"], slices["mask"]
+    planned = slices.get("planned")
+    window = n_step_window(*flags, k, n, next_action=next_action, planned=planned)
     at = torch.arange(k) + window.steps - (0 if next_action else 1)
     value = torch.nn.functional.pad(slices["value"], (0, 1), value=garbage)
     value = value.gather(-1, at.clamp(0, value.shape[-1] - 1))
@@ -57,13 +59,17 @@ def targets_of(slices, k, n, gamma, *, next_action, garbage=NAN):
     return n_step_targets(slices["reward"], window, value, gamma=gamma, n_steps=n), window
 
 
-def assert_like_oracle(episode, k, n, gamma, *, next_action, extra=0):
+def assert_like_oracle(episode, k, n, gamma, *, next_action, extra=0, planned=None):
     slices = slices_of(episode, k, n, next_action=next_action, extra=extra)
+    if planned is not None:
+        step = torch.arange(len(planned))[:, None] + torch.arange(slices["mask"].shape[-1])
+        slices["planned"] = planned[step.clamp_max(len(planned) - 1)]
     target, window = targets_of(slices, k, n, gamma, next_action=next_action)
     rewards, terminated, v, q = (
         torch.tensor(x).tolist() if isinstance(x, list) else x for x in episode
     )
     values = {"action_values": q} if next_action else {"state_values": v}
+    values["planned"] = None if planned is None else planned.tolist()
     expected, valid = torch.zeros(target.shape).double(), torch.zeros(target.shape).bool()
     for start in range(len(rewards)):
         for j in range(min(k, len(rewards) - start)):
@@ -104,11 +110,23 @@ def test_targets_like_a_loop_over_episodes(k, n, gamma, next_action):
     extra=st.integers(0, 9),
     next_action=st.booleans(),
     terminated=st.booleans(),
+    share=st.sampled_from([None, 0.0, 0.5, 0.9, 1.0]),
 )
-def test_any_slice_like_a_loop_over_episodes(length, k, n, gamma, extra, next_action, terminated):
+def test_any_slice_like_a_loop_over_episodes(
+    length, k, n, gamma, extra, next_action, terminated, share
+):
     (rewards, _, v, q), *_ = episodes([length], seed=length)
+    planned = None
+    if share is not None:
+        planned = torch.rand(length, generator=torch.Generator().manual_seed(length)) < share
     assert_like_oracle(
-        (rewards, terminated, v, q), k, n, gamma, next_action=next_action, extra=extra
+        (rewards, terminated, v, q),
+        k,
+        n,
+        gamma,
+        next_action=next_action,
+        extra=extra,
+        planned=planned,
     )
 
 
@@ -217,3 +235,15 @@ def test_integer_rewards_cut_targets_off():
     reward, value = torch.tensor([[1, 1]]), torch.tensor([[1.0]])
     target = n_step_targets(reward, window, value, gamma=0.5, n_steps=2)
     assert target.dtype is torch.float32 and target.item() == 1.75
+
+
+@pytest.mark.parametrize("next_action", [False, True], ids=["state-value", "q-function"])
+def test_targets_of_planned_steps_hold_no_reward_of_random_steps_behind_them(next_action):
+    planned = torch.tensor([[True, True, False, True, True, True]])
+    reward, mask = torch.tensor([[1.0, 1.0, 100.0, 1.0, 1.0, 1.0]]), torch.ones(1, 6).bool()
+    window = n_step_window(~mask, mask, 4, 2, next_action=next_action, planned=planned)
+    assert window.steps.tolist() == [[2, 1, 2, 2]]
+    assert window.bootstrap.all() and window.valid.all()
+    total, discount = n_step_sums(reward, window, gamma=0.5, n_steps=2)
+    assert total.tolist() == [[1.5, 1.0, 100.5, 1.5]]
+    assert discount.tolist() == [[0.25, 0.5, 0.25, 0.25]]

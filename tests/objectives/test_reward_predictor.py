@@ -406,7 +406,7 @@ def test_q_is_never_bootstrapped_at_a_state_without_action():
     SoftUpdate(loss, tau=0.1)
     slices = make_slices(1, loss.slice_len, [2])  # two real steps, then an unfinished end
     targets = loss.compute_targets(slices)
-    assert targets[MASK].flatten().tolist() == [True, False]
+    assert targets[MASK].all() and targets["has_target"].flatten().tolist() == [True, False]
     obs, act = slices["observation"][0], slices["action"][0]
     weights = loss.value_network.module.w.tolist()
     tail = ToyQ.oracle(weights, obs[1, :2].tolist(), obs[0, 2:].tolist(), act[1].tolist())

@@ -13,7 +13,9 @@ NAN = float("nan")
 every_value = pytest.mark.parametrize("needs_action", [False, True], ids=["state-value", "q"])
 
 
-def make_slices(rewards, *, terminated, needs_action, dtype=torch.float32) -> Slices:
+def make_slices(
+    rewards, *, terminated, needs_action, dtype=torch.float32, planned=None
+) -> Slices:
     """A slice from each step of an episode. The observation of step ``t`` is ``t``.
 
     Padding holds garbage in what is summed; what stands for a position is in range.
@@ -30,7 +32,7 @@ def make_slices(rewards, *, terminated, needs_action, dtype=torch.float32) -> Sl
         terminated=(position == n - 1) & terminated,
         reward=torch.where(mask, reward, NAN),
         mask=mask,
-        planned=torch.rand(n, length, 1) < 0.5,
+        planned=torch.rand(n, length, 1) < 0.5 if planned is None else planned[position],
         index=step,
     )
 
@@ -50,6 +52,7 @@ def test_only_the_first_steps_are_left(needs_action):
     assert first.weight is None
     returns = first.returns
     assert returns.total.shape == returns.discount.shape == returns.bootstraps.shape == (8, K, 1)
+    assert returns.exists.shape == (8, K, 1) if needs_action else returns.exists is None
     assert returns.total.dtype == returns.discount.dtype == torch.float64
     assert returns.observation.shape == (8, K, 1)
 
@@ -57,10 +60,13 @@ def test_only_the_first_steps_are_left(needs_action):
 @every_value
 @pytest.mark.parametrize("terminated", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 5, 12])
-def test_targets_like_a_loop_over_the_episode(n, terminated, needs_action):
-    rewards = torch.randn(n).tolist()
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0], ids=lambda x: f"{x} planned")
+def test_targets_like_a_loop_over_the_episode(n, terminated, needs_action, share):
+    rewards, planned = torch.randn(n).tolist(), torch.rand(n) < share
     values = torch.randn(n + 1)  # of each position
-    slices = make_slices(rewards, terminated=terminated, needs_action=needs_action)
+    slices = make_slices(
+        rewards, terminated=terminated, needs_action=needs_action, planned=planned
+    )
     first = returns_of(slices, needs_action=needs_action)
     if needs_action:
         assert torch.equal(first.returns.action, 10 * first.returns.observation)
@@ -68,6 +74,7 @@ def test_targets_like_a_loop_over_the_episode(n, terminated, needs_action):
     else:
         assert first.returns.action is None
         known = {"state_values": values[1:].tolist()}
+    known["planned"] = planned.tolist()
     value = torch.where(first.returns.bootstraps, values[first.returns.observation], 0.0)
     target = value_target(first, value)
     assert target.dtype == torch.float32
@@ -76,7 +83,9 @@ def test_targets_like_a_loop_over_the_episode(n, terminated, needs_action):
             expected = None
             if start + j < n:
                 expected = n_step_target(rewards, terminated, start + j, N, GAMMA, **known)
-            assert first.mask[start, j].item() is (expected is not None)
+            assert first.mask[start, j].item() is (start + j < n)
+            if needs_action:
+                assert first.returns.exists[start, j].item() is (expected is not None)
             assert target[start, j].item() == pytest.approx(expected or 0.0, rel=1e-5, abs=1e-6)
 
 

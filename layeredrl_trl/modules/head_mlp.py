@@ -1,0 +1,85 @@
+"""The network of a reward or a value: it learns alike whatever the units are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from layeredrl_trl.checks import check_count
+from layeredrl_trl.modules.mlp import ConcatMLP
+from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.spaces import action_features
+
+
+class HeadMLP(ConcatMLP):
+    """A perceptron from latent state, context and, where it has one, action to a number.
+
+    It computes ``m + s f((x - m_x) / s_x)`` with running means and standard deviations of its
+    inputs ``x`` and its targets, so layers of one size fit every unit of reward and latent state.
+    Of an input or a target that never changed, ``s`` is the magnitude. Before any update it
+    computes ``f(x)``.
+
+    Args:
+        latent_state_dim, context_dim: ``D`` and ``C``.
+        action_dim: ``A``; ``None`` for a function that reads no action.
+        hidden_sizes: width of each hidden layer.
+        activation: class of the nonlinearity.
+
+    Attributes:
+        moments: running moments of the inputs and, last, of the targets, ``[D + C + A + 1]``.
+
+    Raises:
+        TypeError: if a size is no integer.
+        ValueError: if a size is below 1 (``context_dim``: below 0).
+    """
+
+    def __init__(
+        self,
+        latent_state_dim: int,
+        context_dim: int,
+        action_dim: int | None,
+        hidden_sizes: Sequence[int],
+        activation: type[nn.Module],
+    ) -> None:
+        check_count("latent_state_dim", latent_state_dim)
+        check_count("context_dim", context_dim, least=0)
+        dims = (latent_state_dim, context_dim)
+        if action_dim is not None:
+            check_count("action_dim", action_dim)
+            dims = (*dims, action_dim)
+        super().__init__(dims, 1, hidden_sizes, activation)
+        self.moments = RunningMoments(sum(dims) + 1)
+
+    @property
+    def target_scale(self) -> Tensor:
+        """Unit in which targets are learned, ``[1]``."""
+        return self._scale()[-1:]
+
+    def update_statistics(
+        self, inputs: Sequence[Tensor], target: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Update the running moments with real steps.
+
+        Args:
+            inputs: arguments of :meth:`forward`, ``[..., *]``.
+            target: ``[..., 1]``.
+            mask: bool ``[..., 1]``, False on steps to ignore.
+        """
+        x = self._join(*inputs)
+        mask = None if mask is None else mask.squeeze(-1)
+        self.moments.update(torch.cat([x, target.to(x.dtype)], -1), mask)
+
+    def _join(self, latent: Tensor, context: Tensor, *action: Tensor) -> Tensor:
+        features = (action_features(a, latent.shape[:-1], self.in_dims[-1]) for a in action)
+        return super()._join(latent, context, *features)
+
+    def _run(self, rows: Tensor) -> Tensor:
+        mean, scale = self.moments.mean, self._scale()
+        out = self.layers((rows - mean[:-1]) / scale[:-1])
+        return torch.addcmul(mean[-1:], scale[-1:], out)
+
+    def _scale(self) -> Tensor:
+        size = self.moments.mean.abs()
+        return self.moments.spread(unchanged=torch.where(size > 0, size, 1.0))
