@@ -70,6 +70,8 @@ class Encoder(TensorDictModuleBase, abc.ABC):
     def encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Encode ``[..., *obs_shape]`` to ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
+        Both are float32, whatever :meth:`_encode` returns.
+
         Raises:
             TypeError: if :meth:`_encode` does not return a pair of tensors.
             ValueError: if the trailing shape is not ``obs_shape``, or a shape that :meth:`_encode`
@@ -82,7 +84,7 @@ class Encoder(TensorDictModuleBase, abc.ABC):
         latent, context = out
         check_output(f"{name}: latent", latent, (*flat.shape[:-1], self.latent_state_dim))
         check_output(f"{name}: context", context, (*flat.shape[:-1], self.context_dim))
-        return latent, context
+        return latent.to(torch.float32), context.to(torch.float32)
 
     @property
     def has_statistics(self) -> bool:

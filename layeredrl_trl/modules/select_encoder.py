@@ -116,9 +116,13 @@ class SelectEncoder(Encoder):
 def _as_indices(name: str, dims: Iterable[int], shape: torch.Size) -> tuple[int, ...]:
     """Check the argument ``name`` and return it as indices of an observation of ``shape``."""
     try:
-        indices = tuple(operator.index(dim) for dim in dims)
+        given = tuple(dims)
+        indices = tuple(operator.index(dim) for dim in given)
     except TypeError as error:
         raise TypeError(f"SelectEncoder: {name} must be integers, got {dims!r}.") from error
+    # a mask of two dims would be taken for the indices 1 and 0
+    if any(isinstance(x, bool) or getattr(x, "dtype", None) is torch.bool for x in given):
+        raise TypeError(f"SelectEncoder: {name} must be integers, got the mask {[*indices]}.")
     if outside := [dim for dim in indices if not 0 <= dim < shape.numel()]:
         raise ValueError(
             f"SelectEncoder: {name} must be in [0, {shape.numel()}), the dims of an observation of "

@@ -13,6 +13,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from layeredrl_trl import keys
 from layeredrl_trl.diagnostics import ModelReport, ModelReportHook, model_report
 from layeredrl_trl.modules import (
+    DynamicsModel,
     IdentityEncoder,
     LinearEncoder,
     MLPEncoder,
@@ -321,6 +322,61 @@ def test_units_of_the_dims_do_not_matter():
     ]
     for key in (("open_loop", "error"), ("one_step", "coverage"), ("spread", "total_error")):
         torch.testing.assert_close(*(r.metrics[key] for r in reports), rtol=1e-3, atol=1e-3)
+
+
+class InUnits(DynamicsModel):
+    """A model whose latent dims are in other units; less sure far from the origin."""
+
+    def __init__(self, model, units):
+        super().__init__()
+        self.model, self.units = model, units
+        self.n_models, self.n_modes, self.n_particles_per_model = model.n_models, model.n_modes, 1
+        self.latent_state_dim, self.context_dim, self.action_dim = 2, 0, 1
+
+    def predict_particles(self, latent, *others):
+        latent = latent / self.units
+        out = self.model.predict_particles(latent, *others)
+        factor = self.units * (1 + latent.abs().unsqueeze(-2))
+        return out._replace(mean=out.mean * factor, std=out.std * factor)
+
+
+def report_in_units(units, reward_unit):
+    """On the same episodes, whatever the units. Powers of 2 change no rounding."""
+    torch.manual_seed(0)
+    buffer = buffer_of(episodes_of([10] * 20), terminated=True)
+    data = buffer.storage._storage
+    for key in (keys.OBSERVATION, keys.NEXT_OBSERVATION):
+        data[key].mul_(units)
+    data[keys.NEXT_REWARD].mul_(reward_unit)
+    model = InUnits(known_predictor(n_models=3, offset=0.1, std_factor=0.7).model, units)
+
+    def reward(latent, context, action):
+        return (latent[..., :1] / units[0] + action) * reward_unit
+
+    return model_report(StaticPredictor(model, None, reward, IdentityEncoder(2), 2, 0), buffer, 5)
+
+
+@pytest.mark.parametrize("reward_unit", [2.0**-14, 2.0**10, 2.0**40])
+@pytest.mark.parametrize("units", [(2.0**-14,) * 2, (2.0**10,) * 2, (2.0**-30, 2.0**20)], ids=str)
+def test_the_rows_of_the_report_are_the_same_in_every_unit(units, reward_unit):
+    plain = report_in_units(torch.ones(2), 1.0)
+    scaled = report_in_units(torch.tensor(units), reward_unit)
+    assert plain.missing == scaled.missing == {}
+    expected = plain.metrics.clone()
+    expected["dims", "scale"] *= torch.tensor(units)
+    for name in ("real_return", "imagined_return"):
+        expected["reward", name] *= reward_unit
+    for name in ("nll", "nll_guess"):  # a density is one per unit
+        expected["one_step", name] += torch.tensor(units).log().mean()
+    for key in expected.keys(True, True):
+        pair = scaled.metrics[key], expected[key]
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=0, equal_nan=True)
+    changed = ("log-likelihood",)
+    rows = [
+        [row for row in report.markdown().splitlines() if not any(x in row for x in changed)]
+        for report in (plain, scaled)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) > 15
 
 
 @pytest.mark.parametrize("size", [0.0, 3.0, 1e4])

@@ -49,6 +49,16 @@ def test_observations_are_cast(dtype):
     assert observation.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.long])
+def test_an_encoder_of_your_own_in_another_precision_gives_float32(dtype):
+    class Other(FirstDims):
+        def _encode(self, observation):
+            return tuple(x.to(dtype) for x in super()._encode(observation))
+
+    latent, context = Other(3, 2, 1).encode(torch.ones(2, 3))
+    assert latent.dtype == context.dtype == torch.float32
+
+
 def test_nested_keys():
     encoder = IdentityEncoder(3, in_keys=[("obs", "x")], out_keys=[("model", "z"), ("model", "c")])
     data = encoder(TensorDict({("obs", "x"): torch.ones(2, 3)}, batch_size=[2]))

@@ -245,3 +245,30 @@ def test_a_number_as_hidden_sizes_is_named(make):
         make(32)
     with pytest.raises(ValueError, match=r"hidden_sizes\[1\] must be at least 1, got -1"):
         make((8, -1))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ConcatMLP((3.0,), 2), r"in_dims\[0\] must be an integer, got 3.0"),
+        (lambda: ConcatMLP((3,), True), "out_dim must be an integer, got True"),
+        (lambda: EnsembleMLP(2.0, 3, 2), "n_members must be an integer, got 2.0"),
+        (lambda: EnsembleMLP(2, "3", 2), "in_dim must be an integer, got '3'"),
+    ],
+)
+def test_a_size_that_is_no_integer_is_named(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ConcatMLP((3, -1), 2), r"in_dims\[1\] must be at least 0, got -1"),
+        (lambda: ConcatMLP((3,), 0), "out_dim must be at least 1, got 0"),
+        (lambda: EnsembleMLP(0, 3, 2), "n_members must be at least 1, got 0"),
+    ],
+)
+def test_a_size_out_of_range_is_named(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

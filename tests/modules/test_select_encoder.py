@@ -125,6 +125,8 @@ def test_gradient_reaches_the_picked_dims():
         ([], [0], ValueError, "SelectEncoder: latent_state_dim must be at least 1"),
         ([0.5], [], TypeError, r"latent_state_dims must be integers, got \[0.5\]"),
         ([0], 3, TypeError, "context_dims must be integers, got 3"),
+        ([True, False], [], TypeError, r"latent_state_dims .* got the mask \[1, 0\]"),
+        ([0], torch.tensor([True]), TypeError, r"context_dims .* got the mask \[1\]"),
     ],
 )
 def test_dims_that_there_are_not(latent, context, error, message):

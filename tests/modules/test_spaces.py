@@ -1,6 +1,7 @@
 """Sizes of spaces, and actions as network inputs."""
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from torchrl.data import (
@@ -91,6 +92,7 @@ def test_no_broadcasting(action):
     [
         "3",
         3.0,
+        True,
         Binary(5),
         MultiCategorical([2, 3]),
         gymnasium.spaces.MultiDiscrete([2, 3]),
@@ -106,6 +108,12 @@ def test_unknown_space(space):
 def test_composite_gets_a_hint():
     with pytest.raises(TypeError, match=r"Composite \(pass one of its entries\)"):
         space_dim(Composite(action=OneHot(3)), "action_space")
+
+
+def test_a_number_of_numpy():
+    dim = space_dim(np.int64(3), "action_space")
+    assert dim == 3 and type(dim) is int
+    assert is_continuous(np.int64(1)) and not is_continuous(np.int64(2))
 
 
 def test_negative_number():
