@@ -118,9 +118,16 @@ def test_discrete_actions():
     torch.testing.assert_close(a["next", "reward"], b["next", "reward"])
 
 
+def test_a_reward_of_half_precision_actions_does_not_overflow():
+    """A plain function computed 2 * 60,000 in float16."""
+    model, _, _, encoder = small_parts()
+    predictor = FixedPredictor(model, None, lambda *args: 6e4 * args[2], encoder, 2, 1)
+    reward = predictor.predict_reward(torch.zeros(5, 3).half(), torch.full((5, 1), 2.0).half())
+    assert reward.dtype == torch.float32 and (reward == 1.2e5).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
-    """A plain module got half-precision actions, and a linear layer takes none."""
+def test_half_precision_is_cast(dtype):
     model, _, _, encoder = small_parts()
     predictor = FixedPredictor(model, ToyQ(), PlainReward(), encoder, 2, 1)
     obs, act = torch.randn(5, 3).to(dtype), torch.randn(5, 6, 1).to(dtype)
