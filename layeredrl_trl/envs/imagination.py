@@ -311,17 +311,17 @@ class Imagination(nn.Module):
         model = self.dynamics
         if member is not None:
             if not self.uncertainty and self.propagation != "expectation":
-                moves = model.predict_particles(latent, context, action, member)
+                moves = model.particles(latent, context, action, member)
                 return moves, moves
             everyone = latent.expand(-1, model.n_models, -1, -1)
-            beliefs = model.predict_particles(everyone, context, action)
+            beliefs = model.particles(everyone, context, action)
             env = torch.arange(latent.shape[0], device=latent.device)[:, None]
             return ParticlePrediction(*(x[env, member] for x in beliefs)), beliefs
         if self.propagation != "random_model":
-            beliefs = model.predict_particles(latent, context, action)
+            beliefs = model.particles(latent, context, action)
             return beliefs, beliefs
         order = torch.rand(latent.shape[:3], device=latent.device).flatten(1).argsort(1)
-        beliefs = model.predict_particles(_permute(latent, order), context, action)
+        beliefs = model.particles(_permute(latent, order), context, action)
         back = order.argsort(1)
         return ParticlePrediction(*(_permute(x, back) for x in beliefs)), beliefs
 

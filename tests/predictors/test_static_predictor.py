@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 
 from layeredrl_trl.modules import (
     DynamicsModel,
@@ -136,6 +136,41 @@ def test_predicts_as_the_predictor_that_learned():
 
 
 # --- errors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"uncertainty": True},
+        {"propagation": "random_model"},
+        {"propagation": "expectation"},
+        {"num_particles": 1},
+        {"num_particles": 1, "uncertainty": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("field", ["mean", "term_logit"])
+def test_a_prediction_without_its_last_dims_is_not_broadcast_in_imagination(field, options):
+    """A mean without the dim of modes became a mixture over the particles."""
+
+    class Wrong(KnownDynamics):
+        n_models = 2
+
+        def predict_particles(self, *args):
+            out = super().predict_particles(*args)
+            return out._replace(
+                **{field: getattr(out, field).squeeze(-2 if field == "mean" else -1)}
+            )
+
+    predictor = StaticPredictor(Wrong(), None, None, IdentityEncoder(2), 2, 0)
+    env = predictor.env(Unbounded((2,)), **options)
+    start = env.initial_state(TensorDict({"observation": torch.zeros(4, 2)}, [4]))
+    text = f"Wrong.predict_particles: {field} must have shape"
+    with pytest.raises(ValueError, match=text):
+        env.imagine(start, torch.zeros(4, 3, 2))
+    with pytest.raises(ValueError, match=text):
+        env.step(start.set("action", torch.zeros(4, 2)))
 
 
 def test_parts_that_do_not_fit():
