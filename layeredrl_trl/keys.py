@@ -38,7 +38,6 @@ STATE_VALUE = "state_value"
 STATE_ACTION_VALUE = "state_action_value"
 VALUE_TARGET = "value_target"
 BOOTSTRAP_VALUE = "bootstrap_value"
-HAS_TARGET = "has_target"
 TERM_PROB = "term_prob"
 
 ALIVE = "alive"

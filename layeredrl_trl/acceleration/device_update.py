@@ -92,11 +92,14 @@ class DeviceUpdate:
         """Take a step without synchronising with the host."""
         step = self.plain.compute_gradients(*batches)
         is_finite = step.whole_norm.isfinite()
-        scale, max_norm = None, self.plain.clip_grad_max_norm
+        max_norm = self.plain.clip_grad_max_norm
         if max_norm is not None:
-            scale = ((step.norm + 1e-6) / max_norm).clamp_min(1.0).float()
-        # the kernel of a fused optimiser scales gradients and skips steps, for mixed precision
-        self.optimizer.grad_scale, self.optimizer.found_inf = scale, 1.0 - is_finite.float()
+            factors = (max_norm / (step.norms + 1e-6)).clamp_max(1.0)
+            for grads, factor in zip(step.grads, factors.unbind(), strict=True):
+                if grads:  # none in the warm-up
+                    torch._foreach_mul_(grads, factor)
+        # the kernel of a fused optimiser can skip steps, for mixed precision
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, 1.0 - is_finite.float()
         try:
             self.optimizer.step()
         finally:
@@ -162,7 +165,7 @@ class DeviceUpdate:
 
 
 def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimiser's kernel scales gradients and can skip a step.
+    """Return whether the optimiser's kernel can skip a step.
 
     With momentum, a skipped first step would leave the momentum buffer uninitialised.
     """

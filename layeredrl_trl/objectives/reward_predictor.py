@@ -25,7 +25,7 @@ from layeredrl_trl.modules import (
     evaluate,
 )
 from layeredrl_trl.objectives.batch import Slices, all_of, check_keys, flag, per_step
-from layeredrl_trl.objectives.slice_loss import SliceLoss, next_key
+from layeredrl_trl.objectives.slice_loss import HAS_TARGET, SliceLoss, next_key
 
 Entries = Mapping[NestedKey, Tensor] | TensorDictBase
 """Tensors of one batch by name."""
@@ -234,9 +234,11 @@ class RewardPredictorLoss(SliceLoss):
             real[names.next_reward] = per_step(targets, names.next_reward)
         if self.has_value:
             real[keys.VALUE_TARGET] = per_step(targets, keys.VALUE_TARGET)
-            for key in (names.planned, keys.HAS_TARGET):
-                if key in targets.keys(True):
-                    real[key] = flag(targets, key)
+            if names.planned in targets.keys(True):
+                real[names.planned] = flag(targets, names.planned)
+            if self.bootstraps_action:  # a target that is NaN although it bootstraps is a fault
+                is_known = ~real[keys.VALUE_TARGET].isnan()
+                real[HAS_TARGET] = is_known | (targets[keys.BOOTSTRAP_VALUE] != 0)
         encoded = dict(transitions.items(True, True))
         encoded[names.next_terminated] = flag(transitions, names.next_terminated)
         return TensorDict(
@@ -257,7 +259,7 @@ class RewardPredictorLoss(SliceLoss):
         if self.has_value:
             entries = self._head_entries(latent.detach(), context.detach(), action)
             target = targets[keys.VALUE_TARGET]
-            flags = (targets.get(key, None) for key in (names.planned, keys.HAS_TARGET))
+            flags = (targets.get(key, None) for key in (names.planned, HAS_TARGET))
             counts = all_of(valid, *flags)
             error = self._error(self.value_network, entries, target, counts)
             terms["loss_value"] = self.value_loss_weight * error

@@ -26,6 +26,9 @@ from layeredrl_trl.modules import (
 from layeredrl_trl.objectives.batch import SliceKeys, Slices, all_of, as_slices
 from layeredrl_trl.objectives.targets import n_step_returns, value_target
 
+HAS_TARGET = "has_target"
+"""Name, within a loss, of the flag of steps that have a value target; all have if it is missing."""
+
 
 class SliceLoss(LossModule):
     """Base class of losses on slices: encode them, and compute value targets by a target network.
@@ -138,9 +141,9 @@ class SliceLoss(LossModule):
             TensorDict ``[B, k]``: ``latent``, ``context`` (with gradient if ``learn_encoder``),
             ``action``, ``("next", "reward")``, ``("next", "terminated")``, ``value_target``,
             ``bootstrap_value`` (before its discount; 0 if there is none), ``("collector",
-            "mask")``, ``planned`` and, if known, ``index``. For a Q-function also ``has_target``,
-            bool, False on the last step of an unterminated episode: it has no action to bootstrap
-            with, so the value does not learn from it.
+            "mask")``, ``planned`` and, if known, ``index``. For a Q-function ``value_target`` is
+            NaN on the last step of an unterminated episode: there is no action to bootstrap with,
+            and the value does not learn from that step.
 
         Raises:
             KeyError: if an entry is missing.
@@ -150,6 +153,10 @@ class SliceLoss(LossModule):
         slices = self.with_returns(slices, k_steps=k_steps, n_steps=n_steps, gamma=gamma)
         targets, mask = self._targets(slices), slices.mask
         targets.setdefault(self.tensor_keys.planned, torch.ones_like(mask))
+        has_target = targets.pop(HAS_TARGET, None)
+        if has_target is not None:
+            known = targets[keys.VALUE_TARGET]
+            targets[keys.VALUE_TARGET] = torch.where(has_target, known, torch.nan)
         if slices.index is not None:
             targets[keys.INDEX] = slices.index
         return TensorDict(targets, batch_size=mask.shape[:2], device=mask.device)
@@ -237,7 +244,7 @@ class SliceLoss(LossModule):
             keys.BOOTSTRAP_VALUE: value,
             names.mask: slices.mask,
             names.planned: slices.planned,
-            keys.HAS_TARGET: returns.exists,
+            HAS_TARGET: returns.exists,
         }
         return {key: x for key, x in targets.items() if x is not None}
 

@@ -37,15 +37,17 @@ class Gradients(NamedTuple):
     Attributes:
         terms: outputs of the loss.
         total: the sum of the loss terms.
-        grads: gradients that the step uses.
-        norm: global norm of ``grads``.
+        grads: gradients that the step uses, for each group of the optimiser.
+        norms: norm of the gradients of each group, ``[n_groups]``.
+        norm: global norm of ``grads``, a scalar.
         whole_norm: global norm of all gradients, including those dropped by the warm-up.
         before: the running statistics before the loss was computed.
     """
 
     terms: LossTerms
     total: Tensor
-    grads: list[Tensor]
+    grads: list[list[Tensor]]
+    norms: Tensor
     norm: Tensor
     whole_norm: Tensor
     before: SavedBuffers
@@ -62,7 +64,9 @@ class Update:
         loss_module: every output whose key begins with ``loss_`` is minimised.
         optimizer: over (some of) the parameters of ``loss_module``.
         target_updater: moved after every step; ``None`` without target networks.
-        clip_grad_max_norm: maximum global norm of the gradients; ``None`` for no clipping.
+        clip_grad_max_norm: maximum norm of the gradients of each group of the optimiser; ``None``
+            for no clipping. With a group for each part of the loss, none of them slows down the
+            others.
         warm_up: number of first steps in which only ``warm_up_params`` learn.
         warm_up_params: parameters that learn from the start.
 
@@ -88,7 +92,7 @@ class Update:
         warm_up: int = 0,
         warm_up_params: list[nn.Parameter] | None = None,
     ) -> None:
-        if clip_grad_max_norm is not None and clip_grad_max_norm <= 0:
+        if clip_grad_max_norm is not None and not clip_grad_max_norm > 0:
             raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
         if warm_up < 0:
             raise ValueError(f"warm_up must be at least 0, got {warm_up}.")
@@ -130,7 +134,8 @@ class Update:
     def compute_gradients(self, *batches: Any) -> Gradients:
         """Compute the loss and its gradients; changes only running statistics."""
         before = SavedBuffers(self._statistics)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        params = [p for group in groups for p in group]
         for p in params:
             p.grad = None
         try:
@@ -140,17 +145,15 @@ class Update:
         except BaseException:
             before.restore()
             raise
-        learning = params
+        grads, norms = _grads(groups), _norms(groups, total)
+        whole_norm = norm = torch.linalg.vector_norm(norms)
         if self.steps < self.warm_up:
-            learning = [p for p in params if id(p) in self._warm_up_params]
-        whole_norm = norm = _norm(params, total)
-        if len(learning) < len(params):
-            norm = _norm(learning, total)
             for p in params:
                 if id(p) not in self._warm_up_params:
                     p.grad = None
-        grads = [p.grad for p in learning if p.grad is not None]
-        return Gradients(terms, total, grads, norm, whole_norm, before)
+            grads, norms = _grads(groups), _norms(groups, total)
+            norm = torch.linalg.vector_norm(norms)
+        return Gradients(terms, total, grads, norms, norm, whole_norm, before)
 
     def outcome(self, step: Gradients) -> dict[str, Tensor]:
         """Return the outputs of a call as a dictionary."""
@@ -173,8 +176,11 @@ class Update:
 
     def _clip(self, step: Gradients) -> None:
         max_norm = self.clip_grad_max_norm
-        if max_norm is not None and step.norm.item() > max_norm:
-            torch._foreach_mul_(step.grads, max_norm / (step.norm + 1e-6))
+        if max_norm is None:
+            return
+        for grads, norm in zip(step.grads, step.norms.tolist(), strict=True):
+            if norm > max_norm:
+                torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
 
 
 class ForeachSoftUpdate(SoftUpdate):
@@ -201,9 +207,16 @@ class ForeachSoftUpdate(SoftUpdate):
         torch._foreach_lerp_(targets, sources, 1 - self.eps)
 
 
-def _norm(params: list[nn.Parameter], total: Tensor) -> Tensor:
-    """Global norm of the gradients of ``params``; zero, like ``total``, if there are none."""
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return torch.zeros_like(total)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+def _grads(groups: list[list[nn.Parameter]]) -> list[list[Tensor]]:
+    """Gradients of each group, without parameters that have none."""
+    return [[p.grad for p in group if p.grad is not None] for group in groups]
+
+
+def _norms(groups: list[list[nn.Parameter]], total: Tensor) -> Tensor:
+    """Norm of the gradients of each group ``[n_groups]``, of the dtype of ``total``."""
+    grads = _grads(groups)
+    if not any(grads):
+        return torch.zeros_like(total).expand(len(groups))
+    each = torch.stack(torch._foreach_norm([grad for group in grads for grad in group]))
+    sizes = [len(group) for group in grads]
+    return torch.stack([torch.linalg.vector_norm(x) for x in each.split(sizes)])

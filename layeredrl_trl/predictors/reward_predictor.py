@@ -52,7 +52,8 @@ class RewardPredictor(Predictor):
         encoder_warm_up: number of first optimiser steps in which only encoder and reward learn; no
             effect with ``learn_encoder=False``.
         delta_standardizer: learn a matrix that whitens changes of the latent state.
-        clip_grad_max_norm: maximum global norm of the gradients; ``None`` for no clipping.
+        clip_grad_max_norm: maximum norm of the gradients of each part (encoder, model, reward,
+            value, standardizer); ``None`` for no clipping.
         device: device to move all parts to.
         writer: a ``SummaryWriter`` or TorchRL ``Logger``; ``None`` for no logging.
         log_interval: number of calls to :meth:`learn` per log entry.
