@@ -200,7 +200,8 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
                 :func:`~layeredrl_trl.functional.fold_index`.
 
         Returns:
-            ``[..., E]``, at least 0, a ``weight`` for :meth:`negative_log_likelihood`; or ``None``.
+            ``[..., E]``, or ``[..., 1]`` for all members, at least 0: a ``weight`` for
+            :meth:`negative_log_likelihood`; or ``None``.
         """
         return None
 
@@ -367,8 +368,9 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             _check_shape("index", index, batch)
             own = self.transition_weights(index)
             if own is not None:
-                name = f"{type(self).__name__}.transition_weights"
-                check_output(name, own, (*batch, self.n_models))
+                is_one = isinstance(own, Tensor) and own.shape[-1:] == (1,)
+                size = 1 if is_one else self.n_models
+                check_output(f"{type(self).__name__}.transition_weights", own, (*batch, size))
                 factors.append(own.to(torch.float32))
         if mask is not None:
             if mask.shape != tuple(batch):

@@ -410,7 +410,7 @@ def test_scores_of_the_members_are_not_broadcast(which, shape):
         Scored([1.0, 3.0]).negative_log_likelihood(*args, args[0], torch.zeros(5, 1))
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 2), ()])
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (1, 2), (5, 3), ()])
 def test_weights_of_stored_transitions_are_not_broadcast(shape):
     class Weighed(Shift):
         def transition_weights(self, index):
@@ -418,8 +418,19 @@ def test_weights_of_stored_transitions_are_not_broadcast(shape):
 
     data = batch_of(Shift([1.0]), 5)
     data["index"] = torch.arange(5)
-    with pytest.raises(ValueError, match=r"Weighed.transition_weights must have shape \[5, 2\]"):
+    with pytest.raises(ValueError, match=r"Weighed.transition_weights must have shape \[5, "):
         Weighed([1.0, 3.0]).loss(data)
+
+
+def test_one_weight_of_a_stored_transition_is_that_of_all_members():
+    class Weighed(Shift):
+        def transition_weights(self, index):
+            return index.unsqueeze(-1)
+
+    data = batch_of(Shift([1.0]), 5)
+    data["index"] = torch.arange(5)
+    expected = Shift([1.0, 3.0]).loss(data.copy().set("weight", torch.arange(5.0)[:, None]))
+    torch.testing.assert_close(Weighed([1.0, 3.0]).loss(data), expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
