@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from layeredrl_trl.acceleration.compiled import CompiledStep
 from layeredrl_trl.acceleration.member_groups import MemberGroups
 from layeredrl_trl.acceleration.pieces import run_layers, should_split
-from layeredrl_trl.functional import gaussian_mixture_mean, mixture_noise_of_steps
+from layeredrl_trl.functional import (
+    Draw,
+    draw_each,
+    gaussian_mixture_mean,
+    mixture_noise_of_steps,
+)
+
+StepNoise = tuple[Tensor | None, Tensor | None]
+"""Gumbel and normal noise of a step, see :func:`_step`."""
 
 
 class FoldableEnsemble(Protocol):
@@ -85,6 +93,7 @@ class EnsembleRollout:
         *,
         deterministic: bool = False,
         terminations: bool = True,
+        draw: Draw = draw_each,
     ) -> tuple[Tensor, Tensor | None]:
         """Move particles ``[N, E, P, D]`` (with ``member`` ``[N, 1, P, D]``) under actions.
 
@@ -95,6 +104,7 @@ class EnsembleRollout:
             member: of all particles of an env, long ``[N, 1]``.
             deterministic: move particles to the mean of their mixture instead of drawing.
             terminations: whether to return the logits of terminations.
+            draw: draws numbers for ``N`` envs, see :class:`~layeredrl_trl.functional.CommonDraws`.
 
         Returns:
             latent states after each step ``[N, H, E, P, D]``, and termination logits
@@ -111,7 +121,10 @@ class EnsembleRollout:
         known = (known - centre[dim:]) / width[dim:]
         known = known.transpose(0, 1)[:, :, None, None]
         known = groups.gather(known.expand(-1, -1, n_rows, n_particles, -1))
-        inputs, after = self._move(start, known, groups, deterministic)
+        noise = [(None, None)] * horizon
+        if not deterministic:
+            noise = self._noise(start, groups, horizon, draw)
+        inputs, after = self._move(start, known, groups, noise)
         after = torch.addcmul(centre[:dim], width[:dim], after)
 
         def by_env(x: Tensor) -> Tensor:
@@ -123,25 +136,23 @@ class EnsembleRollout:
         return by_env(after), by_env(logit.unflatten(1, (horizon, -1)).transpose(1, 2))
 
     def _move(
-        self, latent: Tensor, known: Tensor, groups: MemberGroups, deterministic: bool
+        self, latent: Tensor, known: Tensor, groups: MemberGroups, noise: list[StepNoise]
     ) -> tuple[Tensor, Tensor]:
         """Move particles ``[G, R, D]``, in units of the inputs, by ``known`` ``[H, G, R, K]``.
 
         Returns the inputs of all steps ``[G, H * R, D + K]``, and the latent states after each step
         ``[G, R, H, D]``.
         """
-        model, horizon = self.model, len(known)
-        layers, activation, step = self.layers, model.net.activation, _step
+        model, layers, step = self.model, self.layers, _step
         if groups.group_member is not None:
             layers = [
                 tuple(x.index_select(0, groups.group_member) for x in layer) for layer in layers
             ]
-        noise = [(None, None)] * horizon if deterministic else self._noise(latent, groups, horizon)
         first = torch.arange(latent.shape[:2].numel(), device=latent.device) * model.n_modes
         if self.compile and not should_split(latent):
             step = _COMPILED_STEP
             latent = latent.clone(memory_format=torch.contiguous_format)  # laid out as later ones
-        constant = first, layers, activation, self.std_low, self.std_high
+        constant = first, layers, model.net.activation, self.std_low, self.std_high
         constant = *constant, model.n_modes, model.predict_delta
         before = known.unbind(0)
         inputs, after = [torch.cat([latent, before[0]], -1)], []
@@ -153,12 +164,12 @@ class EnsembleRollout:
         return torch.cat(inputs[:-1], 1), torch.stack(after, 2)
 
     def _noise(
-        self, latent: Tensor, groups: MemberGroups, horizon: int
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        self, latent: Tensor, groups: MemberGroups, horizon: int, draw: Draw
+    ) -> list[StepNoise]:
         """Draw each step's Gumbel and normal noise in the order of envs, and sort it by group."""
         n_rows = groups.n_models if groups.member is None else 1
         shape = (groups.n_envs, n_rows, groups.n_particles, self.model.n_modes)
-        like = {"dtype": latent.dtype, "device": latent.device}
+        like = {"dtype": latent.dtype, "device": latent.device, "draw": draw}
         gumbel, normal = (
             [None] * horizon if x is None else groups.gather(x).unbind(0)
             for x in mixture_noise_of_steps(horizon, shape, latent.shape[-1], **like)

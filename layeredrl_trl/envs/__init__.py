@@ -5,7 +5,8 @@ for what the model does not know, on either.
 """
 
 from layeredrl_trl.envs.flat_observation import flatten_observation, observation_layout
-from layeredrl_trl.envs.imagination import Imagination, ImaginedState, ImaginedStep
+from layeredrl_trl.envs.imagination import Imagination
+from layeredrl_trl.envs.imagined_step import ImaginedState, ImaginedStep
 from layeredrl_trl.envs.initial_state import InitialState, spread_members
 from layeredrl_trl.envs.predictor_env import PredictorEnv
 from layeredrl_trl.envs.uncertainty_rewards import (

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_finite, check_flag
 from layeredrl_trl.modules import DynamicsModel, Encoder, check_parts, space_dim
 
 
@@ -134,6 +135,63 @@ def check_sizes(
             f"PredictorEnv: start must hold observations [N, "
             f"{', '.join(map(str, encoder.obs_shape))}], at least one, got {list(start.shape)}."
         )
+
+
+def check_options(gamma: float | None, deterministic: bool | None, **flags: bool) -> None:
+    """Check the plain options of a ``PredictorEnv``; ``flags`` are given by name.
+
+    Raises:
+        TypeError: if one is of another kind; the error names it.
+        ValueError: if ``gamma`` is not in [0, 1].
+    """
+    check_flag("PredictorEnv: deterministic", deterministic, optional=True)
+    for name, value in flags.items():
+        check_flag(f"PredictorEnv: {name}", value)
+    if gamma is not None:
+        check_finite("PredictorEnv: gamma", gamma)
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"PredictorEnv: gamma must be in [0, 1], got {gamma}.")
+
+
+def check_actions(actions: Tensor, batch: torch.Size, shape: torch.Size) -> None:
+    """Check that actions have the shape ``[*batch, H, *shape]``, with at least one step and env.
+
+    Raises:
+        ValueError: if they have not.
+    """
+    if actions.ndim != len(batch) + 1 + len(shape) or (
+        actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
+    ):
+        expected = ", ".join(map(str, [*batch, "H", *shape]))
+        raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
+    if actions.shape[len(batch)] < 1 or batch.numel() < 1:
+        raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
+
+
+def read_entries(
+    flat: TensorDictBase, names: Sequence[NestedKey], observed: Mapping[NestedKey, Entry]
+) -> list[Tensor]:
+    """Read the entries ``names`` of ``[N]`` imagined states, of the shapes of ``observed``.
+
+    Raises:
+        KeyError: if an entry is missing.
+        ValueError: if it has another shape.
+    """
+    state = {name: flat.get(name, None) for name in names}
+    missing = sorted(str(name) for name, x in state.items() if x is None)
+    if missing:
+        raise KeyError(
+            f"PredictorEnv: the imagined state has no entry {missing}; there is "
+            f"{sorted(map(str, flat.keys(True, True)))}. "
+            "Make one with env.initial_state or env.reset."
+        )
+    for name, x in state.items():
+        expected = observed[name].shape
+        if x.shape[1:] != expected:
+            raise ValueError(
+                f"{name}: expected trailing shape {list(expected)}, got {list(x.shape[1:])}."
+            )
+    return list(state.values())
 
 
 def particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple[int, int]:

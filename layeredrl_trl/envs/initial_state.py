@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -31,7 +32,9 @@ class InitialState(TensorDictModuleBase):
     Writes:
         ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``, and
         the other entries of ``state_spec``: ``member`` ``[..., 1]``, and zeros for entries that
-        only a step computes (``particle_reward``, ``term_prob``, variances).
+        only a step computes (``particle_reward``, ``term_prob``, variances). Where they are
+        missing, also the flags ``done``, ``terminated`` and ``truncated`` ``[..., 1]``, all False,
+        as a reset does: a rollout has the entries that its first step has.
     """
 
     def __init__(self, encoder: Encoder, state_spec: Composite, n_models: int) -> None:
@@ -65,6 +68,9 @@ class InitialState(TensorDictModuleBase):
         particles = latent[..., None, None, :].expand(*batch, *self._particles, -1)
         state[latent_key] = particles.clone()  # users may write to single particles
         state[context_key] = context
+        for key in (keys.DONE, keys.TERMINATED, keys.TRUNCATED):
+            if key not in tensordict.keys():
+                state[key] = torch.zeros(*batch, 1, dtype=torch.bool, device=latent.device)
         return tensordict.update(state)
 
 
@@ -111,3 +117,13 @@ def draw_start(
             f"{list(batch)}, got {got}."
         )
     return drawn
+
+
+def warn_of_blind_start() -> None:
+    """Warn that an automatic reset of a ``PredictorEnv`` drew latent states of no observation."""
+    warnings.warn(
+        "PredictorEnv: after the end of an episode an env was reset to a latent state drawn from a "
+        "standard normal, where the real env may never be. Pass start: observations to begin at.",
+        UserWarning,
+        stacklevel=3,
+    )

@@ -13,23 +13,29 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import GraphReplay
-from layeredrl_trl.envs.imagination import (
-    Imagination,
-    ImaginedState,
-    ImaginedStep,
-    Propagation,
-    Rollout,
-    Termination,
-)
+from layeredrl_trl.checks import check_flag
+from layeredrl_trl.envs.common_random_numbers import CommonRandomNumbers
+from layeredrl_trl.envs.imagination import Imagination, Propagation, Rollout, Termination
 from layeredrl_trl.envs.imagined_specs import (
     Entry,
+    check_actions,
+    check_options,
     check_sizes,
     entries_of,
     imagined_specs,
     particle_layout,
+    read_entries,
 )
-from layeredrl_trl.envs.initial_state import InitialState, blank_state, draw_start, spread_members
+from layeredrl_trl.envs.imagined_step import ImaginedState, ImaginedStep
+from layeredrl_trl.envs.initial_state import (
+    InitialState,
+    blank_state,
+    draw_start,
+    spread_members,
+    warn_of_blind_start,
+)
 from layeredrl_trl.envs.rollout_layout import as_rollout
+from layeredrl_trl.functional import draw_each
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
@@ -39,9 +45,10 @@ from layeredrl_trl.modules import (
 )
 
 _DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
+_VARIANCES = {keys.EPISTEMIC_VAR, keys.ALEATORIC_VAR}
 
 
-class PredictorEnv(ModelBasedEnvBase):
+class PredictorEnv(CommonRandomNumbers, ModelBasedEnvBase):
     """Imagine with a learned model: a TorchRL environment over latent states.
 
     Each env carries ``E x P`` particles. One step from ``(latent, context, alive, action)`` gives
@@ -78,20 +85,26 @@ class PredictorEnv(ModelBasedEnvBase):
         deterministic: move particles to the mean of their mixture; ``None``: follow TorchRL's
             ``set_exploration_type``.
         uncertainty: also give ``epistemic_var`` (variance over members of the member means) and
-            ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``.
+            ``aleatoric_var`` (mean over members of the within-member variance), both ``[..., D]``:
+            all members are asked at the same state, for every particle, and the variances averaged
+            over particles. Members of equal weights have an epistemic variance of 0. It multiplies
+            the network evaluations by ``E``: with it only what asks for the variances should be
+            imagined. A planner in this env asks for them if its ``disagreement`` is not 0.
         termination_fn: replaces the predicted termination: a plain
             ``f(latent, context, action, next_latent)``, shaped as for ``reward``, or a TensorDict
             module that reads some of these (``("next", "latent")``). Returns the probability, or
             bools, ``[..., E, P, 1]``.
         start: start of a ``reset`` without observation: observations ``[N, O]`` to draw from, or a
             function of a batch shape that returns them. ``None``: latent states drawn from a
-            standard normal, and a zero context.
+            standard normal, and a zero context; an automatic reset to these, after an episode,
+            warns once, because the state after it is none of the real env.
         compile_imagine: use code from ``torch.compile`` in planners, and in :meth:`imagine` under
             ``torch.no_grad``; equal up to rounding. The first two numbers of envs each cost some
             seconds of compilation, for any horizon, which is logged once. On a CPU it gains little.
             (``compile`` of TorchRL's envs is for :meth:`step`.)
         cudagraphs: let :meth:`imagine` on CUDA, under ``torch.no_grad``, replay a CUDA graph, see
             :class:`~layeredrl_trl.acceleration.GraphReplay`. Not yet run on a GPU.
+        gamma: discount for planners in this env, which take it where they are given none.
 
     Reads:
         ``latent`` ``[..., E, P, D]``, ``context`` ``[..., C]``, ``alive`` ``[..., E, P, 1]``,
@@ -105,9 +118,10 @@ class PredictorEnv(ModelBasedEnvBase):
         ``observation`` ``[..., O]`` of the first particle.
 
     Raises:
-        TypeError: at construction, if a part, ``action_spec`` or ``start`` is of an unknown kind.
-        ValueError: at construction, for an unknown option, sizes of the parts that differ, or a
-            ``num_particles`` that does not divide.
+        TypeError: at construction, if a part, ``action_spec`` or ``start`` is of an unknown kind,
+            a flag no bool or ``gamma`` no number.
+        ValueError: at construction, for an unknown option, sizes of the parts that differ, a
+            ``num_particles`` that does not divide, or a ``gamma`` outside of [0, 1].
 
     Example:
         >>> from torchrl.data import Bounded
@@ -141,7 +155,15 @@ class PredictorEnv(ModelBasedEnvBase):
         start: Tensor | Callable[[torch.Size], Tensor] | None = None,
         compile_imagine: bool = False,
         cudagraphs: bool = False,
+        gamma: float | None = None,
     ) -> None:
+        check_options(
+            gamma,
+            deterministic,
+            uncertainty=uncertainty,
+            compile_imagine=compile_imagine,
+            cudagraphs=cudagraphs,
+        )
         check_sizes(encoder, dynamics, action_spec, start)
         reward = as_reward_module(reward, dynamics.in_keys)
         termination_fn = as_termination_module(termination_fn, dynamics.in_keys)
@@ -164,7 +186,9 @@ class PredictorEnv(ModelBasedEnvBase):
             self._state_keys = self._state_keys[:3]
         self.imagined_action_key = dynamics.in_keys[2]
         self.deterministic = deterministic
+        self.gamma = gamma
         self.start = start
+        self._draw, self._has_warned = draw_each, False
         specs = imagined_specs(
             encoder, dynamics, action_spec, layout, uncertainty=uncertainty, device=self.device
         )
@@ -212,12 +236,14 @@ class PredictorEnv(ModelBasedEnvBase):
             KeyError: if an entry of the state is missing.
             ValueError: if a shape does not fit.
         """
+        check_flag("set_truncated", set_truncated)
         batch = tensordict.batch_size
-        self._check_actions(actions, batch)
+        check_actions(actions, batch, self._action_shape)
         flat = tensordict.reshape(-1)
         state = self._read_state(flat)
         actions = actions.reshape(-1, *actions.shape[len(batch) :])
-        roll = self._roll if torch.is_grad_enabled() else self._replay or self._roll
+        is_plain = torch.is_grad_enabled() or self._draw is not draw_each
+        roll = self._roll if is_plain else self._replay or self._roll
         outcome: ImaginedStep = roll(state, actions)
         context = state.context.unsqueeze(1).expand(-1, actions.shape[1], -1)
         return as_rollout(
@@ -258,14 +284,16 @@ class PredictorEnv(ModelBasedEnvBase):
             never = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
             asked = {name: key for name, key in asked.items() if key not in never}
 
+        uncertainty = self.world_model.uncertainty and not _VARIANCES.isdisjoint(asked.values())
+
         def imagine(actions: Tensor) -> dict[NestedKey, Tensor]:
             envs, some, last = batch, state, len(batch) - 1
             n = actions.shape[last] if batch and actions.ndim > last else None
             if n is not None and n < batch[last]:
                 envs, some = torch.Size([*batch[:-1], n]), state.first(n, batch)
-            self._check_actions(actions, envs)
+            check_actions(actions, envs, self._action_shape)
             actions = actions.reshape(-1, *actions.shape[len(envs) :])
-            outcome = self._roll(some, actions, rollout)
+            outcome = self._roll(some, actions, rollout, uncertainty)
             context = some.context.unsqueeze(1).expand(-1, actions.shape[1], -1)
             entries = self._entries(outcome, context)
             return {
@@ -294,18 +322,26 @@ class PredictorEnv(ModelBasedEnvBase):
         return out
 
     def _roll(
-        self, state: ImaginedState, actions: Tensor, rollout: Rollout | None = None
+        self,
+        state: ImaginedState,
+        actions: Tensor,
+        rollout: Rollout | None = None,
+        uncertainty: bool | None = None,
     ) -> ImaginedStep:
-        deterministic = self._is_deterministic()
         return self.world_model.rollout(
-            state, actions, deterministic=deterministic, rollout=rollout
+            state,
+            actions,
+            deterministic=self._is_deterministic(),
+            rollout=rollout,
+            draw=self._draw,
+            uncertainty=uncertainty,
         )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         flat = tensordict.reshape(-1)
         state, action = self._read_state(flat), flat[self.imagined_action_key]
         outcome: ImaginedStep = self.world_model.step(
-            state, action, deterministic=self._is_deterministic()
+            state, action, deterministic=self._is_deterministic(), draw=self._draw
         )
         out = TensorDict(self._entries(outcome, state.context), flat.shape, device=self.device)
         return out.reshape(tensordict.batch_size)
@@ -330,6 +366,9 @@ class PredictorEnv(ModelBasedEnvBase):
         if self.start is not None:
             obs_shape = self.initial_state.encoder.obs_shape
             return self._start_at(draw_start(self.start, batch, obs_shape).to(self.device), batch)
+        if tensordict is not None and not given and not self._has_warned:
+            self._has_warned = True
+            warn_of_blind_start()
         shape = (*batch, *self._observed[self.latent_key].shape)
         latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
         n_models = self.world_model.dynamics.n_models
@@ -361,36 +400,19 @@ class PredictorEnv(ModelBasedEnvBase):
         return self.initial_state.encoder.can_decode
 
     def _decode(self, latent: Tensor, context: Tensor) -> Tensor:
-        return self.initial_state.encoder.decode(latent[..., 0, 0, :], context)
-
-    def _check_actions(self, actions: Tensor, batch: torch.Size) -> None:
-        shape = self._action_shape
-        if actions.ndim != len(batch) + 1 + len(shape) or (
-            actions.shape[: len(batch)] != batch or actions.shape[len(batch) + 1 :] != shape
-        ):
-            expected = ", ".join(map(str, [*batch, "H", *shape]))
-            raise ValueError(f"actions: expected shape [{expected}], got {list(actions.shape)}.")
-        if actions.shape[len(batch)] < 1 or batch.numel() < 1:
-            raise ValueError(f"actions: expected at least one step and env, got {actions.shape}.")
+        encoder = self.initial_state.encoder
+        observation = encoder.decode(latent[..., 0, 0, :], context)
+        expected = (*latent.shape[:-3], *encoder.obs_shape)
+        if observation.shape != expected:
+            raise ValueError(
+                f"{type(encoder).__name__}.decode: expected observations {[*expected]}, got "
+                f"{list(observation.shape)}."
+            )
+        return observation
 
     def _read_state(self, flat: TensorDictBase) -> ImaginedState:
         """Read and check the state of ``[N]`` envs."""
-        observed = self._observed
-        state = {name: flat.get(name, None) for name in self._state_keys}
-        missing = sorted(str(name) for name, x in state.items() if x is None)
-        if missing:
-            raise KeyError(
-                f"PredictorEnv: the imagined state has no entry {missing}; there is "
-                f"{sorted(map(str, flat.keys(True, True)))}. "
-                "Make one with env.initial_state or env.reset."
-            )
-        for name, x in state.items():
-            expected = observed[name].shape
-            if x.shape[1:] != expected:
-                raise ValueError(
-                    f"{name}: expected trailing shape {list(expected)}, got {list(x.shape[1:])}."
-                )
-        return ImaginedState(*state.values())
+        return ImaginedState(*read_entries(flat, self._state_keys, self._observed))
 
     def _by_key(self, state: ImaginedState) -> dict[NestedKey, Tensor]:
         return {key: x for key, x in zip(self._state_keys, state, strict=False) if x is not None}

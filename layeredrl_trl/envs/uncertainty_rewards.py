@@ -16,7 +16,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import Transform
 
 from layeredrl_trl import keys
-from layeredrl_trl.functional import disagreement, epistemic_variance
+from layeredrl_trl.functional import disagreement, epistemic_variance, zero_if_dead
 from layeredrl_trl.modules import DynamicsModel, Encoder
 
 # Entry that carries the disagreement from before an env's step, where the policy's action is still
@@ -30,7 +30,8 @@ class DisagreementReward(Transform):
     ``reward' = reward + sign * scale * disagreement``, with ``disagreement = alive *
     sqrt(mean_d epistemic_var_d)`` of the transition that was taken. ``alive`` is the mean over the
     particles of an imagined state before the step, by which imagined rewards are weighted, too; it
-    is 1 on real data. The variance is that of the members' mean predictions, so one member gives 0.
+    is 1 on real data. The variance is that of the members' mean predictions for the same state, so
+    one member gives 0, and so do members of equal weights, however noisy what they predict is.
     All latent dims count in their own units: let the encoder bring them to one scale.
 
     The variance is read from the entry that an imagined env writes. With ``encoder`` and
@@ -164,7 +165,7 @@ class DisagreementReward(Transform):
                     f"{list(alive.shape)}; if these are no particles, pass alive_key=None."
                 )
             weight = alive.mean((-3, -2))
-            value = torch.where(weight > 0, weight * value, 0.0)  # dead particles may give NaN
+            value = weight * zero_if_dead(weight, value)
         if reward.shape != value.shape:
             raise ValueError(
                 f"{self.reward_key}: expected shape {list(value.shape)}, got {list(reward.shape)}."

@@ -20,6 +20,7 @@ from layeredrl_trl.functional.candidate_weights import (
 )
 from layeredrl_trl.functional.clustering import spread_modes
 from layeredrl_trl.functional.coloured_noise import colour, colouring_matrix
+from layeredrl_trl.functional.common_noise import CommonDraws, Draw, draw_each
 from layeredrl_trl.functional.masking import zero_where_not
 from layeredrl_trl.functional.mixtures import (
     MixtureNoise,
@@ -37,6 +38,7 @@ from layeredrl_trl.functional.returns import (
     n_step_sums,
     n_step_window,
 )
+from layeredrl_trl.functional.robust import FAR, ROUNDING, robust_moments
 from layeredrl_trl.functional.scores import (
     EventScores,
     correlation,
@@ -46,6 +48,7 @@ from layeredrl_trl.functional.scores import (
     rank_correlation,
     varies,
 )
+from layeredrl_trl.functional.survival import survival, zero_if_dead
 from layeredrl_trl.functional.uncertainty import (
     aleatoric_variance,
     disagreement,
@@ -54,6 +57,10 @@ from layeredrl_trl.functional.uncertainty import (
 from layeredrl_trl.functional.whitening import covariance, whitening_residual
 
 __all__ = [
+    "FAR",
+    "ROUNDING",
+    "CommonDraws",
+    "Draw",
     "EventScores",
     "MixtureNoise",
     "NStepWindow",
@@ -68,6 +75,7 @@ __all__ = [
     "disagreement",
     "discounted_window_sum",
     "draw_by_weight",
+    "draw_each",
     "elite_weights",
     "epistemic_variance",
     "event_scores",
@@ -86,12 +94,15 @@ __all__ = [
     "quantile_bin",
     "rank_correlation",
     "return_spread",
+    "robust_moments",
     "sample_gaussian_mixture",
     "sample_pit",
     "softmax_weights",
     "spread_modes",
+    "survival",
     "varies",
     "weighted_moments",
     "whitening_residual",
+    "zero_if_dead",
     "zero_where_not",
 ]

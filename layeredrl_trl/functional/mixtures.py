@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from layeredrl_trl.functional.common_noise import Draw, draw_each
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -60,18 +63,31 @@ class MixtureNoise(NamedTuple):
 
 
 def mixture_noise(
-    shape: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device
+    shape: Sequence[int],
+    dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    draw: Draw = draw_each,
 ) -> MixtureNoise:
     """Draw the noise of :func:`sample_gaussian_mixture`; follows torch's global generator.
 
     ``shape`` is that of the mixtures' log weights, ``[..., K]``, and ``dim`` is ``D``.
+    Another ``draw`` lets mixtures share noise, see :class:`~layeredrl_trl.functional.CommonDraws`.
     """
-    gumbel, normal = mixture_noise_of_steps(1, shape, dim, dtype=dtype, device=device)
+    options = {"dtype": dtype, "device": device, "draw": draw}
+    gumbel, normal = mixture_noise_of_steps(1, shape, dim, **options)
     return MixtureNoise(None if gumbel is None else gumbel[0], normal[0])
 
 
 def mixture_noise_of_steps(
-    steps: int, shape: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device
+    steps: int,
+    shape: Sequence[int],
+    dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    draw: Draw = draw_each,
 ) -> MixtureNoise:
     """Draw the noise of ``steps`` calls of :func:`mixture_noise`, with a leading dim ``steps``.
 
@@ -80,7 +96,8 @@ def mixture_noise_of_steps(
     """
     n_components = shape[-1] if shape[-1] > 1 else 0
     shape = (*shape[:-1], dim + 2 * n_components)
-    noise = torch.stack([torch.randn(shape, dtype=dtype, device=device) for _ in range(steps)])
+    randn = partial(torch.randn, dtype=dtype, device=device)
+    noise = torch.stack([draw(randn, shape) for _ in range(steps)])
     if not n_components:
         return MixtureNoise(None, noise)
     normal, a, b = noise.split([dim, n_components, n_components], -1)

@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from layeredrl_trl.functional import gaussian_mixture_mean, sample_gaussian_mixture
+from layeredrl_trl.functional import (
+    MixtureNoise,
+    gaussian_mixture_mean,
+    sample_gaussian_mixture,
+)
 
 
 class ParticlePrediction(NamedTuple):
@@ -24,8 +28,11 @@ class ParticlePrediction(NamedTuple):
     log_weights: Tensor
     term_logit: Tensor
 
-    def next_latent(self, deterministic: bool) -> Tensor:
-        """Draw the next latent states, or take the means of the mixtures; ``[..., E, P, D]``."""
+    def next_latent(self, deterministic: bool, noise: MixtureNoise | None = None) -> Tensor:
+        """Draw the next latent states, or take the means of the mixtures; ``[..., E, P, D]``.
+
+        The noise ``[..., E, P, M]`` and ``[..., E, P, D]`` is drawn here if it is not given.
+        """
         if deterministic:
             return gaussian_mixture_mean(self.mean, self.log_weights.exp())
-        return sample_gaussian_mixture(self.mean, self.std, self.log_weights)
+        return sample_gaussian_mixture(self.mean, self.std, self.log_weights, noise)

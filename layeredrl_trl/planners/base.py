@@ -37,7 +37,16 @@ class SamplingPlanner(PlanEntries, ABC):
     How candidates are scored at termination, truncation and the horizon: see
     :class:`~layeredrl_trl.planners.CandidateReturn`. A candidate whose return is not finite counts
     for nothing; where a round has no others, the belief stays as it is and the return of the round
-    is ``-inf``. A model of your own plans faster if its class brings ``imagine(tensordict,
+    is ``-inf``.
+
+    All candidates of a round are imagined under the same random numbers, if the model can do so
+    (see :class:`~layeredrl_trl.planners.CandidateReturn`), so that their returns differ by what
+    they do and not by luck; environments and particles draw independently. With
+    ``return_action="best"``, which compares candidates of all rounds, the numbers are those of the
+    first round throughout; else every round draws its own, so that the belief is not fitted to a
+    single draw.
+
+    A model of your own plans faster if its class brings ``imagine(tensordict,
     actions)``, see there.
 
     The planner has no state of its own: it writes its plan under ``"next"``, and the environment
@@ -222,7 +231,8 @@ class SamplingPlanner(PlanEntries, ABC):
         state = TensorDict(state, *batch)
         belief = self._start(carried)
         # A later round may have fewer candidates: any first few are spread evenly over members.
-        score = self.score.scorer(self._repeat(state, self.num_candidates))
+        candidates = self._repeat(state, self.num_candidates)
+        score = self.score.scorer(candidates, same_numbers=self.return_action == "best")
         best = self._mode(belief)
         best_return = torch.full((), -torch.inf, device=best.device)
         for number in range(self.optim_steps):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Real
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
@@ -16,6 +18,7 @@ from layeredrl_trl import keys
 from layeredrl_trl.acceleration import promised
 from layeredrl_trl.checks import check_finite
 from layeredrl_trl.functional import disagreement as member_disagreement
+from layeredrl_trl.functional import zero_if_dead
 
 _Steps = TensorDictBase | dict[NestedKey, Tensor]
 
@@ -32,21 +35,33 @@ class CandidateReturn(nn.Module):
     step). Where the state holds ``alive`` (soft termination), rewards are taken as already weighted
     by it, the bootstrap is the mean over particles of ``alive * V``, ``d_t`` is weighted by the
     mean of ``alive`` before the step, and ``q_t`` is what that mean loses in the step; else ``q_t``
-    is 1 at the step that terminates, and 0 at one that is truncated. A return that is not finite
-    counts as ``-inf``.
+    is 1 at the step that terminates, and 0 at one that is truncated. What is not finite of a dead
+    particle (``alive`` 0) counts as 0; otherwise a return that is not finite counts as ``-inf``.
+
+    Rewards and values of half precision are summed in float32.
 
     The environment is stepped open-loop by ``env.step`` and ``env.step_mdp`` or, where its class
     itself defines ``imagine(tensordict, actions)``, by that. It is never reset, and nothing is read
     back to the host. An ``imagine`` of an environment under transforms is not used: it would skip
     them.
 
+    The last batch dim of the candidates is that of the candidates of one environment: they are
+    imagined under common random numbers if the class of the environment, beneath all transforms,
+    has ``common_random_numbers(n, tape)``, as :class:`~layeredrl_trl.envs.PredictorEnv` does: a
+    context in which every ``n`` consecutive environments of the flattened batch share random
+    numbers, and take those of the list ``tape`` again if it is not ``None``.
+
     Args:
         env (EnvBase): the model; must accept any batch size (``batch_locked=False``).
-        gamma (float, optional): discount per step, in [0, 1]. Required with ``terminal_value``,
-            where it is that of the value; else 1 by default.
+        gamma (float, optional): discount per step, in [0, 1]. Default: the attribute ``gamma`` of
+            the environment beneath all transforms, which ``RewardPredictor.env`` sets to the
+            discount of its value. Without that it is 1, and required with ``terminal_value``.
         terminal_value (TensorDictModuleBase, optional): what comes after the last step is worth,
-            from the last state (``latent``, ``context``) to ``state_value``. It must not read the
-            action. Applied per particle where the state holds ``alive``.
+            from the last state (``latent``, ``context``) to ``state_value`` ``[..., 1]``. It must
+            not read the action: make a state value of a Q-function by
+            :class:`~layeredrl_trl.modules.PolicyValue` or
+            :class:`~layeredrl_trl.modules.BestActionValue`. Applied per particle where the state
+            holds ``alive``.
         terminal_penalty, disagreement (float): ``p``, in units of the reward, and ``w``, in units
             of the reward per unit of the latent. ``w`` above 0 is a bonus for what the model does
             not know, below 0 a penalty. ``d_t = sqrt(mean_d v_d)`` of the variance ``v`` that the
@@ -97,12 +112,14 @@ class CandidateReturn(nn.Module):
             raise ValueError(
                 f"A planner plans one action, but {type(env).__name__} has {env.action_keys}."
             )
+        gamma = _discount(gamma, env)
         if gamma is None and terminal_value is not None:
             raise TypeError(
                 "A planner with a terminal_value needs gamma, the discount that the value was "
-                "learned with."
+                "learned with. An env made by RewardPredictor.env brings it along."
             )
         gamma = 1.0 if gamma is None else gamma
+        check_finite("gamma", gamma)
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
         check_finite("terminal_penalty", terminal_penalty)
@@ -134,8 +151,7 @@ class CandidateReturn(nn.Module):
                 f"{type(env).__name__} writes {sorted(map(str, known))}. A PredictorEnv writes it "
                 "with uncertainty=True."
             )
-        self._read = {self.reward_key, self.alive_key, self.epistemic_var_key}
-        self._read |= {self.done_key, self.terminated_key}
+        self._read = {self.reward_key, self.alive_key, self.done_key, self.terminated_key}
         if terminal_value is not None:
             self._check_terminal_value(terminal_value, known)
             self._read |= {unravel_key(("next", key)) for key in terminal_value.in_keys}
@@ -146,20 +162,48 @@ class CandidateReturn(nn.Module):
 
         The ``actions`` are ``[..., H, A]``, indices ``[..., H]`` for a categorical spec. Returns
         are ``[..., 1]``, ``-inf`` where they are not finite.
+
+        Raises:
+            ValueError: if reward, flags, ``alive`` or the variance of a step, or what
+                ``terminal_value`` writes, has another shape than ``[..., H, 1]``,
+                ``[..., H, E, P, 1]``, ``[..., H, D]`` or ``[..., 1]``.
         """
         return self.scorer(candidates)(actions)
 
-    def scorer(self, candidates: TensorDictBase) -> Callable[[Tensor], Tensor]:
+    def scorer(
+        self, candidates: TensorDictBase, *, same_numbers: bool = False
+    ) -> Callable[[Tensor], Tensor]:
         """Prepare to score several rounds of sequences, between which the model does not change.
 
         Returns a function of actions ``[..., H, A]`` that does what :meth:`forward` does. If there
-        are fewer of them than candidates, it scores them from the first ones.
+        are fewer of them than candidates, it scores them from the first ones. With
+        ``same_numbers``, all rounds are imagined under the random numbers of the first one, else
+        each under its own.
         """
         imaginer = promised(self.env, "imaginer")
         imagine = partial(self._imagine, candidates)
-        if imaginer is not None:
-            imagine = imaginer(candidates, self._read)
-        return lambda actions: self._add_up(candidates, imagine(actions))
+        if imaginer is not None:  # variances may cost as much as all the rest
+            asked = {self.epistemic_var_key} if self.disagreement else set()
+            imagine = imaginer(candidates, self._read | asked)
+
+        tape = [] if same_numbers else None
+
+        def score(actions: Tensor) -> Tensor:
+            with self._common_random_numbers(actions.shape[: candidates.ndim], tape):
+                steps = imagine(actions)
+            self._check_steps(candidates, actions, steps)
+            return self._add_up(candidates, steps)
+
+        return score
+
+    def _common_random_numbers(
+        self, batch: torch.Size, tape: list[Tensor] | None
+    ) -> AbstractContextManager[None]:
+        """Let all candidates of an env, the last dim of ``batch``, share random numbers."""
+        env = base_env(self.env)
+        if not batch or not callable(getattr(type(env), "common_random_numbers", None)):
+            return nullcontext()
+        return env.common_random_numbers(batch[-1], tape)
 
     def _add_up(self, candidates: TensorDictBase, steps: _Steps) -> Tensor:
         """Returns ``[..., 1]`` of imagined steps ``[..., H]``."""
@@ -176,6 +220,26 @@ class CandidateReturn(nn.Module):
             value = self._bootstrap(self.terminal_value, candidates, steps, length - 1)
             total = total + self.gamma ** length.to(value.dtype) * value
         return total.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+
+    def _check_steps(self, candidates: TensorDictBase, actions: Tensor, steps: _Steps) -> None:
+        """Check the shapes of entries that would broadcast if they had others."""
+        ndim = candidates.ndim
+        batch = actions.shape[: ndim + 1]
+        expected: dict[NestedKey, tuple[int | None, ...]] = {
+            key: (*batch, 1) for key in (self.reward_key, self.done_key, self.terminated_key)
+        }
+        expected[self.epistemic_var_key] = (*batch, None)
+        first = candidates.get(self.first_alive_key, None)
+        if first is not None:
+            expected[self.alive_key] = (*batch, *first.shape[ndim:])
+        for key, shape in expected.items():
+            x = steps.get(key, None)
+            if x is not None and not _fits(x.shape, shape):
+                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                raise ValueError(
+                    f"The entry {key!r} of {type(self.env).__name__} must have shape [{wanted}], "
+                    f"got {list(x.shape)}."
+                )
 
     def _imagine(self, candidates: TensorDictBase, actions: Tensor) -> TensorDictBase:
         """Step through the actions: batch ``[...]`` to ``[..., H]``."""
@@ -198,7 +262,7 @@ class CandidateReturn(nn.Module):
 
     def _rewards(self, candidates: TensorDictBase, steps: _Steps) -> Tensor:
         """The reward of each step ``[..., H, 1]`` with disagreement and termination in it."""
-        reward = steps[self.reward_key]
+        reward = _at_least_float32(steps[self.reward_key])
         if not self.disagreement and not self.terminal_penalty:
             return reward
         alive = None
@@ -210,7 +274,8 @@ class CandidateReturn(nn.Module):
         if self.disagreement:
             distance = member_disagreement(steps.get(self.epistemic_var_key))
             if alive is not None:
-                distance = torch.where(alive[..., :-1, :] > 0, alive[..., :-1, :] * distance, 0.0)
+                before = alive[..., :-1, :]
+                distance = before * zero_if_dead(before, distance)
             reward = reward + self.disagreement * distance
         if self.terminal_penalty:
             ends = steps.get(self.terminated_key, None)
@@ -244,8 +309,15 @@ class CandidateReturn(nn.Module):
                 value = value.unsqueeze(time)
             state.set(key, value.expand(*batch_size, *value.shape[len(batch_size) :]))
         value = module(state).get(self.value_key)
+        if value is None or value.shape != (*batch_size, 1):
+            got = "nothing" if value is None else f"shape {list(value.shape)}"
+            raise ValueError(
+                f"terminal_value must write {self.value_key!r} of shape {[*batch_size, 1]}, got "
+                f"{got}."
+            )
+        value = _at_least_float32(value)
         if alive is not None:
-            value = torch.where(alive > 0, alive * value, 0.0)
+            value = alive * zero_if_dead(alive, value)
         value = value.reshape(*batch, -1, 1).mean(-2)
         terminated = at_last(self.terminated_key)
         return value if terminated is None else torch.where(terminated, 0.0, value)
@@ -263,7 +335,8 @@ class CandidateReturn(nn.Module):
         if self.action_key in in_keys:
             raise ValueError(
                 f"terminal_value must be a state value, but it reads {in_keys}: the last state of "
-                "a plan has no action. Give a module that reads no action."
+                "a plan has no action. Make it one of your Q-function by PolicyValue(q, policy) or "
+                "BestActionValue(q, actions) of layeredrl_trl."
             )
         of_one_particle = getattr(base_env(self.env), "one_particle_keys", ())
         if partial := [key for key in in_keys if key in of_one_particle]:
@@ -293,10 +366,30 @@ class CandidateReturn(nn.Module):
         return self
 
 
+def _discount(gamma: float | None, env: EnvBase) -> float | None:
+    """Return the given discount, else the one that the env brings along, if it does."""
+    if gamma is not None:
+        return gamma
+    own = getattr(base_env(env), "gamma", None)
+    return float(own) if isinstance(own, Real) else None
+
+
 def _outermost(done_keys: list[NestedKey], name: str) -> NestedKey:
     """Where a step has the flag ``name``, if at all; TorchRL gives outer done groups precedence."""
     found = [unravel_key(("next", key)) for key in done_keys]
     return min((key for key in found if key[-1] == name), key=len, default=("next", name))
+
+
+def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
+    """Compare a shape with an expected one, in which ``None`` is any size."""
+    return len(shape) == len(expected) and all(
+        size is None or size == own for own, size in zip(shape, expected, strict=True)
+    )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Cast to float32 what is less precise: sums of half-precision numbers lose their last ones."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _first(candidates: TensorDictBase, key: NestedKey, batch: torch.Size) -> Tensor:

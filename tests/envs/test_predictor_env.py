@@ -31,6 +31,8 @@ from tests.envs.imagined import (
 )
 from tests.oracles import imagine_one, member_alone, random_ensemble
 
+IGNORE_BLIND_STARTS = pytest.mark.filterwarnings("ignore:.*to a latent state drawn from")
+
 
 def play(env, state, actions, break_when_any_done=False, **options):
     """TorchRL's rollout with given actions ``[..., H, A]``."""
@@ -531,7 +533,7 @@ def test_reset_at_an_observation(batch):
     env = make_env()
     data = observations(env, *batch)
     state = env.reset(data.clone())
-    assert_same(state.select(*env.observation_spec.keys()), env.initial_state(data.clone()))
+    assert_same(state, env.initial_state(data.clone()))
     assert not state["done"].any()
 
 
@@ -570,6 +572,7 @@ def test_start_is_drawn_evenly():
     torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.05)
 
 
+@IGNORE_BLIND_STARTS
 @pytest.mark.parametrize("start", [None, "tensor"])
 def test_an_episode_that_ended_starts_anew_and_the_others_go_on(start):
     env = make_env(
@@ -668,7 +671,7 @@ def test_nested_observation(batch, num_particles):
 
 
 def test_in_a_transformed_env():
-    env = make_env(deterministic=True)
+    env = make_env(deterministic=True, start=torch.zeros(1, 3))
     scaled = TransformedEnv(env, RewardScaling(loc=1.0, scale=2.0)).append_transform(StepCounter(3))
     check_env_specs(scaled)
     data, actions = observations(env, 4), random_actions(env, 4, 3)
@@ -689,7 +692,8 @@ def test_in_a_transformed_env():
 @pytest.mark.parametrize("num_particles", [None, 1])
 @pytest.mark.parametrize("batch", BATCH_SHAPES)
 def test_torchrls_cem_planner_runs_on_it(batch, num_particles, termination):
-    env = make_env(num_particles=num_particles, termination=termination)
+    start = torch.zeros(1, 3)  # it plans on, behind the end of an episode
+    env = make_env(num_particles=num_particles, termination=termination, start=start)
     planner = CEMPlanner(env, planning_horizon=3, optim_steps=2, num_candidates=6, top_k=2)
     out = TensorDictSequential(env.initial_state, planner)(observations(env, *batch))
     assert out["action"].shape == (*batch, 2) and env.action_spec.is_in(out["action"])

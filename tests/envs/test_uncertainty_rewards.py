@@ -571,7 +571,8 @@ def test_nested_keys():
 
 
 def test_with_other_transforms():
-    env = TransformedEnv(imagined_env(), Compose(DisagreementBonus(SCALE), StepCounter(3)))
+    env = imagined_env(start=torch.zeros(1, 3))
+    env = TransformedEnv(env, Compose(DisagreementBonus(SCALE), StepCounter(3)))
     check_env_specs(env)
     out = env.rollout(7, break_when_any_done=False)
     begins = out["step_count"].flatten() == 0
