@@ -27,7 +27,7 @@ from layeredrl_trl.acceleration.cuda_graphs import GraphReplay
 from layeredrl_trl.acceleration.device_update import DeviceUpdate
 from layeredrl_trl.acceleration.ensemble_rollout import EnsembleRollout
 from layeredrl_trl.acceleration.fingerprint import fingerprint
-from layeredrl_trl.acceleration.host_reads import check_values, is_surely_none
+from layeredrl_trl.acceleration.host_reads import can_read, check_values, is_surely_none
 from layeredrl_trl.acceleration.member_groups import MemberGroups
 from layeredrl_trl.acceleration.pieces import in_pieces, run_layers
 from layeredrl_trl.acceleration.promise import promised
@@ -39,6 +39,7 @@ __all__ = [
     "EnsembleRollout",
     "GraphReplay",
     "MemberGroups",
+    "can_read",
     "can_record",
     "check_values",
     "fingerprint",

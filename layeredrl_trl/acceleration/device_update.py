@@ -72,7 +72,7 @@ class DeviceUpdate:
         new = int(self._skipped_on_device)
         self._skipped_on_device.zero_()
         if new and not self.plain.skipped:
-            self.plain.warn_of_skipped(1)
+            self.plain.warn_of_skipped()
         self.plain.skipped += new
         return self.plain.skipped
 

@@ -16,6 +16,7 @@ from layeredrl_trl import keys
 from layeredrl_trl.acceleration import EnsembleRollout, MemberGroups
 from layeredrl_trl.checks import check_count, check_finite, check_flag
 from layeredrl_trl.functional import (
+    FAR,
     bootstrap_weights,
     gaussian_mixture_log_prob,
     spread_modes,
@@ -210,8 +211,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs = self._concatenate(latent, context, action).to(moments.mean.dtype)
         inputs = self.input_moments.standardize(inputs).reshape(-1, inputs.shape[-1])
         raw, term_logit = self._run(inputs.expand(self.n_models, -1, -1))
-        target = self._target(latent, next_latent).to(moments.mean.dtype)
-        target = (target - moments.mean) / scale
+        target = (self._target(latent, next_latent) - moments.mean) / scale
         target = target.reshape(-1, self.latent_state_dim)
         nll = scale.log().sum() - gaussian_mixture_log_prob(target, *self._gaussians(raw))
         happened = terminated.reshape(-1, 1).to(term_logit.dtype).expand_as(term_logit)
@@ -286,13 +286,17 @@ class ProbabilisticEnsemble(DynamicsModel):
         """Start the modes of every member at clusters of ``target`` ``[..., D]``."""
         target = (target - self.target_moments.mean) / self.target_scale
         target = target.to(self.mode_start.dtype).reshape(-1, self.latent_state_dim)
-        mean, std = spread_modes(target, self.n_modes, None if mask is None else mask.reshape(-1))
+        counts = (target.abs() < FAR).all(-1)  # a mode at a fault would be lost
+        counts = counts if mask is None else counts & mask.reshape(-1)
+        mean, std = spread_modes(target, self.n_modes, counts)
         start = torch.stack([mean, std.log().maximum(self.log_std_bounds[0])])
         # an unusable batch starts nothing
         is_usable = self.target_moments.count > 0
         self.mode_start.copy_(torch.where(is_usable, start, self.mode_start))
 
     def _target(self, latent: Tensor, next_latent: Tensor) -> Tensor:
+        dtype = self.target_moments.mean.dtype  # a difference of half precision would be rounded
+        latent, next_latent = latent.to(dtype), next_latent.to(dtype)
         return next_latent - latent if self.predict_delta else next_latent
 
     def _concatenate(self, latent: Tensor, context: Tensor, action: Tensor) -> Tensor:

@@ -47,11 +47,6 @@ class LatentFunction(TensorDictModule):
         return isinstance(self.module, HeadMLP)
 
     @property
-    def has_started(self) -> bool:
-        """Whether it has no statistics, or they have seen a batch."""
-        return not self.has_statistics or self.module.moments.has_started
-
-    @property
     def target_scale(self) -> Tensor | None:
         """Unit in which its targets are learned, ``[1]``; ``None``: it has no statistics."""
         return self.module.target_scale if self.has_statistics else None

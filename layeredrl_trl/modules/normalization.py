@@ -7,19 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layeredrl_trl.acceleration import is_surely_none
-
-_FAR = 1e4
-"""Distance from the mean, in standard deviations, at which a number is taken for a fault."""
+from layeredrl_trl.acceleration import can_read, is_surely_none
+from layeredrl_trl.functional import FAR, ROUNDING, robust_moments
 
 _FAULTS = 32
 """At most one row in so many of a batch is a fault; more of them are a change of the stream."""
-
-_ROUNDING = torch.finfo(torch.float32).eps
-"""Standard deviation, relative to the mean, of numbers that differ by rounding only."""
-
-_MAD = 1.4826
-"""Standard deviation of a Gaussian, relative to its median absolute deviation."""
 
 
 class RunningMoments(nn.Module):
@@ -36,6 +28,12 @@ class RunningMoments(nn.Module):
     Args:
         dim: ``D``, number of dims.
         rate: minimum weight of a new batch, in (0, 1].
+
+    Attributes:
+        mean, var: running moments, ``[D]``.
+        count: number of batches, a scalar.
+        n_faults: number of values taken for faults, where it can be counted without cost: not on a
+            GPU and not in compiled code.
 
     Example:
         >>> moments = RunningMoments(2)
@@ -56,13 +54,15 @@ class RunningMoments(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
         self.register_buffer("count", torch.zeros(()))
+        self.n_faults = 0
         self._has_started = False  # the host's copy of ``count > 0``, so as not to read the device
         self.register_load_state_dict_post_hook(_sync_has_started)
 
     @property
     def has_started(self) -> bool:
-        """Whether a batch has been seen. Reads the device until one has."""
-        self._has_started = self._has_started or bool(self.count > 0)
+        """Whether a batch has been seen, as far as the host may look; else :attr:`count` tells."""
+        if not self._has_started and can_read(self.count):
+            self._has_started = bool(self.count > 0)
         return self._has_started
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class RunningMoments(nn.Module):
         Changes by float32's rounding of the mean do not count.
         """
         std = self.var.sqrt()
-        return torch.where(std > _ROUNDING * self.mean.abs(), std, unchanged)
+        return torch.where(std > ROUNDING * self.mean.abs(), std, unchanged)
 
     def standardize(self, samples: Tensor) -> Tensor:
         """Shift and scale ``samples`` ``[..., D]`` to mean 0 and standard deviation 1."""
@@ -122,20 +122,24 @@ class RunningMoments(nn.Module):
     def _faultless_moments(self, samples: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and variance ``[D]`` of the rows of ``[N, D]`` that count, without faults."""
         mean, var = _moments(samples, counts)
-        if self.has_started:
-            centre, spread = self.mean, self.spread(unchanged=torch.inf)
-        else:
-            centre, spread = _robust_moments(samples, counts)
+        centre, spread = self.mean, self.spread(unchanged=torch.inf)
+        if not self.has_started:
+            median, deviation = robust_moments(samples, counts)
+            is_first = self.count == 0
+            centre = torch.where(is_first, median, centre)
+            spread = torch.where(is_first, deviation, spread)
         # A fault adds at least this much to the sum of the squared distances from the centre.
         square = torch.addcmul(var, mean - centre, mean - centre)
-        is_suspicious = len(samples) * square > (_FAR * spread) ** 2
+        is_suspicious = len(samples) * square > (FAR * spread) ** 2
         if is_surely_none(is_suspicious):
             return mean, var
-        far = (samples - centre).abs() > _FAR * spread
+        far = (samples - centre).abs() > FAR * spread
         n: int | Tensor = len(samples)
         if counts is not None:
             far, n = far & counts.unsqueeze(-1), counts.sum()
         are_faults = far & (_FAULTS * far.sum(0) <= n)
+        if can_read(are_faults):
+            self.n_faults += int(are_faults.sum())
         new_mean, new_var = _moments(torch.where(are_faults, centre, samples), counts)
         # A batch that is not usable stays so.
         is_finite = var.isfinite()
@@ -144,19 +148,6 @@ class RunningMoments(nn.Module):
 
 def _sync_has_started(moments: RunningMoments, _: Any) -> None:
     moments._has_started = not moments.count.is_meta and bool(moments.count > 0)
-
-
-def _robust_moments(samples: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Median, and spread by the median distance from it, of the rows ``[N, D]`` that count.
-
-    The spread is infinite for a dim in which more than half of the rows are the same.
-    """
-    if counts is not None:
-        samples = torch.where(counts.unsqueeze(-1), samples, torch.nan)
-    centre = samples.nanmedian(0).values if len(samples) else samples.sum(0)
-    spread = (samples - centre).abs()
-    spread = _MAD * spread.nanmedian(0).values if len(samples) else spread.sum(0)
-    return centre, torch.where(spread > _ROUNDING * centre.abs(), spread, torch.inf)
 
 
 def _moments(samples: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:

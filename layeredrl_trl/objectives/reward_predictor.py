@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_finite
 from layeredrl_trl.functional import zero_where_not
 from layeredrl_trl.modules import (
     DeltaStandardizer,
@@ -134,7 +135,8 @@ class RewardPredictorLoss(SliceLoss):
             "rew_loss_weight": rew_loss_weight,
         }
         for name, weight in weights.items():
-            if not weight >= 0:
+            check_finite(name, weight)
+            if weight < 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}.")
         owner = type(self).__name__
         check_parts(owner, encoder, dynamics)
@@ -204,6 +206,9 @@ class RewardPredictorLoss(SliceLoss):
         """
         slices = self._read_slices(tensordict)
         single = slices.first if transitions is None else self._read_transitions(transitions)
+        self._update_encoder_statistics(
+            single.observation, single.next_observation, single.mask, single.weight
+        )
         if slices.returns is None:
             slices = self.with_returns(slices)
         terms = self._reward_and_value_terms(self._targets(slices, learns=True))
@@ -241,6 +246,10 @@ class RewardPredictorLoss(SliceLoss):
                 real[HAS_TARGET] = is_known | (targets[keys.BOOTSTRAP_VALUE] != 0)
         encoded = dict(transitions.items(True, True))
         encoded[names.next_terminated] = flag(transitions, names.next_terminated)
+        if names.observation != latent:  # else it holds the latent state
+            observations = (encoded.get(k) for k in (names.observation, names.next_observation))
+            flags = (encoded.get(k) for k in (keys.MASK, keys.WEIGHT))
+            self._update_encoder_statistics(*observations, *flags)
         return TensorDict(
             self._reward_and_value_terms(real) | self._dynamics_terms(encoded), batch_size=[]
         )
@@ -283,8 +292,6 @@ class RewardPredictorLoss(SliceLoss):
             )
         if self._learns(dynamics):
             dynamics.update_statistics(latent, context, action, next_latent, counts)
-        if self.encoder.has_statistics and self._learns(self.encoder):
-            self._update_encoder_statistics(transitions, counts)
         nll, bce = dynamics.negative_log_likelihood(
             latent, context, action, next_latent, transitions[names.next_terminated], weight
         )
@@ -297,7 +304,7 @@ class RewardPredictorLoss(SliceLoss):
             consistency = self._reduce_loss(nll + bce)
         terms = {
             "loss_consistency": self.consistency_loss_weight
-            * (consistency + dynamics.regularization()),
+            * (consistency + dynamics.penalty()),
             "nll": means[0].detach(),
             "term_bce": means[1].detach(),
         }
@@ -308,14 +315,20 @@ class RewardPredictorLoss(SliceLoss):
             terms["loss_standardizer"] = standardizer.residual(delta, counts)
         return terms
 
-    def _update_encoder_statistics(self, transitions: Entries, counts: Tensor | None) -> None:
-        names = self.tensor_keys
-        if names.observation == self.encoder.out_keys[0]:  # it holds the latent state
+    def _update_encoder_statistics(
+        self,
+        observation: Tensor | None,
+        following: Tensor | None,
+        mask: Tensor | None,
+        weight: Tensor | None,
+    ) -> None:
+        """Update the encoder's running statistics, before it encodes, with what counts."""
+        encoder = self.encoder
+        if observation is None or not (encoder.has_statistics and self._learns(encoder)):
             return
-        observation = transitions.get(names.observation, None)
-        if observation is not None:
-            following = transitions[names.next_observation]
-            self.encoder.update_statistics(observation, following, counts)
+        counts = all_of(mask, None if weight is None else (weight > 0).any(-1, keepdim=True))
+        counts = None if counts is None else counts.squeeze(-1)
+        encoder.update_statistics(observation, following, counts)
 
     def _error(
         self,

@@ -254,11 +254,12 @@ class SliceLoss(LossModule):
         An untrained network predicts numbers near 1, which targets would hold for a long time if
         rewards were smaller.
         """
-        value, returns = self.value_network, slices.returns
-        if isinstance(value, LatentFunction) and not value.has_started:
-            counts = all_of(slices.mask, slices.planned, returns.exists)
+        moments, returns = self.value_moments, slices.returns
+        if moments is not None and not moments.has_started:
+            is_first = (moments.count == 0).expand_as(returns.bootstraps)
+            counts = all_of(is_first, slices.mask, slices.planned, returns.exists)
             entries = self._head_entries(latent, context, slices.action)
-            value.update_statistics(entries, returns.total, counts)
+            self.value_network.update_statistics(entries, returns.total, counts)
 
     def _learns(self, part: nn.Module) -> bool:
         # Parts are shared, so their mode may be set without setting that of the loss.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
+from layeredrl_trl.checks import check_count
 from layeredrl_trl.objectives.saved_buffers import SavedBuffers, statistics_of
 
 LossTerms = Mapping[str, Tensor] | TensorDictBase
@@ -74,8 +75,10 @@ class Update:
         compute: computes the loss terms of a batch: ``loss_module`` or a compiled version of it.
         steps: steps taken, skipped ones included.
         skipped: steps skipped for non-finite gradients.
+        warns: whether the first skipped step causes a warning.
 
     Raises:
+        TypeError: if ``warm_up`` is no integer.
         ValueError: if a number is out of its range.
 
     Example:
@@ -94,8 +97,7 @@ class Update:
     ) -> None:
         if clip_grad_max_norm is not None and not clip_grad_max_norm > 0:
             raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
-        if warm_up < 0:
-            raise ValueError(f"warm_up must be at least 0, got {warm_up}.")
+        check_count("warm_up", warm_up, least=0)
         self.loss_module = loss_module
         self.compute: Callable[..., LossTerms] = loss_module
         self.optimizer = optimizer
@@ -104,6 +106,7 @@ class Update:
         self.warm_up = warm_up
         self.steps = 0
         self.skipped = 0
+        self.warns = True
         self._warm_up_params = {id(p) for p in warm_up_params or ()}
         self._statistics = statistics_of(loss_module)
 
@@ -127,7 +130,8 @@ class Update:
         else:
             step.before.restore()
             self.skipped += 1
-            self.warn_of_skipped(self.skipped)
+            if self.skipped == 1:
+                self.warn_of_skipped()
         self.steps += 1
         return TensorDict(self.outcome(step), batch_size=[])
 
@@ -163,10 +167,9 @@ class Update:
             norm = torch.where(step.whole_norm.isfinite(), norm, step.whole_norm)
         return out | {"loss": step.total.detach(), "grad_norm": norm}
 
-    @staticmethod
-    def warn_of_skipped(number: int) -> None:
-        """Warn if ``number``, of batches skipped so far, is 1."""
-        if number == 1:
+    def warn_of_skipped(self) -> None:
+        """Warn of the first skipped batch, unless :attr:`warns` is False."""
+        if self.warns:
             warnings.warn(
                 "A batch gave non-finite gradients and was skipped: no parameter, target or "
                 "running statistic changed. Look for non-finite observations or rewards. Further "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
@@ -44,6 +45,12 @@ class ReadAhead(NamedTuple):
     sampler: TransitionSliceSampler
     device: torch.device
 
+    @property
+    def most_rows(self) -> int:
+        """Maximum number of transitions to read at once, at least 1."""
+        size = self.loss.encoder.obs_shape.numel()
+        return max(1, min(READ_AHEAD, _MOST_NUMBERS // size))
+
     def batches(
         self, buffer: TensorDictReplayBuffer, n_steps: int, batch_size: int, model_batch_size: int
     ) -> Iterator[tuple[Slices, Slices]]:
@@ -53,9 +60,8 @@ class ReadAhead(NamedTuple):
         """
         length, ahead = self.loss.slice_len, 1
         if has_plain_columns(buffer):
-            size = self.loss.encoder.obs_shape.numel()
             rows = batch_size * length + model_batch_size
-            ahead = max(1, min(READ_AHEAD, _MOST_NUMBERS // size) // rows)
+            ahead = max(1, self.most_rows // rows)
         for done in range(0, n_steps, ahead):
             n = min(ahead, n_steps - done)
             slices = self.loss.with_returns(self.slices(buffer, n * batch_size, length))
@@ -74,6 +80,15 @@ class ReadAhead(NamedTuple):
         """Draw single transitions ``[B]``."""
         index, _ = self._draw(buffer, batch_size, 1)
         return self._read(buffer, tuple(i[:, 0] for i in index), with_reward=False)
+
+    def entries(
+        self, buffer: TensorDictReplayBuffer, index: tuple[Tensor, ...]
+    ) -> dict[NestedKey, Tensor]:
+        """Read what is learned from at storage positions ``[N]``; by name, each ``[N, *]``."""
+        names, loss = self.loss.tensor_keys, self.loss
+        needed = [names.observation, names.action, names.next_observation]
+        needed += [names.next_reward] if loss.reward is not None or loss.has_value else []
+        return {key: x for key, x in read_transitions(buffer, index, needed).items(True, True)}
 
     def _draw(
         self, buffer: TensorDictReplayBuffer, batch_size: int, length: int

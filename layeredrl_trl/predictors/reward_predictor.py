@@ -15,6 +15,7 @@ from layeredrl_trl.checks import check_count, check_counts
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
+from layeredrl_trl.predictors.faults import count_faults, warn_of_far, warn_of_skipped
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
@@ -270,6 +271,10 @@ class RewardPredictor(Predictor):
         transforms are used, its sampler and batch size are not. A predictor in evaluation mode
         (:meth:`eval`) is set to training mode during the call.
 
+        A batch with non-finite gradients is skipped. A warning of the first ones, and of every call
+        in which no step was taken, names the entries of the buffer that are to blame and the
+        storage positions of a few. Another one names finite values far from all others.
+
         Args:
             buffer: with ``observation``, ``action``, ``("next", "observation")``,
                 ``("next", "reward")``, ``("next", "terminated")``, ``("next", "done")`` and
@@ -298,6 +303,7 @@ class RewardPredictor(Predictor):
         rates = self._rates.at(n_total_env_steps, [group["name"] for group in groups])
         for group in groups:
             group["lr"] = rates[group["name"]]
+        skipped_before, faults_before = self.update.skipped, count_faults(self.loss_module)
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
         steps = []
         for slices, transitions in batches:
@@ -314,6 +320,9 @@ class RewardPredictor(Predictor):
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())
         info["skipped"] = float(self.update.skipped)
+        n_skipped = self.update.skipped - skipped_before
+        warn_of_skipped(self._reader, buffer, n_skipped, n_steps, skipped_before)
+        warn_of_far(self._reader, buffer, faults_before)
         if self.n_learn_calls % self.log_interval == 0:
             scalars = {f"predictor/{name}": value for name, value in info.items()}
             log_scalars(self.writer, scalars, n_total_env_steps)
@@ -362,7 +371,7 @@ class RewardPredictor(Predictor):
             ``standardized_delta`` ``[B, D]``.
 
         Raises:
-            ValueError: if a shape does not fit, or ``fixed_std`` is not positive.
+            ValueError: if a shape does not fit, or ``fixed_std`` is not positive and finite.
         """
         state, context, action, next_state, fixed_std = (
             self._tensor(x) for x in (state, context, action, next_state, fixed_std)
@@ -373,8 +382,8 @@ class RewardPredictor(Predictor):
                 f"fixed_std: expected a shape that broadcasts to {list(each)}, got "
                 f"{list(fixed_std.shape)}."
             )
-        if not (fixed_std > 0).all():
-            raise ValueError("fixed_std: every standard deviation must be positive.")
+        if not ((fixed_std > 0) & fixed_std.isfinite()).all():
+            raise ValueError("fixed_std: every standard deviation must be positive and finite.")
         matrix = torch.eye(self.latent_state_dim, device=state.device)
         matrix = matrix if self.standardizer is None else self.standardizer.matrix
         log_prob, term_prob = self.model.log_prob(
@@ -410,6 +419,9 @@ class RewardPredictor(Predictor):
         super().train(mode)
         self.loss_module.train(mode)
         return self
+
+    def _discount(self) -> float:
+        return self.loss_module.gamma
 
     @property
     def _reader(self) -> ReadAhead:

@@ -784,3 +784,13 @@ def test_follows_to_the_gpu():
 def test_counts_that_are_no_integers_are_named(name):
     with pytest.raises(TypeError, match=f"ProbabilisticEnsemble: {name} must be an integer"):
         ProbabilisticEnsemble(3, 0, 1, **{name: 2.0})
+
+
+def test_no_mode_starts_at_a_fault():
+    model = ProbabilisticEnsemble(1, 0, 1, n_modes=2)
+    latent, action = torch.zeros(64, 1), torch.zeros(64, 1)
+    after = torch.where(torch.rand(64, 1) < 0.5, 1.0, -1.0) + 0.1 * torch.randn(64, 1)
+    after[7] = 1e8
+    model.update_statistics(latent, torch.zeros(64, 0), action, after)
+    start = (model.target_moments.mean + model.target_scale * model.mode_start[0]).flatten()
+    assert sorted(start.tolist()) == pytest.approx([-1, 1], abs=0.3)

@@ -589,6 +589,96 @@ def test_reduction(reduction, all_count):
         assert (out["loss_value"][~(slices[MASK] & slices["planned"])] == 0).all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reported_terms_are_means_over_what_is_valid_whatever_the_reduction(reduction):
+    """`nll` and `term_bce` counted padded rows: with half of them padding, half of it came out."""
+    dynamics, value, reward, encoder = small_parts()
+    loss = RewardPredictorLoss(encoder, dynamics, reward, value, reduction=reduction).eval()
+    SoftUpdate(loss, tau=0.1)
+    slices = make_slices(4, 1, [1, 0, 1, 0], planned=True)
+    slices["planned"][0] = True
+    out, real = loss(slices), slices[[0, 2]]
+    only = loss(real)
+    for key in ("nll", "term_bce", "value_target_mean"):
+        assert out[key].shape == () and not out[key].requires_grad
+        torch.testing.assert_close(out[key], only[key])
+    encoded = loss.encode_transitions(real[:, 0])
+    expected = dynamics.loss(encoded)
+    torch.testing.assert_close(out["nll"] + out["term_bce"], expected.detach())
+    weighted = slices.set("weight", torch.tensor([2.0, 5.0, 1.0, 3.0]).reshape(4, 1, 1))
+    encoded["weight"] = torch.tensor([[2.0], [1.0]])
+    out = loss(weighted)
+    torch.testing.assert_close(out["nll"] + out["term_bce"], dynamics.loss(encoded).detach())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("value", ["state", "q"])
+def test_a_batch_in_which_nothing_was_planned_is_learned_from(value, reduction):
+    """The mean over no target is no number, so that every such batch was skipped."""
+    loss = make_loss(value, reduction=reduction)
+    slices = make_slices(length=loss.slice_len)
+    slices["planned"] = torch.zeros(*slices.shape, 1).bool()
+    terms = loss(slices)
+    assert all(x.isfinite().all() for x in terms.values())
+    assert (terms["loss_value"] == 0).all() and terms["value_target_mean"] == 0
+    terms["loss_reward"].sum().backward()
+    assert any(p.grad.abs().sum() > 0 for p in of_part(loss, "reward"))
+
+
+@pytest.mark.parametrize("value", ["state", "q"])
+def test_reward_of_the_last_step_of_a_truncated_episode_is_learned(value):
+    """With a Q-function the reward loss left out the step that has no value target."""
+    loss = frozen(make_loss(value, k_steps=2, n_steps=2))
+    slices = make_slices(3, loss.slice_len, [2, 2, 2])
+    before, before_grads = loss(slices), grads(loss, slices)
+    slices["next", "reward"][:, 1] += 10.0
+    after, after_grads = loss(slices), grads(loss, slices)
+    assert after["loss_reward"] > 10 * before["loss_reward"]
+    for key, grad in before_grads.items():
+        if key.startswith("reward"):
+            assert not torch.equal(grad, after_grads[key])
+    torch.testing.assert_close(after["loss_consistency"], before["loss_consistency"])
+    assert (after["loss_value"] == before["loss_value"]).item() is (value == "q")
+    # also where targets are computed beforehand
+    encoded = loss.encode_transitions(slices[:, 0])
+    torch.testing.assert_close(loss.terms(loss.compute_targets(slices), encoded), after)
+
+
+@pytest.mark.parametrize("value", ["state", "q"])
+def test_a_reward_that_is_no_number_is_no_missing_target(value):
+    """A NaN among the targets of a Q-function stands for none, but not where one is due."""
+    loss = frozen(make_loss(value, n_steps=2))
+    slices = make_slices(3, loss.slice_len)
+    slices["next", "reward"][1, 1] = torch.nan
+    targets = loss.compute_targets(slices)
+    terms = loss.terms(targets, loss.encode_transitions(slices[:, 0]))
+    assert terms["loss_value"].isnan() and loss(slices)["loss_value"].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_targets_of_rewards_of_half_precision(dtype):
+    """Their sum was infinite in float16, and rounded to 87,040 in bfloat16."""
+    loss = make_loss(n_steps=64, gamma=0.99)
+    slices = make_slices(2, loss.slice_len, terminated=True)
+    reward = torch.full((2, 64, 1), 1850.0).to(dtype)
+    slices["next", "reward"] = reward
+    target = loss.compute_targets(slices)["value_target"]
+    expected = sum(0.99**i * reward[0, 0].double().item() for i in range(64))
+    assert target.dtype is torch.float32
+    assert target.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-6)
+    assert all(x.isfinite() for x in loss(slices).values())
+
+
+def test_errors_of_a_half_precision_network_do_not_overflow():
+    dynamics, value, _, encoder = small_parts()
+    reward = lambda latent, context, action: latent[..., :1].bfloat16()  # noqa: E731
+    loss = RewardPredictorLoss(encoder, dynamics, reward, value)
+    SoftUpdate(loss, tau=0.1)
+    slices = make_slices(length=1)
+    slices["next", "reward"][:] = 1e20 / 3
+    assert loss(slices)["loss_reward"].dtype is torch.float32
+
+
 # --- gradients
 
 

@@ -1,0 +1,153 @@
+"""What learn says of data that it cannot learn from: which entry, how many rows, where."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
+from layeredrl_trl.predictors import RewardPredictor
+from tests.oracles_predictors import filled_buffer
+from tests.small_predictors import learn, small_predictor, snapshot
+
+BAD = [torch.nan, torch.inf]
+
+
+def plain_predictor() -> RewardPredictor:
+    """With an encoder that lets everything through."""
+    parts = ProbabilisticEnsemble(3, 0, 1, hidden_sizes=(8,)), ValueNet(3, 0), RewardNet(3, 0, 1)
+    return RewardPredictor(*parts, IdentityEncoder(3), 3, 0, learn_encoder=False)
+
+
+def buffer_with(bad: dict, n=200, ndim=1) -> TensorDictReplayBuffer:
+    """A buffer in which ``bad`` gives ``{key: {position: value}}``."""
+    buffer = filled_buffer(n, ndim=ndim).buffer
+    for key, places in bad.items():
+        for position, value in places.items():
+            buffer.storage._storage[key][position] = value
+    return buffer
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize(
+    "key", ["observation", "action", ("next", "observation"), ("next", "reward")]
+)
+def test_the_first_skipped_batch_names_entry_count_and_positions(key, value):
+    buffer = buffer_with({key: {17: value, 151: value}})
+    with pytest.warns(UserWarning) as caught:
+        _, info = learn(small_predictor(encoder_warm_up=0), buffer, n_steps=40, batch_size=16)
+    assert 0 < info["skipped"] < 40
+    text = str(caught[0].message)
+    assert len(caught) == 1
+    assert text.startswith(f"{info['skipped']:.0f} of 40 batches gave non-finite gradients")
+    assert f"{key!r}: 2 of 200 rows are not finite, at storage positions 17, 151." in text
+
+
+def test_positions_of_a_storage_of_two_dims():
+    buffer = buffer_with({("next", "reward"): {(3, 1): torch.nan}}, n=20, ndim=2)
+    with pytest.warns(UserWarning, match=r"1 of 40 row is not finite, .* positions \(3, 1\)\."):
+        learn(small_predictor(encoder_warm_up=0), buffer, n_steps=40, batch_size=16)
+
+
+def test_many_positions_are_cut_short():
+    places = {position: torch.nan for position in range(10, 110, 10)}
+    with pytest.warns(UserWarning, match=r"10 of 200 rows .* 10, 20, 30, 40, 50, \.\.\.\."):
+        learn(small_predictor(), buffer_with({"action": places}), n_steps=40, batch_size=16)
+
+
+def test_every_call_that_learns_nothing_says_so():
+    """One bad row of 200 and batches of 256: after the first warning it was silent for ever."""
+    buffer, predictor = buffer_with({("next", "reward"): {17: torch.nan}}), small_predictor()
+    before = snapshot(predictor)
+    for call in (1, 2, 3):
+        with pytest.warns(UserWarning) as caught:
+            learn(predictor, buffer, n_steps=3, batch_size=4000)
+        assert len(caught) == 1
+        text = str(caught[0].message)
+        assert text.startswith("Nothing was learned: 3 of 3 batches gave non-finite gradients")
+        assert f"{3 * call} were skipped so far" in text and "storage positions 17." in text
+    torch.testing.assert_close(snapshot(predictor), before, rtol=0, atol=0)
+
+
+def test_a_few_more_skipped_batches_are_only_counted():
+    buffer, predictor = buffer_with({"action": {17: torch.nan}}), small_predictor()
+    with pytest.warns(UserWarning, match="gave non-finite gradients"):
+        learn(predictor, buffer, n_steps=40, batch_size=16)
+    before = predictor.update.skipped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn(predictor, buffer, n_steps=40, batch_size=16)
+    assert predictor.update.skipped > before
+
+
+def test_values_whose_square_overflows_are_named():
+    buffer = buffer_with({("next", "observation"): {17: 1e20}})
+    predictor = plain_predictor()
+    with pytest.warns(UserWarning, match=r"\('next', 'observation'\): 1 of 200 row is too large"):
+        learn(predictor, buffer, n_steps=40, batch_size=16)
+    clean = filled_buffer(200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = predictor.update.skipped
+        learn(predictor, clean, n_steps=10)
+    assert predictor.update.skipped == before
+
+
+def test_one_batch_of_huge_states_does_not_stop_learning_for_ever():
+    """The variance after the update was not looked at: every clean batch was skipped."""
+    predictor, buffer = plain_predictor(), filled_buffer(40).buffer
+    learn(predictor, filled_buffer(200))
+    buffer.storage._storage["next", "observation"].fill_(1e20)
+    with pytest.warns(UserWarning, match="Nothing was learned"):
+        learn(predictor, buffer, n_steps=3)
+    assert all(x.isfinite().all() for x in snapshot(predictor).values())
+    before = predictor.update.skipped
+    learn(predictor, filled_buffer(200), n_steps=5)
+    assert predictor.update.skipped == before
+
+
+def test_parameters_that_are_to_blame_are_named():
+    predictor = small_predictor()
+    with torch.no_grad():
+        next(predictor.model.parameters()).fill_(torch.nan)
+    with pytest.warns(UserWarning, match=r"entries .* are finite, but parameters of \['model'\]"):
+        learn(predictor)
+
+
+def linear_buffer(n=1000) -> TensorDictReplayBuffer:
+    observation, action = torch.randn(n, 3), torch.rand(n, 1)
+    flags = {key: torch.zeros(n, 1).bool() for key in ("terminated", "truncated")}
+    flags["done"] = torch.arange(n)[:, None] % 50 == 49
+    flags["truncated"] = flags["done"].clone()
+    following = 0.9 * observation + 0.3 * action
+    data = {
+        "observation": observation,
+        "action": action,
+        "next": {"observation": following, "reward": following[:, :1], **flags},
+    }
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(n))
+    buffer.extend(TensorDict(data, [n]))
+    return buffer
+
+
+@pytest.mark.parametrize("value", [1e8, -1e6])
+@pytest.mark.parametrize("key", [("next", "observation"), ("next", "reward")])
+def test_one_huge_value_in_1000_rows_spoiled_all_scales_without_a_word(key, value):
+    buffer, scales = linear_buffer(), []
+    clean = buffer.storage._storage[key][17].clone()
+    for bad in (clean, torch.full_like(clean, value)):
+        buffer.storage._storage[key][17] = bad
+        predictor = plain_predictor()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for seed in range(4):
+                learn(predictor, buffer, n_steps=30, batch_size=64, seed=seed)
+        parts = predictor.model, predictor.rew_func, predictor.val_func
+        scales.append(torch.cat([part.target_scale for part in parts]))
+    assert len(caught) == 1
+    text = re.escape(f"{key!r}: 1 of 1000 row is more than 10,000 times the usual spread")
+    assert re.search(text + r" from the median, at storage positions 17\.", str(caught[0].message))
+    torch.testing.assert_close(scales[1], scales[0], rtol=0.2, atol=0)
