@@ -60,6 +60,10 @@ class BareModel:
         self.raw = torch.eye(D, requires_grad=True)
         self.input_mean, self.input_var = torch.zeros(D + ACTION_DIM), torch.ones(D + ACTION_DIM)
         self.target_mean, self.target_var = torch.zeros(D), torch.ones(D)
+        # of the inputs of reward and value, and last of what they learn
+        n = D + ACTION_DIM + 1
+        self.reward_mean, self.reward_var = torch.zeros(n), torch.ones(n)
+        self.value_mean, self.value_var = torch.zeros(D + 1), torch.ones(D + 1)
         self.seen = 0
         self.mode_start = torch.zeros(2, workload.n_modes, D)
 
@@ -67,6 +71,13 @@ class BareModel:
         for weight, bias in layers[:-1]:
             x = silu(linear(x, weight, bias))
         return linear(x, *layers[-1])
+
+    def head(
+        self, layers: list[tuple[Tensor, Tensor]], x: Tensor, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """Evaluate reward or value: inputs standardised, output in units of what is learned."""
+        std = var.sqrt()
+        return mean[-1:] + std[-1:] * self.mlp(layers, (x - mean[:-1]) / std[:-1])
 
     def ensemble(self, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
         """Map ``[E, N, in]`` to ``[E, N, out]``."""
@@ -97,12 +108,12 @@ class BareLearner(BareModel):
         self.last = ends[torch.searchsorted(ends, torch.arange(n))]
         self.flat_reward = columns["reward"][:, 0]
         self.flat_terminated = columns["terminated"][:, 0]
-        nets = (self.dynamics, self.termination, self.value, self.reward)
-        self.params = [p for net in nets for layer in net for p in layer] + [self.raw]
+        nets = (self.dynamics + self.termination, self.value, self.reward)
+        self.parts = [[p for layer in net for p in layer] for net in nets] + [[self.raw]]
         self.value_params = [p for layer in self.value for p in layer]
         self.target_params = [p for layer in self.target for p in layer]
         groups = [
-            {"params": self.params[:-1], "lr": 3e-4},
+            {"params": [p for part in self.parts[:-1] for p in part], "lr": 3e-4},
             {"params": [self.raw], "lr": 1e-3},
         ]
         self.optimizer = torch.optim.Adam(groups, fused=True)
@@ -116,11 +127,15 @@ class BareLearner(BareModel):
         loss = self.loss(*self.draw())
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 20.0, foreach=True)
+        self.clip()
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.target_params, self.value_params, 0.005)
         return loss.detach()
+
+    def clip(self) -> None:
+        for part in self.parts:
+            torch.nn.utils.clip_grad_norm_(part, 20.0, foreach=True)
 
     def loss(self, start: Tensor, single: Tensor) -> Tensor:
         return self.head_loss(start) + self.dynamics_loss(single)
@@ -142,14 +157,23 @@ class BareLearner(BareModel):
         first = index[:, :k].flatten()
         observation = columns["observation"].index_select(0, first)
         action = columns["action"].index_select(0, first)
+        counts, inputs = mask[:, :k], torch.cat([observation, action], -1)
+        value_moments = self.value_mean, self.value_var
+        reward_moments = self.reward_mean, self.reward_var
+        rate = max(1 / (self.seen + 1), 1e-3)
         with torch.no_grad():
+            if self.seen == 0:  # the first unit of values is that of the rewards
+                self.move(*value_moments, self.counted(counts, observation, window), 1.0)
             after = columns["next_observation"].index_select(0, behind.flatten())
-            value = self.mlp(self.target, after).view(behind.shape)
+            value = self.head(self.target, after, *value_moments).view(behind.shape)
             target = window + torch.where(terminated, 0.0, GAMMA**steps * value)
-        predicted = self.mlp(self.reward, torch.cat([observation, action], -1))
-        error = (predicted.view(-1, k) - reward[:, :k]).square()
-        value_error = (self.mlp(self.value, observation).view(-1, k) - target).square()
-        counts = mask[:, :k]
+            seen = self.counted(counts, observation, target)
+            self.move(*value_moments, seen, max(1 / (self.seen + 2), 1e-3))
+            self.move(*reward_moments, self.counted(counts, inputs, reward[:, :k]), rate)
+            value_unit, unit = self.value_var[-1].sqrt(), self.reward_var[-1].sqrt()
+        error = self.head(self.reward, inputs, *reward_moments).view(-1, k) - reward[:, :k]
+        value_error = self.head(self.value, observation, *value_moments).view(-1, k) - target
+        error, value_error = (error / unit).square(), (value_error / value_unit).square()
         return torch.where(counts, error + value_error, 0.0).sum() / counts.sum()
 
     def dynamics_loss(self, index: Tensor) -> Tensor:
@@ -187,6 +211,12 @@ class BareLearner(BareModel):
         return nll + bce + residual
 
     @staticmethod
+    def counted(counts: Tensor, inputs: Tensor, target: Tensor) -> Tensor:
+        """Inputs and targets ``[N, in + 1]`` of the steps that count ``[B, k]``."""
+        rows = torch.cat([inputs, target.reshape(-1, 1)], -1)
+        return rows if counts.shape[1] == 1 else rows[counts.flatten()]
+
+    @staticmethod
     def move(mean: Tensor, var: Tensor, samples: Tensor, rate: float) -> None:
         batch_var, batch_mean = torch.var_mean(samples, 0, correction=0)
         shift = batch_mean - mean
@@ -207,9 +237,11 @@ class BareImagination(BareModel):
 
     @torch.no_grad()
     def rollout(
-        self, latent: Tensor, actions: Tensor, *, deterministic: bool = False
+        self, latent: Tensor, actions: Tensor, *, deterministic: bool = False, common: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Imagine ``H`` steps from ``latent`` ``[B, D]`` under ``actions`` ``[B, H, A]``.
+
+        With a single particle of each, ``common`` consecutive envs share their noise.
 
         Returns:
             latent states before each step ``[H, E, N, D]``, whether they live ``[H, E, N]``,
@@ -225,37 +257,50 @@ class BareImagination(BareModel):
         else:
             latent = latent.view(n_rows, n_models, -1).transpose(0, 1)
             rows = actions.view(n_rows, n_models, horizon, -1).transpose(0, 1)
+        group = None
+        if common > 1:
+            group = (torch.arange(n_envs) // common).view(n_rows, n_models).t()
         acts = ((rows - self.input_mean[D:]) / self.action_width).unbind(2)
         latents, inputs = [], []
         for act in acts:
             latents.append(latent)
             x = torch.cat([(latent - self.input_mean[:D]) / self.latent_width, act], -1)
             inputs.append(x)
-            latent = latent + self.target_mean + self.scale * self.change(x, deterministic)
+            latent = latent + self.target_mean + self.scale * self.change(x, deterministic, group)
         latents, inputs = torch.stack(latents), torch.cat(inputs, 1)
         survives = 1 - torch.sigmoid(self.ensemble(self.termination, inputs))
         alive = survives.view(n_models, horizon, n_rows).transpose(0, 1).cumprod(0)
         alive = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])
         seen = torch.cat([latents, rows.permute(2, 0, 1, 3)], -1)
-        reward = alive * self.mlp(self.reward, seen).squeeze(-1)
+        reward = self.head(self.reward, seen, self.reward_mean, self.reward_var)
+        reward = alive * reward.squeeze(-1)
         if self.n_particles >= n_models:
             reward = reward.view(horizon, n_models, n_envs, -1).mean((1, 3))
         else:
             reward = reward.transpose(1, 2).reshape(horizon, n_envs)
         return latents, alive, reward.t()
 
-    def change(self, x: Tensor, deterministic: bool) -> Tensor:
-        """Draw the change of the latent ``[E, N, D]``, in units of the target scale."""
+    def change(self, x: Tensor, deterministic: bool, group: Tensor | None = None) -> Tensor:
+        """Draw the change of the latent ``[E, N, D]``, in units of the target scale.
+
+        Rows of one ``group`` ``[E, N]`` share their noise.
+        """
         mean, std, log_weights = self.gaussians(self.ensemble(self.dynamics, x))
         if log_weights is None:
             mean, std = mean.squeeze(-2), std.squeeze(-2)
         elif deterministic:
             return (log_weights.exp().unsqueeze(-1) * mean).sum(-2)
         else:
-            gumbel = -torch.empty_like(log_weights).exponential_().log()
+            like = log_weights if group is None else log_weights[0, : int(group.max()) + 1]
+            gumbel = -torch.empty_like(like).exponential_().log()
+            gumbel = gumbel if group is None else gumbel[group]
             mode = (log_weights + gumbel).argmax(-1)[..., None, None].expand(*mean.shape[:2], 1, D)
             mean, std = mean.gather(-2, mode).squeeze(-2), std.gather(-2, mode).squeeze(-2)
-        return mean if deterministic else torch.addcmul(mean, std, torch.randn_like(mean))
+        if deterministic:
+            return mean
+        if group is None:
+            return torch.addcmul(mean, std, torch.randn_like(mean))
+        return torch.addcmul(mean, std, torch.randn(int(group.max()) + 1, D)[group])
 
 
 class BarePlanner:
@@ -304,7 +349,7 @@ class BarePlanner:
             if padding:
                 starts = torch.cat([starts, starts[:padding]])
                 actions = torch.cat([actions, actions[:padding]])
-            _, _, reward = self.imagination.rollout(starts, actions)
+            _, _, reward = self.imagination.rollout(starts, actions, common=size)
             returns = (reward[: n_envs * size] @ self.discount).view(n_envs, size)
             top, index = returns.topk(self.top_k)
             elites = samples[envs[:, None], index]

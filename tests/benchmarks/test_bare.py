@@ -55,7 +55,7 @@ def test_losses_and_steps(name):
         torch.testing.assert_close(info["loss"], total.detach(), rtol=1e-4, atol=1e-4)
         bare.optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(bare.params, 20.0)
+        bare.clip()
         bare.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(bare.target_params, bare.value_params, 0.005)
