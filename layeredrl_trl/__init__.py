@@ -30,11 +30,13 @@ from layeredrl_trl.envs import (
     flatten_observation,
 )
 from layeredrl_trl.modules import (
+    BestActionValue,
     DynamicsModel,
     Encoder,
     IdentityEncoder,
     LinearEncoder,
     MLPEncoder,
+    PolicyValue,
     ProbabilisticEnsemble,
     RewardNet,
     SelectEncoder,
@@ -59,6 +61,7 @@ from layeredrl_trl.predictors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BestActionValue",
     "CategoricalCrossEntropyPlanner",
     "CrossEntropyPlanner",
     "DisagreementBonus",
@@ -70,6 +73,7 @@ __all__ = [
     "MLPEncoder",
     "PathIntegralPlanner",
     "PessimismPenalty",
+    "PolicyValue",
     "Predictor",
     "PredictorEnv",
     "PredictorFactory",

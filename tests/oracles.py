@@ -322,3 +322,20 @@ def roll_out(model, latent, context, actions, member=None, *, deterministic=Fals
         latents.append(latent)
         term_logits.append(prediction.term_logit)
     return torch.stack(latents, 1), torch.stack(term_logits, 1)
+
+
+def variances_at(model, particles, context, action):
+    """Epistemic and aleatoric variance ``[D]`` over members, a mean over particles ``[K, D]``.
+
+    Every member is asked for every particle.
+    """
+    epistemic, aleatoric = [], []
+    for particle in particles:
+        each = []
+        for e in range(model.n_models):
+            mean, std, weights, _ = member_prediction(model, e, particle, context, action)
+            each.append(mixture(mean, std, weights))
+        centre = sum(m.mean for m in each) / len(each)
+        epistemic.append(sum((m.mean - centre) ** 2 for m in each) / len(each))
+        aleatoric.append(sum(m.variance for m in each) / len(each))
+    return sum(epistemic) / len(epistemic), sum(aleatoric) / len(aleatoric)

@@ -16,6 +16,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import Transform
 
 from layeredrl_trl import keys
+from layeredrl_trl.checks import check_key
 from layeredrl_trl.functional import disagreement, epistemic_variance, zero_if_dead
 from layeredrl_trl.modules import DynamicsModel, Encoder
 
@@ -72,7 +73,8 @@ class DisagreementReward(Transform):
         ``reward' - sign * scale * disagreement``.
 
     Raises:
-        TypeError: if only one of ``encoder`` and ``dynamics`` is given, or one has a wrong type.
+        TypeError: if only one of ``encoder`` and ``dynamics`` is given, one has a wrong type, or a
+            key is no key.
         ValueError: if ``scale`` is negative or not finite, or ``encoder`` and ``dynamics`` differ
             in size; in a step, if a shape does not fit.
         KeyError: in a step or when the specs of an env are made, if an entry is missing.
@@ -92,6 +94,15 @@ class DisagreementReward(Transform):
         alive_key: NestedKey | None = keys.ALIVE,
     ) -> None:
         _check_encoder_and_dynamics(type(self).__name__, encoder, dynamics)
+        keys_by_name = {
+            "reward_key": reward_key,
+            "disagreement_key": disagreement_key,
+            "epistemic_var_key": epistemic_var_key,
+        }
+        if alive_key is not None:
+            keys_by_name["alive_key"] = alive_key
+        for name, key in keys_by_name.items():
+            check_key(f"{type(self).__name__}: {name}", key)
         needed = [epistemic_var_key] if dynamics is None else [encoder.in_keys[0]]
         super().__init__([reward_key, *needed], [reward_key, disagreement_key])
         self.reward_key, self.needed_key = self.in_keys

@@ -5,6 +5,7 @@ latent state and termination, reward and value are functions of the latent state
 named entries (:mod:`layeredrl_trl.keys`), so any of them can be replaced by one of your own.
 """
 
+from layeredrl_trl.modules.action_values import BestActionValue, PolicyValue
 from layeredrl_trl.modules.dynamics import DynamicsModel
 from layeredrl_trl.modules.encoders import Encoder, IdentityEncoder
 from layeredrl_trl.modules.ensemble import ProbabilisticEnsemble
@@ -34,6 +35,7 @@ from layeredrl_trl.modules.standardizer import DeltaStandardizer
 from layeredrl_trl.modules.symmetry_breaking import SymmetryBreakingStart
 
 __all__ = [
+    "BestActionValue",
     "ConcatMLP",
     "DeltaStandardizer",
     "DynamicsModel",
@@ -46,6 +48,7 @@ __all__ = [
     "LinearEncoder",
     "MLPEncoder",
     "ParticlePrediction",
+    "PolicyValue",
     "ProbabilisticEnsemble",
     "RewardNet",
     "RunningMoments",

@@ -16,7 +16,7 @@ from torchrl.envs.utils import exploration_type
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import GraphReplay
-from layeredrl_trl.checks import check_counts
+from layeredrl_trl.checks import check_counts, check_flag, check_key
 from layeredrl_trl.functional import return_spread
 from layeredrl_trl.planners.scoring import CandidateReturn, base_env
 from layeredrl_trl.planners.warm_start import PlanEntries
@@ -88,8 +88,8 @@ class SamplingPlanner(PlanEntries, ABC):
 
     Raises:
         TypeError: if the action is of a kind that the planner cannot plan, ``callback`` is not
-            callable, ``env`` is no ``EnvBase``, a number of steps or candidates no integer, or an
-            option is missing or unknown.
+            callable, ``env`` is no ``EnvBase``, a number of steps or candidates no integer, a flag
+            no bool, a key no key, or an option is missing or unknown.
         ValueError: if an action has a shape that does not fit, a number is out of range or
             ``return_action`` unknown, and what :class:`~layeredrl_trl.planners.CandidateReturn`
             raises; when planning, if an entry has a wrong shape or device.
@@ -120,6 +120,19 @@ class SamplingPlanner(PlanEntries, ABC):
             optim_steps=optim_steps,
             num_candidates=num_candidates,
         )
+        check_flag("warm_start", warm_start)
+        check_flag("cudagraphs", cudagraphs)
+        keys_by_name = {
+            "plan_key": plan_key,
+            "plan_return_key": plan_return_key,
+            "plan_spread_key": plan_spread_key,
+            "plan_std_key": plan_std_key,
+            "is_init_key": is_init_key,
+        }
+        if action_key is not None:
+            keys_by_name["action_key"] = action_key
+        for name, key in keys_by_name.items():
+            check_key(name, key)
         if return_action not in get_args(ReturnAction):
             raise ValueError(
                 f"return_action must be 'mean', 'best' or 'sample', got {return_action!r}."

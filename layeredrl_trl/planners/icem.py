@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.checks import check_finite
+from layeredrl_trl.checks import check_finite, check_key
 from layeredrl_trl.planners.base import ReturnAction
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
 from layeredrl_trl.planners.gaussian import Gaussian
@@ -26,7 +26,8 @@ class ICEMPlanner(CrossEntropyPlanner):
     - candidates vary over time like coloured noise (``noise_beta``), so that they get somewhere;
     - the best are tried again in the next round and, moved on by one step with a last action drawn
       anew, in the next step of the environment (``keep_elites``);
-    - rounds get smaller, round i having ``max(N * population_decay^-i, 2 * top_k)`` candidates;
+    - rounds get smaller, round i having ``max(N * population_decay^-i, 2 * top_k)`` candidates,
+      rounded down and at most N;
     - the mean is a candidate of the last round only;
     - the action is that of the best candidate of all rounds.
 
@@ -62,6 +63,7 @@ class ICEMPlanner(CrossEntropyPlanner):
         last elites), ``plan_spread``, ``plan_std`` ``[..., 1]``.
 
     Raises:
+        TypeError: if ``elites_key`` is no key.
         ValueError: if ``keep_elites`` is not in [0, 1] or leaves no room for new candidates,
             ``population_decay`` is below 1 or not finite, or ``mean_candidate`` is unknown; and
             what :class:`~layeredrl_trl.planners.CrossEntropyPlanner` raises.
@@ -70,7 +72,9 @@ class ICEMPlanner(CrossEntropyPlanner):
         Pinneri, Sawant, Blaes, Achterhold, Stueckler, Rolinek, Martius (2020), arXiv:2008.06389,
         algorithm 1. Deviations: elites tried again and the mean take places of the N candidates
         instead of coming on top, and are scored anew; momentum is on the standard deviation too;
-        with ``return_action="best"`` the plan is the best candidate, not the mean.
+        with ``return_action="best"`` the plan is the best candidate, not the mean; the standard
+        deviation of a warm start is ``warm_std`` times the first one, not the first one itself;
+        the plan moved on ends mid-range, instead of repeating its last action.
 
     Example:
         >>> import torch
@@ -106,6 +110,7 @@ class ICEMPlanner(CrossEntropyPlanner):
     ) -> None:
         if not 0.0 <= keep_elites <= 1.0:
             raise ValueError(f"keep_elites must be in [0, 1], got {keep_elites}.")
+        check_key("elites_key", elites_key)
         check_finite("population_decay", population_decay)
         if not population_decay >= 1.0:
             raise ValueError(f"population_decay must be at least 1, got {population_decay}.")
@@ -124,7 +129,8 @@ class ICEMPlanner(CrossEntropyPlanner):
         self.population_decay = population_decay
         self.mean_candidate = mean_candidate
         self.elites_key = unravel_key(elites_key)
-        self._num_kept = math.ceil(keep_elites * top_k)
+        kept = keep_elites * top_k
+        self._num_kept = _without_rounding_error(kept) or math.ceil(kept)
         if self._num_kept >= num_candidates - 1 and self._num_kept:
             raise ValueError(
                 f"keep_elites={keep_elites} of top_k={top_k} leaves no room for new candidates "
@@ -145,7 +151,8 @@ class ICEMPlanner(CrossEntropyPlanner):
         return belief._replace(kept=torch.where(known, kept, torch.nan))
 
     def _num_candidates(self, number: int) -> int:
-        decayed = int(self.num_candidates * self.population_decay**-number)
+        decayed = self.num_candidates * self.population_decay**-number
+        decayed = _without_rounding_error(decayed) or int(decayed)
         return min(self.num_candidates, max(decayed, 2 * self.top_k))
 
     def _mean_is_candidate(self, number: int) -> bool:
@@ -168,3 +175,8 @@ class ICEMPlanner(CrossEntropyPlanner):
     def _carry_on(self, belief: Gaussian, sequence: Tensor) -> dict[NestedKey, Tensor]:
         carried = super()._carry_on(belief, sequence)
         return carried if belief.kept is None else {**carried, self.elites_key: belief.kept}
+
+
+def _without_rounding_error(x: float) -> int | None:
+    """Return the whole number that ``x`` is but for rounding, as 0.07 * 100 is 7; else ``None``."""
+    return round(x) if math.isclose(x, round(x), rel_tol=1e-9) else None

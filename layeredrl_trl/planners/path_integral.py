@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from layeredrl_trl.checks import check_flag
 from layeredrl_trl.functional import draw_by_weight, softmax_weights
 from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
 
@@ -41,6 +42,7 @@ class PathIntegralPlanner(GaussianPlanner):
         ``std_decay`` and ``warm_std`` left of the first standard deviation) ``[..., 1]``.
 
     Raises:
+        TypeError: if ``normalize`` is no bool.
         ValueError: if ``temperature`` is not above 0 or ``std_decay`` not in (0, 1]; and what
             :class:`~layeredrl_trl.planners.GaussianPlanner` raises.
 
@@ -75,6 +77,7 @@ class PathIntegralPlanner(GaussianPlanner):
         std_decay: float = 1.0,
         **options,
     ) -> None:
+        check_flag("normalize", normalize)
         if not temperature > 0.0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if not 0.0 < std_decay <= 1.0:

@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import promised
-from layeredrl_trl.checks import check_finite
+from layeredrl_trl.checks import check_finite, check_key, check_keys
 from layeredrl_trl.functional import disagreement as member_disagreement
 from layeredrl_trl.functional import zero_if_dead
 
@@ -77,7 +77,8 @@ class CandidateReturn(nn.Module):
 
     Raises:
         TypeError: if ``env`` is no ``EnvBase``, ``terminal_value`` no ``TensorDictModule``, a
-            weight no number, or there is a ``terminal_value`` without ``gamma``.
+            weight or ``gamma`` no number, a key no key, or there is a ``terminal_value`` without
+            ``gamma``.
         ValueError: if ``env`` is batch-locked or has several actions, ``gamma`` is out of range,
             ``terminal_penalty`` or ``disagreement`` is not finite, ``terminal_value`` reads the
             action or what the environment gives of one of several particles, or does not write
@@ -122,6 +123,17 @@ class CandidateReturn(nn.Module):
         check_finite("gamma", gamma)
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
+        keys_by_name = {
+            "value_key": value_key,
+            "alive_key": alive_key,
+            "epistemic_var_key": epistemic_var_key,
+        }
+        if reward_key is not None:
+            keys_by_name["reward_key"] = reward_key
+        for name, key in keys_by_name.items():
+            check_key(name, key)
+        if state_keys is not None:
+            check_keys("state_keys", state_keys)
         check_finite("terminal_penalty", terminal_penalty)
         check_finite("disagreement", disagreement)
         super().__init__()

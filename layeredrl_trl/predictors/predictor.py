@@ -212,9 +212,10 @@ class Predictor(nn.Module, abc.ABC):
         Args:
             action_spec: of one env, without batch dims.
             options: of :class:`~layeredrl_trl.envs.PredictorEnv`; ``reward`` replaces the learned
-                one.
+                one, and ``gamma``, for planners, the discount of the value.
         """
         reward = options.pop("reward", self.rew_func)
+        options.setdefault("gamma", self._discount())
         return PredictorEnv(self.encoder, self.model, reward, action_spec, **options)
 
     @abc.abstractmethod
@@ -266,6 +267,10 @@ class Predictor(nn.Module, abc.ABC):
         position = flat_position(index, storage.shape[1:])
         mask = mask.to(device)
         return position.mT.cpu().numpy(), mask.sum(-1), mask.to(torch.float32)
+
+    def _discount(self) -> float | None:
+        """Return the discount that the value is learned with, if it is known."""
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Predictor:
         self.__dict__.pop("_envs", None)

@@ -201,6 +201,25 @@ def test_it_is_planning(name, graphs):
     assert 0 < graphs() <= 2
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"propagation": "random_model", "termination": "sample"}], ids=str
+)
+def test_envs_share_random_numbers(options, graphs):
+    own, plain = both(num_particles=1, **options)
+    state, actions = plain.reset(observations(plain, 12)), random_actions(plain, 12, 4)
+    outs = []
+    for env in (own, plain):
+        torch.manual_seed(0)
+        with env.common_random_numbers(6):
+            outs.append(env.imagine(state, actions).to_dict())
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    state, actions = (x[:1].expand(12, *x.shape[1:]).clone() for x in (state, actions))
+    with own.common_random_numbers(6):
+        latent = own.imagine(state, actions)["next", "latent"]
+    torch.testing.assert_close(latent, latent[[0] * 6 + [6] * 6], rtol=1e-4, atol=1e-5)
+    assert (latent[0] != latent[6]).all() and graphs() > 0
+
+
 def test_gradients_are_not_compiled(graphs):
     own, _ = both(deterministic=True)
     state, actions = own.reset(observations(own, 4)), random_actions(own, 4, 5)
