@@ -3,13 +3,15 @@
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import GymEnv, RewardScaling, TransformedEnv
+from torchrl.envs.utils import check_env_specs
 
 from layeredrl_trl.envs import spread_members
 from layeredrl_trl.envs.imagined_specs import Entry
 from layeredrl_trl.envs.initial_state import blank_state, draw_start
 from layeredrl_trl.modules import IdentityEncoder, MLPEncoder
-from tests.envs.imagined import BATCH_SHAPES, SplitEncoder, make_env, observations
-from tests.small_predictors import LearnedEncoder
+from tests.envs.imagined import BATCH_SHAPES, SplitEncoder, make_env, observations, random_actions
+from tests.small_predictors import LearnedEncoder, small_predictor
 
 CPU = torch.device("cpu")
 ENCODERS = {
@@ -158,3 +160,86 @@ def test_a_start_function_is_asked_for_a_batch_shape(batch):
 def test_a_start_function_that_returns_something_else(start, got):
     with pytest.raises(ValueError, match=rf"start must return observations \[4, 3\] .*, got {got}"):
         draw_start(start, torch.Size([4]), torch.Size([3]))
+
+
+# --- flags at the root
+
+
+FLAGS = {"done", "terminated", "truncated"}
+
+
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+@pytest.mark.parametrize("start_from", ["initial_state", "reset", "flags of its own"])
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize("way", ["imagine", "rollout", "on and on"])
+def test_a_rollout_has_the_flags_that_one_of_a_real_env_has(
+    way, transformed, start_from, termination
+):
+    """From `env.initial_state` on, `rollout` gave none at the root, and `imagine` all of them."""
+    real = GymEnv("Pendulum-v1").rollout(3)
+    assert set(real.keys()) >= FLAGS and set(real["next"].keys()) >= FLAGS
+    env = make_env(termination=termination, start=torch.zeros(1, 3))
+    make = env.reset if start_from == "reset" else env.initial_state
+    start = make(observations(env, 4))
+    if start_from == "flags of its own":
+        start = start.exclude("terminated", "truncated")
+        start = env.initial_state(start.set("done", torch.zeros(4, 1).bool()))
+    rolled = TransformedEnv(env, RewardScaling(0.0, 2.0)) if transformed else env
+    if way == "imagine":
+        out = env.imagine(start, random_actions(env, 4, 3))
+    else:
+        goes_on = way == "on and on"
+        out = rolled.rollout(
+            3, tensordict=start.clone(), auto_reset=False, break_when_any_done=not goes_on
+        )
+    for flags in (out, out["next"]):
+        for key in FLAGS:
+            assert flags[key].shape == (*out.batch_size, 1) and flags[key].dtype == torch.bool
+    for key in FLAGS:
+        assert torch.equal(out[key][:, 0], start[key])
+    if way != "on and on":
+        assert torch.equal(out["done"][:, 1:], out["next", "done"][:, :-1])
+
+
+@pytest.mark.parametrize("set_truncated", [False, True])
+def test_rollouts_of_predictors_have_flags_at_the_root(set_truncated):
+    out, _ = small_predictor().rollout(
+        torch.randn(4, 3), torch.randn(4, 3, 1), set_truncated=set_truncated
+    )
+    for key in FLAGS:
+        assert out[key].shape == out["next", key].shape == (4, 3, 1) and not out[key].any()
+
+
+def test_flags_of_a_real_env_stay():
+    env = make_env()
+    data = observations(env, 2).set("done", torch.tensor([[True], [False]]))
+    state = env.initial_state(data)
+    assert state["done"].flatten().tolist() == [True, False] and not state["truncated"].any()
+
+
+# --- starts that no real env has
+
+
+def test_an_automatic_reset_to_latents_of_no_observation_warns_once():
+    """They went into the user's replay buffer without a word."""
+    env = make_env(n_models=1, particles=1, termination="sample")
+    start = env.initial_state(observations(env, 30))
+    options = {"auto_reset": False, "break_when_any_done": False}
+    with pytest.warns(UserWarning, match="Pass start: observations to begin at") as seen:
+        out = env.rollout(10, tensordict=start.clone(), **options)
+        env.rollout(10, tensordict=start.clone(), **options)
+    assert out["next", "done"].any() and len(seen) == 1
+    with pytest.warns(UserWarning, match="Pass start"):  # of each env
+        make_env(n_models=1, termination="sample").rollout(50, break_when_any_done=False)
+
+
+def test_no_warning_where_the_user_asks_for_a_start_or_gives_some():
+    for options in ({}, {"encoder": SplitEncoder(4)}, {"num_particles": 1}):
+        env = make_env(termination="sample", **options)
+        env.reset()
+        env.reset(TensorDict(batch_size=[4]))
+        env.rollout(7)
+        check_env_specs(env)
+        TransformedEnv(env, RewardScaling(0.0, 1.0)).rollout(7)
+    env = make_env(n_models=1, particles=1, termination="sample", start=torch.zeros(1, 3))
+    assert env.rollout(50, break_when_any_done=False)["next", "done"].any()

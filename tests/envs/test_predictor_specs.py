@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.data import Bounded, Composite, Unbounded
 
 from layeredrl_trl.acceleration import fingerprint
 from layeredrl_trl.envs.imagined_specs import entries_of
+from layeredrl_trl.modules import IdentityEncoder
 from tests.envs.imagined import make_env, observations, random_actions
 
 COPIES = [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
@@ -65,3 +67,48 @@ def test_to_use_an_env_is_no_change_of_it(locked):
         env.rollout(2, tensordict=state, auto_reset=False)
         seen.append(fingerprint([env]))
     assert seen[0][0] == seen[1][0]
+
+
+# --- arguments and outputs of another kind
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("uncertainty", 1),
+        ("compile_imagine", "auto"),
+        ("cudagraphs", "cuda"),
+        ("deterministic", "yes"),
+        ("deterministic", 0),
+        ("gamma", "0.9"),
+    ],
+)
+def test_a_flag_of_another_kind_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"PredictorEnv: {name} must be .*, got {value!r}"):
+        make_env(**{name: value})
+
+
+def test_a_mark_of_another_kind_is_named():
+    env = make_env()
+    start, actions = env.initial_state(observations(env, 3)), random_actions(env, 3, 2)
+    with pytest.raises(TypeError, match="set_truncated must be True or False, got 1"):
+        env.imagine(start, actions, set_truncated=1)
+
+
+@pytest.mark.parametrize("way", ["imagine", "step", "reset"])
+def test_an_observation_that_is_decoded_to_another_shape_is_named(way):
+    """It went into the rollout as it was."""
+
+    class Flat(IdentityEncoder):
+        def decode(self, latent, context):
+            return latent[..., :1]
+
+    env = make_env(encoder=Flat(3))
+    start, actions = env.initial_state(observations(env, 4)), random_actions(env, 4, 2)
+    ways = {
+        "imagine": lambda: env.imagine(start, actions),
+        "step": lambda: env.step(start.set("action", actions[:, 0])),
+        "reset": lambda: env.reset(TensorDict(batch_size=[4])),
+    }
+    with pytest.raises(ValueError, match=r"Flat.decode: expected observations \[4, .*3\], got"):
+        ways[way]()

@@ -341,6 +341,13 @@ def test_garbage_of_the_dead_earns_nothing():
     assert out["next", "disagreement"].flatten().tolist() == [0.0, 1.0]
 
 
+def test_what_is_unknown_of_a_particle_that_may_live_is_not_hidden():
+    data = transitions(2).set("alive", torch.tensor([1e-3, math.nan]).reshape(2, 1, 1, 1))
+    data["next", "epistemic_var"] = torch.tensor([[math.inf, 0.0], [4.0, 4.0]])
+    out = DisagreementBonus(1.0)(data)["next", "disagreement"].flatten()
+    assert out[0] == math.inf and out[1].isnan()
+
+
 def test_slices_with_padding():
     data = transitions(20)
     data["next", "done"] = data["next", "terminated"] = torch.arange(20)[:, None] % 4 == 3
@@ -474,6 +481,14 @@ def test_gradient_at_no_disagreement():
 def test_construction_errors(options, error, message):
     with pytest.raises(error, match=message):
         DisagreementBonus(**{"scale": 1.0, **options})
+
+
+@pytest.mark.parametrize(
+    "name", ["reward_key", "disagreement_key", "epistemic_var_key", "alive_key"]
+)
+def test_a_key_of_another_kind_is_named(name):
+    with pytest.raises(TypeError, match=f"PessimismPenalty: {name} must be"):
+        PessimismPenalty(1.0, **{name: 3})
 
 
 def test_an_env_that_does_not_write_its_uncertainty():

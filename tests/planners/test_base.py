@@ -530,3 +530,23 @@ def test_plans_on_the_gpu_without_waiting_for_it(name, return_action, cudagraphs
         torch.cuda.set_sync_debug_mode("default")
     assert out["action"].is_cuda and out["next", "plan"].is_cuda
     assert out["plan_return"].isfinite().all()
+
+
+@every_planner
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("warm_start", "cuda"),
+        ("warm_start", 1),
+        ("cudagraphs", "auto"),
+        ("plan_key", 3),
+        ("plan_return_key", ["a"]),
+        ("plan_spread_key", None),
+        ("plan_std_key", ()),
+        ("is_init_key", ("a", 1)),
+        ("action_key", 0),
+    ],
+)
+def test_flags_and_keys_of_another_kind_are_named(argument, value, name):
+    with pytest.raises(TypeError, match=f"{argument} must be"):
+        make_planner(name, **{argument: value})

@@ -259,3 +259,47 @@ def test_candidates_are_smooth():
 def test_refuses_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         make_planner(**options)
+
+
+# ---- rounding
+
+
+@pytest.mark.parametrize(
+    ("keep_elites", "top_k", "kept"),
+    [(0.07, 100, 7), (0.3, 10, 3), (0.29, 100, 29), (0.071, 100, 8), (0.001, 10, 1), (1.0, 7, 7)],
+)
+def test_a_fraction_of_the_elites_is_rounded_up_but_not_for_rounding_noise(
+    keep_elites, top_k, kept
+):
+    """0.07 of 100 was 8."""
+    planner = make_planner(keep_elites=keep_elites, top_k=top_k, num_candidates=2 * top_k)
+    assert planner(lqr_state(1))["next", "elites"].shape == (1, kept, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_candidates", "decay", "expected"),
+    [
+        (125, 1.25, [125, 100, 80, 64, 51]),
+        (1000, 1.1, [1000, 909, 826, 751, 683]),
+        (1331, 1.1, [1331, 1210, 1100, 1000, 909]),
+        (343, 1.4, [343, 245, 175, 125, 89]),
+        (300, 1 / 0.3, [300, 90, 27, 8, 8]),
+    ],
+)
+def test_sizes_of_rounds_that_are_whole_numbers(num_candidates, decay, expected):
+    """``1331 * 1.1**-3`` was 999."""
+    seen = []
+    planner = make_planner(
+        num_candidates=num_candidates,
+        population_decay=decay,
+        optim_steps=5,
+        callback=lambda td: seen.append(td.shape[-1]),
+    )
+    planner(lqr_state())
+    assert seen == expected
+
+
+@pytest.mark.parametrize("value", [1, ("a", 0), None])
+def test_a_key_of_another_kind_is_named(value):
+    with pytest.raises(TypeError, match="elites_key must be"):
+        make_planner(elites_key=value)

@@ -211,3 +211,8 @@ def test_refuses_numbers_out_of_range(options, message):
 def test_refuses_top_k():
     with pytest.raises(TypeError, match="top_k"):
         make_planner(top_k=3)
+
+
+def test_normalize_of_another_kind_is_named():
+    with pytest.raises(TypeError, match="normalize must be True or False, got 'no'"):
+        make_planner(normalize="no")

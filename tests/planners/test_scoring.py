@@ -6,22 +6,28 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import ModelBasedEnvBase, RewardScaling, TransformedEnv
 
 from layeredrl_trl.envs import PessimismPenalty, PredictorEnv
-from layeredrl_trl.modules import IdentityEncoder
+from layeredrl_trl.modules import IdentityEncoder, as_reward_module
 from layeredrl_trl.planners import CandidateReturn, CrossEntropyPlanner
+from tests.changed_ensembles import Unchanged, as_kind
 from tests.oracles import random_ensemble, random_reward
 from tests.planners.planning_envs import CliffEnv, FastLQREnv
 from tests.problems import DOUBLE_INTEGRATOR
+from tests.small_predictors import small_predictor
 
 BATCH_SHAPES = [(), (3,), (2, 3)]
 
 
-def predictor_env(spec=None, **options):
-    spec = Bounded(-1, 1, (2,)) if spec is None else spec
-    model = random_ensemble(3, 0, spec)
+SPEC = Bounded(-1, 1, (2,))
+
+
+def predictor_env(spec=None, *, n_particles=1, **options):
+    spec = SPEC if spec is None else spec
+    model = random_ensemble(3, 0, spec, n_particles_per_model=n_particles)
     options = {"deterministic": True, "uncertainty": True, **options}
     return PredictorEnv(IdentityEncoder(3), model, random_reward(model), spec, **options)
 
@@ -186,7 +192,193 @@ def test_a_bonus_leads_to_where_members_disagree_and_a_penalty_away():
     assert (places[1] < 0.2).all()
 
 
+# ---- the dead
+
+
+def dead_and_living(env, reward_of_the_dead, n=2):
+    """States of which particle 0 of row 0 is dead, at a place that earns something else."""
+    state = starts(env, n)
+    state["latent"] = torch.rand_like(state["latent"])
+    state["latent"][:, 0, 0] = reward_of_the_dead
+    state["alive"][:] = 1.0
+    state["alive"][:, 0, 0] = 0.0
+    return state
+
+
+@pytest.mark.parametrize("termination", ["soft", "sample"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_the_dead_would_earn_does_not_make_a_plan_worthless(fast, bad, termination):
+    """0 * inf made the return NaN, which counts as -inf."""
+    env = predictor_env(n_particles=2, termination=termination)
+    if not fast:
+        env.world_model.dynamics = as_kind(Unchanged, env.world_model.dynamics)
+    env.world_model.reward = as_reward_module(lambda s, c, a: s[..., :1] + a[..., :1])
+    value = TensorDictModule(lambda x: x.sum(-1, keepdim=True), ["latent"], ["state_value"])
+    options = {"gamma": 0.9, "terminal_value": value, "terminal_penalty": 1.0, "disagreement": 0.1}
+    score, actions = CandidateReturn(env, **options), torch.rand(2, 4, 2)
+    returns = []
+    for place in (0.0, bad):
+        torch.manual_seed(0)
+        returns.append(score(dead_and_living(env, place), actions))
+    assert returns[1].isfinite().all()
+    without = CandidateReturn(env, **{**options, "disagreement": 0.0})
+    same = []
+    for place in (0.0, bad):  # all but the variance, which finite states of the dead count in
+        torch.manual_seed(0)
+        same.append(without(dead_and_living(env, place), actions))
+    torch.testing.assert_close(*same)
+    alive = env.imagine(dead_and_living(env, bad), actions)["next", "alive"]
+    assert (alive[:, :, 0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("where", ["reward", "value", "alive"])
+def test_what_is_not_finite_of_the_living_counts_as_minus_infinity(where, bad):
+    """A living particle of unknown `alive` was taken for a dead one by the terminal value."""
+    env = predictor_env()
+    state, actions = starts(env, 2), torch.rand(2, 3, 2)
+    state["alive"][:] = 1.0
+    places = torch.tensor([0.0, bad])[:, None, None, None]
+    if where == "reward":
+        each = places.expand(2, 3, 1, 1).flatten(0, 1).unsqueeze(1)  # of all steps at once
+        env.world_model.reward = as_reward_module(lambda s, c, a: s[..., :1] * 0 + each)
+    if where == "alive":  # in the last step only, whose reward is not lost
+        roll = env.world_model.rollout
+
+        def rollout(*args, **options):
+            out = roll(*args, **options)
+            out.alive[1, -1] = math.nan
+            return out
+
+        env.world_model.__dict__["rollout"] = rollout
+
+    def worth(latent):
+        return latent.sum(-1, keepdim=True) * 0 + (places if where == "value" else 1.0)
+
+    value = TensorDictModule(worth, ["latent"], ["state_value"])
+    returns = CandidateReturn(env, gamma=0.9, terminal_value=value)(state, actions)
+    assert returns[0].isfinite() and returns[1] == -math.inf
+
+
+# ---- gamma
+
+
+def test_the_discount_is_the_predictors_unless_another_is_given():
+    value = TensorDictModule(lambda x: x[..., :1], ["latent"], ["state_value"])
+    predictor, spec = small_predictor(gamma=0.9), Bounded(-1, 1, (1,))
+    for env in (predictor.env(spec), TransformedEnv(predictor.env(spec), RewardScaling(0.0, 1.0))):
+        assert CandidateReturn(env, terminal_value=value).gamma == 0.9
+        assert CandidateReturn(env).gamma == 0.9
+        assert CandidateReturn(env, gamma=0.5, terminal_value=value).gamma == 0.5
+    assert CandidateReturn(predictor.env(spec, gamma=0.8)).gamma == 0.8
+    unknown = predictor.env(spec, gamma=None)
+    with pytest.raises(TypeError, match="terminal_value needs gamma"):
+        CandidateReturn(unknown, terminal_value=value)
+    assert CandidateReturn(unknown).gamma == 1.0
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan])
+def test_a_discount_out_of_range(gamma):
+    for make in (CandidateReturn, lambda env, gamma: predictor_env(gamma=gamma)):
+        with pytest.raises(ValueError, match="gamma must be"):
+            make(predictor_env(), gamma=gamma)
+
+
+# ---- shapes and dtypes
+
+
+class Shaped(ModelBasedEnvBase):
+    """Gives any entry of a step in any shape and dtype, by ``imagine``."""
+
+    def __init__(self, **entries):
+        super().__init__(nn.Identity())
+        self.entries = entries
+        shapes = {"latent": (2,), "alive": (1, 1, 1), "epistemic_var": (2,)}
+        spec = Composite({key: Unbounded(shape) for key, shape in shapes.items()})
+        self.observation_spec, self.state_spec = spec, spec.clone()
+        self.action_spec, self.reward_spec = SPEC, Unbounded((1,))
+
+    def _reset(self, tensordict, **kwargs):
+        return self.observation_spec.zero(tensordict.batch_size)
+
+    def imagine(self, tensordict, actions):
+        batch = actions.shape[:-1]
+        trailing = {"latent": (2,), "alive": (1, 1, 1), "epistemic_var": (2,)}
+        flags = dict.fromkeys(("reward", "done", "terminated"), (1,))
+        entries = {key: torch.zeros(*batch, *x) for key, x in {**trailing, **flags}.items()}
+        entries |= {key: entries[key].bool() for key in ("done", "terminated")} | self.entries
+        return {("next", key): x for key, x in entries.items()}
+
+
+SHAPED = {
+    "reward": ((4, 3), (4, 3, 2), (3, 1), (4, 4, 1)),
+    "done": ((4, 3), (3, 1)),
+    "terminated": ((4, 3), (4, 1)),
+    "alive": ((4, 3), (4, 3, 1), (4, 3, 2, 1, 1), (1, 3, 1, 1, 1)),
+    "epistemic_var": ((4, 3), (4, 2), (4, 3, 2, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [(key, shape) for key, shapes in SHAPED.items() for shape in shapes]
+)
+def test_an_entry_of_another_shape_is_named(key, shape):
+    """A reward ``[N, H]`` was summed over the candidates."""
+    dtype = torch.bool if key in ("done", "terminated") else torch.float32
+    env = Shaped(**{key: torch.zeros(shape, dtype=dtype)})
+    score = CandidateReturn(env, disagreement=1.0, terminal_penalty=1.0)
+    state, actions = env.state_spec.zero((4,)), torch.zeros(4, 3, 2)
+    message = rf"entry \('next', '{key}'\) of Shaped must have shape .*, got"
+    with pytest.raises(ValueError, match=message):
+        score(state, actions)
+    good = CandidateReturn(Shaped(), disagreement=1.0, terminal_penalty=1.0)
+    assert good(state, actions).shape == (4, 1)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("kept", [(-1,), (1, 2)], ids=["[N]", "[..., 2]"])
+def test_a_terminal_value_of_another_shape_is_named(kept, soft):
+    """It was broadcast to all candidates, or averaged over."""
+    value = TensorDictModule(
+        lambda x: x.sum(-1) if kept == (-1,) else x[..., :2], ["latent"], ["state_value"]
+    )
+    env = predictor_env() if soft else FastLQREnv(**DOUBLE_INTEGRATOR)
+    state = starts(env, 4) if soft else TensorDict({"latent": torch.rand(4, 2)}, batch_size=[4])
+    actions = torch.zeros(4, 3, 2 if soft else 1)
+    expected = r"\[4, 3, 1, 1\]" if soft else r"\[4, 1\]"
+    with pytest.raises(ValueError, match=f"terminal_value must write .* of shape {expected}, got"):
+        CandidateReturn(env, gamma=0.9, terminal_value=value)(state, actions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rewards_of_half_precision_are_summed_in_float32(dtype):
+    env = Shaped(reward=torch.full((4, 3000, 1), 0.1).to(dtype))
+    state, actions = env.state_spec.zero((4,)), torch.zeros(4, 3000, 2)
+    value = TensorDictModule(lambda x: x[..., :1].to(dtype), ["latent"], ["state_value"])
+    returns = CandidateReturn(env, gamma=1.0, terminal_value=value)(state, actions)
+    assert returns.dtype == torch.float32
+    expected = 3000 * torch.tensor(0.1).to(dtype).item()
+    torch.testing.assert_close(returns, torch.full((4, 1), expected), rtol=1e-4, atol=0)
+
+
 # ---- errors
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reward_key", 3),
+        ("value_key", ["a", "b"]),
+        ("alive_key", None),
+        ("epistemic_var_key", ("a", 1)),
+        ("state_keys", "latent"),
+        ("gamma", "0.9"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        CandidateReturn(predictor_env(), **{name: value})
 
 
 def test_disagreement_needs_an_env_that_knows_it():
