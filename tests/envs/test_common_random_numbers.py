@@ -173,22 +173,29 @@ def test_a_fast_rollout_that_cannot_share_is_not_asked_to():
     assert model.n_calls == 2
 
 
-def test_a_fast_rollout_of_a_wrong_shape_is_named():
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (0, r"expected latent states \[4, 5, 3, 2, 3\], got \[4, 5, 6, 1, 3\]"),
+        (1, r"expected termination logits \[4, 5, 3, 2, 1\], got \[4, 5, 6, 1, 1\]"),
+    ],
+)
+def test_a_fast_rollout_of_a_wrong_shape_is_named(which, message):
     class Wrong(ProbabilisticEnsemble):
         def fast_rollout(self, *, compile=False):
             rollout = ProbabilisticEnsemble.fast_rollout(self)
 
             def own(*given, **options):
-                latent, logit = rollout(*given, **options)
-                return latent, logit.squeeze(-1)
+                out = list(rollout(*given, **options))
+                out[which] = out[which].flatten(2, 3).unsqueeze(3)
+                return out
 
             return own
 
     env = make_env()
     env.world_model.dynamics = as_kind(Wrong, env.world_model.dynamics)
     start, actions = env.initial_state(observations(env, 4)), random_actions(env, 4, H)
-    message = r"fast_rollout: expected termination logits \[4, 5, 3, 2, 1\], got \[4, 5, 3, 2\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"fast_rollout: {message}"):
         env.imagine(start, actions)
 
 

@@ -261,6 +261,14 @@ def test_what_is_not_finite_of_the_living_counts_as_minus_infinity(where, bad):
     assert returns[0].isfinite() and returns[1] == -math.inf
 
 
+def test_disagreement_weighted_by_an_unknown_alive_is_unknown():
+    env = Shaped(epistemic_var=torch.ones(4, 3, 2))
+    state, actions = env.state_spec.zero((4,)), torch.zeros(4, 3, 2)
+    state["alive"][1:] = math.nan
+    returns = CandidateReturn(env, disagreement=1.0)(state, actions).flatten()
+    assert returns[0] == 0 and (returns[1:] == -math.inf).all()
+
+
 # ---- gamma
 
 
@@ -360,6 +368,10 @@ def test_rewards_of_half_precision_are_summed_in_float32(dtype):
     assert returns.dtype == torch.float32
     expected = 3000 * torch.tensor(0.1).to(dtype).item()
     torch.testing.assert_close(returns, torch.full((4, 1), expected), rtol=1e-4, atol=0)
+    env = Shaped(reward=torch.zeros(4, 3000, 1), alive=torch.ones(4, 3000, 1, 1, 1))
+    value = TensorDictModule(lambda x: x[..., :1].to(dtype) + 1, ["latent"], ["state_value"])
+    returns = CandidateReturn(env, gamma=0.999, terminal_value=value)(state, actions)
+    torch.testing.assert_close(returns, torch.full((4, 1), 0.999**3000), rtol=1e-4, atol=0)
 
 
 # ---- errors
