@@ -15,7 +15,7 @@ planning   ``SamplingPlanner.forward``   :class:`GraphReplay`: a whole plan as a
 
 They build on networks evaluated in pieces that fit the cache (:func:`run_layers`,
 :func:`in_pieces`), particles sorted by member (:class:`MemberGroups`), and checks of values that
-never wait for a GPU (:func:`check_values`, :func:`is_surely_none`). A class promises a fast interface by defining the
+never wait for a GPU (:func:`check_values`, :func:`is_surely_none`, :func:`peek`). A class promises a fast interface by defining the
 method itself; subclasses do not inherit the promise (:func:`promised`).
 
 Compiled code and CUDA graphs are off by default. CUDA graphs have not run on a GPU yet.
@@ -27,7 +27,7 @@ from layeredrl_trl.acceleration.cuda_graphs import GraphReplay
 from layeredrl_trl.acceleration.device_update import DeviceUpdate
 from layeredrl_trl.acceleration.ensemble_rollout import EnsembleRollout
 from layeredrl_trl.acceleration.fingerprint import fingerprint
-from layeredrl_trl.acceleration.host_reads import can_read, check_values, is_surely_none
+from layeredrl_trl.acceleration.host_reads import check_values, is_surely_none, peek
 from layeredrl_trl.acceleration.member_groups import MemberGroups
 from layeredrl_trl.acceleration.pieces import in_pieces, run_layers
 from layeredrl_trl.acceleration.promise import promised
@@ -39,12 +39,12 @@ __all__ = [
     "EnsembleRollout",
     "GraphReplay",
     "MemberGroups",
-    "can_read",
     "can_record",
     "check_values",
     "fingerprint",
     "in_pieces",
     "is_surely_none",
+    "peek",
     "promised",
     "run_layers",
 ]

@@ -45,6 +45,16 @@ def is_surely_none(flags: Tensor) -> bool:
     return can_read(flags) and not flags.any()
 
 
+def peek(x: Tensor, otherwise: float) -> float:
+    """Return the number of a scalar tensor, or ``otherwise`` where the host must not read it.
+
+    Example:
+        >>> peek(torch.tensor(2.0), otherwise=0.0)
+        2.0
+    """
+    return x.item() if can_read(x) else otherwise
+
+
 @contextmanager
 def without_reading() -> Iterator[None]:
     """Forbid reading values, also on a CPU, because the work will be recorded."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layeredrl_trl.acceleration import can_read, is_surely_none
+from layeredrl_trl.acceleration import is_surely_none, peek
 from layeredrl_trl.functional import FAR, ROUNDING, robust_moments
 
 _FAULTS = 32
@@ -61,8 +61,7 @@ class RunningMoments(nn.Module):
     @property
     def has_started(self) -> bool:
         """Whether a batch has been seen, as far as the host may look; else :attr:`count` tells."""
-        if not self._has_started and can_read(self.count):
-            self._has_started = bool(self.count > 0)
+        self._has_started = self._has_started or peek(self.count, otherwise=0.0) > 0
         return self._has_started
 
     @torch.no_grad()
@@ -138,8 +137,7 @@ class RunningMoments(nn.Module):
         if counts is not None:
             far, n = far & counts.unsqueeze(-1), counts.sum()
         are_faults = far & (_FAULTS * far.sum(0) <= n)
-        if can_read(are_faults):
-            self.n_faults += int(are_faults.sum())
+        self.n_faults += int(peek(are_faults.sum(), otherwise=0))
         new_mean, new_var = _moments(torch.where(are_faults, centre, samples), counts)
         # A batch that is not usable stays so.
         is_finite = var.isfinite()

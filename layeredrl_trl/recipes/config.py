@@ -63,8 +63,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Learning rate of every part."""
     clip_grad_max_norm: float = 1000.0
-    """Largest global norm of the gradients. Once the standard deviations of the dynamics are small,
-    their gradients have a norm of some hundreds; a low bound would slow down reward and value."""
+    """Largest norm of the gradients of each part. Once the standard deviations of the dynamics are
+    small, their gradients have a norm of some hundreds."""
     gamma: float = 0.97
     """Discount of the value and of the planner."""
     n_steps: int = 3

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layeredrl_trl.acceleration import check_values, is_surely_none
+from layeredrl_trl.acceleration import check_values, is_surely_none, peek
 from layeredrl_trl.acceleration.host_reads import can_read, without_reading
 
 X = torch.zeros(2)
@@ -82,3 +82,9 @@ def test_what_may_not_be_read_may_be_there():
     assert is_surely_none(none) and not is_surely_none(some)
     with without_reading():
         assert not is_surely_none(none) and not is_surely_none(some)
+
+
+def test_a_number_that_may_not_be_read_is_another_one():
+    assert peek(torch.tensor(3), otherwise=7) == 3
+    with without_reading():
+        assert peek(torch.tensor(3), otherwise=7) == 7
