@@ -6,7 +6,7 @@ replayed as a CUDA graph. Loss, optimiser and options are those of the plain ``U
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ _N_FIRST_STEPS = CompiledLoss.n_plain_calls
 class DeviceUpdate:
     """Take the steps of an ``Update`` by replaying a CUDA graph, see :class:`GraphReplay`.
 
-    The warning of a skipped batch comes when :attr:`skipped` is next read.
+    Warnings of skipped batches come when :attr:`skipped` is next read.
 
     Args:
         update: the plain ``objectives.Update``, which keeps the counters.
@@ -37,7 +37,15 @@ class DeviceUpdate:
     """
 
     # options belong to the plain update; slots make setting one here an error
-    __slots__ = ("_last_rates", "_rates", "_replay", "_skipped_on_device", "optimizer", "plain")
+    __slots__ = (
+        "_last_rates",
+        "_rates",
+        "_replay",
+        "_skipped_on_device",
+        "_steps_at_read",
+        "optimizer",
+        "plain",
+    )
 
     def __init__(self, update: Any) -> None:
         optimizer, updater = update.optimizer, update.target_updater
@@ -53,6 +61,7 @@ class DeviceUpdate:
         self.plain = update
         self.optimizer = optimizer
         self._skipped_on_device = torch.zeros((), dtype=torch.long, device=device)
+        self._steps_at_read = update.steps
         self._rates = torch.full((len(groups),), torch.nan, dtype=torch.float32, device=device)
         self._last_rates: list[float] = []
         self._replay = GraphReplay(self._step, [update.loss_module], also=self._graph_key)
@@ -69,17 +78,27 @@ class DeviceUpdate:
     @property
     def skipped(self) -> int:
         """Steps skipped for non-finite gradients; reading it synchronises with the device."""
-        new = int(self._skipped_on_device)
+        new, n_steps = int(self._skipped_on_device), self.plain.steps - self._steps_at_read
         self._skipped_on_device.zero_()
-        if new and not self.plain.skipped:
-            self.plain.warn_of_skipped()
-        self.plain.skipped += new
+        self._steps_at_read = self.plain.steps
+        if n_steps:
+            self.plain.count_skipped(new, n_steps)
         return self.plain.skipped
 
     @skipped.setter
     def skipped(self, number: int) -> None:
         self._skipped_on_device.zero_()
+        self._steps_at_read = self.plain.steps
         self.plain.skipped = number
+
+    @property
+    def explain(self) -> Callable[[], str] | None:
+        """What a warning of skipped batches says of the data."""
+        return self.plain.explain
+
+    @explain.setter
+    def explain(self, explain: Callable[[], str] | None) -> None:
+        self.plain.explain = explain
 
     def __call__(self, *batches: Any) -> TensorDict:
         """Take one step, like ``Update``; batches are tensors or tuples of tensors."""

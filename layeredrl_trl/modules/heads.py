@@ -25,12 +25,27 @@ class LatentFunction(TensorDictModule):
     Args:
         module: returns ``[..., 1]``.
         in_keys, out_keys: names of its arguments, in order, and of its output.
+        options: of ``TensorDictModule``.
+
+    Raises:
+        TypeError: if keys are no sequence of keys.
 
     Attributes:
         argument: what it was handed in as, for the text of an error; else the name of the class.
     """
 
     argument: str | None = None
+
+    def __init__(
+        self,
+        module: nn.Module | Callable[..., Tensor],
+        in_keys: Sequence[NestedKey],
+        out_keys: Sequence[NestedKey],
+        **options: Any,
+    ) -> None:
+        check_keys(f"{type(self).__name__}: in_keys", in_keys)
+        check_keys(f"{type(self).__name__}: out_keys", out_keys, 1)
+        super().__init__(module, in_keys=list(in_keys), out_keys=list(out_keys), **options)
 
     @property
     def dims(self) -> tuple[int, ...] | None:
@@ -110,8 +125,7 @@ class RewardNet(LatentFunction):
     ) -> None:
         net = HeadMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
         check_keys("RewardNet: in_keys", in_keys, 3)
-        check_keys("RewardNet: out_keys", out_keys, 1)
-        super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
+        super().__init__(net, in_keys, out_keys)
 
 
 class ValueNet(LatentFunction):
@@ -160,8 +174,7 @@ class ValueNet(LatentFunction):
         out_key = keys.STATE_VALUE if action_dim is None else keys.STATE_ACTION_VALUE
         out_keys = [out_key] if out_keys is None else out_keys
         check_keys("ValueNet: in_keys", in_keys, len(net.in_dims))
-        check_keys("ValueNet: out_keys", out_keys, 1)
-        super().__init__(net, in_keys=list(in_keys), out_keys=list(out_keys))
+        super().__init__(net, in_keys, out_keys)
 
 
 def as_reward_module(

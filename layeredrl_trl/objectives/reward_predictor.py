@@ -80,7 +80,8 @@ class RewardPredictorLoss(SliceLoss):
         of the reward), means over what counts whatever the reduction, 0 if nothing does.
 
     Raises:
-        TypeError: at construction, if a part is of an unknown kind, or a count no integer.
+        TypeError: at construction, if a part is of an unknown kind, a count no integer or a flag no
+            bool.
         ValueError: at construction, if an option is out of range or sizes of the parts differ.
         KeyError: if an entry is missing; the text names it and the existing ones.
 

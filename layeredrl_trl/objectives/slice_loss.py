@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_counts
+from layeredrl_trl.checks import check_counts, check_flag
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
@@ -44,7 +44,7 @@ class SliceLoss(LossModule):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        TypeError: if a count is no integer.
+        TypeError: if a count is no integer, or a flag no bool.
         ValueError: if an option is out of range.
     """
 
@@ -71,6 +71,7 @@ class SliceLoss(LossModule):
     ) -> None:
         super().__init__()
         _check_options(gamma, k_steps, n_steps, reduction)
+        check_flag("learn_encoder", learn_encoder)
         self.encoder = encoder
         self.dynamics = dynamics
         self.has_value = value is not None

@@ -58,8 +58,8 @@ class Update:
     """Take optimisation steps on a loss; a failed step leaves everything unchanged.
 
     A batch with non-finite gradients changes no parameter, target or running statistic; it is
-    counted in :attr:`skipped`, and the first one causes a warning. A step that raises changes
-    nothing either.
+    counted in :attr:`skipped`. The first one causes a warning, and so does the 10th, 100th, ... in
+    a row: then nothing is learned any more. A step that raises changes nothing either.
 
     Args:
         loss_module: every output whose key begins with ``loss_`` is minimised.
@@ -75,7 +75,7 @@ class Update:
         compute: computes the loss terms of a batch: ``loss_module`` or a compiled version of it.
         steps: steps taken, skipped ones included.
         skipped: steps skipped for non-finite gradients.
-        warns: whether the first skipped step causes a warning.
+        explain: returns what a warning says of the data; ``None`` for nothing.
 
     Raises:
         TypeError: if ``warm_up`` is no integer.
@@ -106,7 +106,8 @@ class Update:
         self.warm_up = warm_up
         self.steps = 0
         self.skipped = 0
-        self.warns = True
+        self.explain: Callable[[], str] | None = None
+        self._skipped_in_a_row = 0
         self._warm_up_params = {id(p) for p in warm_up_params or ()}
         self._statistics = statistics_of(loss_module)
 
@@ -122,16 +123,15 @@ class Update:
             skipped.
         """
         step = self.compute_gradients(*batches)
-        if math.isfinite(step.whole_norm.item()):
+        is_taken = math.isfinite(step.whole_norm.item())
+        if is_taken:
             self._clip(step)
             self.optimizer.step()
             if self.target_updater is not None:
                 self.target_updater.step()
         else:
             step.before.restore()
-            self.skipped += 1
-            if self.skipped == 1:
-                self.warn_of_skipped()
+        self.count_skipped(int(not is_taken), 1)
         self.steps += 1
         return TensorDict(self.outcome(step), batch_size=[])
 
@@ -167,15 +167,27 @@ class Update:
             norm = torch.where(step.whole_norm.isfinite(), norm, step.whole_norm)
         return out | {"loss": step.total.detach(), "grad_norm": norm}
 
-    def warn_of_skipped(self) -> None:
-        """Warn of the first skipped batch, unless :attr:`warns` is False."""
-        if self.warns:
-            warnings.warn(
-                "A batch gave non-finite gradients and was skipped: no parameter, target or "
-                "running statistic changed. Look for non-finite observations or rewards. Further "
-                "ones are only counted ('skipped').",
-                stacklevel=3,
+    def count_skipped(self, n_skipped: int, n_steps: int) -> None:
+        """Count skipped steps among the last ``n_steps``; warn of the first, and of many in a row."""
+        is_first = n_skipped > 0 and self.skipped == 0
+        self.skipped += n_skipped
+        before = self._skipped_in_a_row
+        self._skipped_in_a_row = before + n_skipped if n_skipped == n_steps else 0
+        in_a_row = self._skipped_in_a_row
+        if any(before < 10**k <= in_a_row for k in range(1, len(str(in_a_row)))):
+            text = (
+                f"Nothing is learned any more: the last {in_a_row} batches gave non-finite "
+                "gradients and were skipped."
             )
+        elif is_first:
+            text = (
+                "A batch gave non-finite gradients and was skipped: no parameter, target or "
+                "running statistic changed. Further ones are only counted ('skipped')."
+            )
+        else:
+            return
+        look = "Look for non-finite observations or rewards."
+        warnings.warn(f"{text} {self.explain() if self.explain else look}", stacklevel=4)
 
     def _clip(self, step: Gradients) -> None:
         max_norm = self.clip_grad_max_norm

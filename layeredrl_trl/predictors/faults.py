@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tensordict import NestedKey
@@ -24,31 +26,20 @@ _TOO_LARGE = torch.finfo(torch.float32).max ** 0.5
 """Magnitude above which a square is infinite."""
 
 
-def warn_of_skipped(
-    reader: ReadAhead, buffer: TensorDictReplayBuffer, n_skipped: int, n_steps: int, n_before: int
-) -> None:
-    """Warn of skipped batches, with what is wrong in the buffer.
-
-    It warns of the first ones, and whenever no step at all was taken.
+@contextmanager
+def explained(update: Any, reader: ReadAhead, buffer: TensorDictReplayBuffer) -> Iterator[None]:
+    """Let warnings of skipped batches say what is wrong in the buffer.
 
     Args:
+        update: takes the steps, an ``Update`` or its twin on a GPU.
         reader: reads the buffer as learning does.
         buffer: the replay buffer.
-        n_skipped: steps of this call that were skipped.
-        n_steps: steps of this call.
-        n_before: steps skipped earlier.
     """
-    if n_skipped == 0 or (n_before and n_skipped < n_steps):
-        return
-    text = (
-        f"{n_skipped} of {n_steps} batches gave non-finite gradients and were skipped: they "
-        "changed no parameter, target or running statistic."
-    )
-    if n_skipped == n_steps:
-        text = f"Nothing was learned: {text} {n_before + n_skipped} were skipped so far."
-    else:
-        text += " Further ones are only counted ('skipped')."
-    warnings.warn(f"{text} {describe_non_finite(reader, buffer)}", stacklevel=3)
+    update.explain = lambda: describe_non_finite(reader, buffer)
+    try:
+        yield
+    finally:
+        update.explain = None
 
 
 def warn_of_far(reader: ReadAhead, buffer: TensorDictReplayBuffer, n_before: int) -> None:

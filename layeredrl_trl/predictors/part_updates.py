@@ -41,7 +41,6 @@ def make_update(
         warm_up=encoder_warm_up if has_warm_up else 0,
         warm_up_params=[*params.get("encoder", ()), *params.get("reward", ())],
     )
-    update.warns = False  # learn says more, because it knows the buffer
     if compile:
         update.compute = CompiledLoss(loss)
     return DeviceUpdate(update) if cudagraphs else update

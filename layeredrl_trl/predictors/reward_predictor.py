@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_count, check_counts
+from layeredrl_trl.checks import check_count, check_counts, check_flag
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
-from layeredrl_trl.predictors.faults import count_faults, warn_of_far, warn_of_skipped
+from layeredrl_trl.predictors.faults import count_faults, explained, warn_of_far
 from layeredrl_trl.predictors.logging import log_scalars
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
@@ -70,7 +70,8 @@ class RewardPredictor(Predictor):
         standardizer: the :class:`~layeredrl_trl.modules.DeltaStandardizer`, or ``None``.
 
     Raises:
-        TypeError: if a part is of an unknown kind, ``val_func`` a reward or ``rew_func`` a value.
+        TypeError: if a part is of an unknown kind, ``val_func`` a reward or ``rew_func`` a value,
+            or a flag no bool.
         ValueError: if a number is out of range, sizes of the parts differ, or ``cudagraphs`` is set
             without CUDA.
 
@@ -131,6 +132,14 @@ class RewardPredictor(Predictor):
         compile: bool = False,
         cudagraphs: bool = False,
     ) -> None:
+        flags = {
+            "learn_encoder": learn_encoder,
+            "delta_standardizer": delta_standardizer,
+            "compile": compile,
+            "cudagraphs": cudagraphs,
+        }
+        for name, flag in flags.items():
+            check_flag(name, flag)
         dims = latent_state_dim, context_dim
         super().__init__(model, val_func, rew_func, encoder, *dims, device, writer, log_interval)
         if not 0 <= tau <= 1:
@@ -271,9 +280,9 @@ class RewardPredictor(Predictor):
         transforms are used, its sampler and batch size are not. A predictor in evaluation mode
         (:meth:`eval`) is set to training mode during the call.
 
-        A batch with non-finite gradients is skipped. A warning of the first ones, and of every call
-        in which no step was taken, names the entries of the buffer that are to blame and the
-        storage positions of a few. Another one names finite values far from all others.
+        A batch with non-finite gradients is skipped. Warnings of the first one, and of the 10th,
+        100th, ... in a row, name the entries of the buffer that are to blame and the storage
+        positions of a few. Another one names finite values far from all others.
 
         Args:
             buffer: with ``observation``, ``action``, ``("next", "observation")``,
@@ -303,12 +312,15 @@ class RewardPredictor(Predictor):
         rates = self._rates.at(n_total_env_steps, [group["name"] for group in groups])
         for group in groups:
             group["lr"] = rates[group["name"]]
-        skipped_before, faults_before = self.update.skipped, count_faults(self.loss_module)
+        n_faults = count_faults(self.loss_module)
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
         steps = []
-        for slices, transitions in batches:
-            terms = self.update(slices, transitions)
-            steps.append(torch.stack([*terms.values()]))
+        with explained(self.update, self._reader, buffer):
+            for slices, transitions in batches:
+                terms = self.update(slices, transitions)
+                steps.append(torch.stack([*terms.values()]))
+            skipped = float(self.update.skipped)
+        warn_of_far(self._reader, buffer, n_faults)
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
         names, values = [str(name) for name in terms.keys()], torch.stack(steps)
@@ -319,10 +331,7 @@ class RewardPredictor(Predictor):
         info |= {f"lr_{name}": rate for name, rate in rates.items()}
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())
-        info["skipped"] = float(self.update.skipped)
-        n_skipped = self.update.skipped - skipped_before
-        warn_of_skipped(self._reader, buffer, n_skipped, n_steps, skipped_before)
-        warn_of_far(self._reader, buffer, faults_before)
+        info["skipped"] = skipped
         if self.n_learn_calls % self.log_interval == 0:
             scalars = {f"predictor/{name}": value for name, value in info.items()}
             log_scalars(self.writer, scalars, n_total_env_steps)

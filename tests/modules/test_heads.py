@@ -237,3 +237,97 @@ def test_errors_about_what_a_function_returns_spoke_of_an_internal_class():
 def test_sizes_that_are_none(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: RewardNet(3, 0, 1, in_keys="lca"), TypeError, "RewardNet: in_keys must be a seq"),
+        (lambda: RewardNet(3, 0, 1, out_keys="r"), TypeError, "RewardNet: out_keys must be a seq"),
+        (lambda: RewardNet(3, 0, 1, in_keys=["z", "c"]), ValueError, r"must hold 3 key\(s\), got 2"),
+        (lambda: ValueNet(3, 0, in_keys="zc"), TypeError, "ValueNet: in_keys must be a sequence"),
+        (lambda: ValueNet(3, 0, in_keys=["z", "c", "a"]), ValueError, r"must hold 2 key\(s\)"),
+        (lambda: ValueNet(3, 0, in_keys=["z", 1]), TypeError, r"in_keys\[1\] must be a string"),
+        (
+            lambda: LatentFunction(nn.Identity(), in_keys="latent", out_keys=["v"]),
+            TypeError,
+            "LatentFunction: in_keys must be a sequence of keys",
+        ),
+    ],
+)
+def test_keys_that_are_a_string_are_not_split_into_letters(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_a_value_of_three_arguments_that_ignores_the_action_can_be_declared_a_state_value():
+    """It was taken for a Q-function: another bootstrap, and no terminal value of a planner."""
+
+    class Ignores(nn.Module):
+        reads_action = False
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, latent, context, action):
+            return self.layer(latent)
+
+    module, data = Ignores(), entries(4)
+    function = lambda latent, context, action: latent[..., :1]  # noqa: E731
+    declared = as_value_module(module), as_value_module(function, reads_action=False)
+    for value in declared:
+        assert not reads_action(value) and value.out_keys == ["state_value"]
+        assert evaluate(value, data).shape == (4, 1)
+    assert {id(p) for p in declared[0].parameters()} == {id(p) for p in module.parameters()}
+    assert reads_action(as_value_module(function))
+    assert reads_action(as_value_module(module, reads_action=True))
+    with pytest.raises(TypeError, match="val_func: reads_action must be True or False, got 'no'"):
+        as_value_module(function, reads_action="no")
+    with pytest.raises(ValueError, match="val_func: reads_action is True, but it takes no action"):
+        as_value_module(StateValue(), reads_action=True)
+
+
+def test_a_head_without_statistics_is_a_plain_perceptron():
+    net, data = RewardNet(3, 1, 2), entries(4)
+    x = torch.cat(list(data.values()), -1)
+    torch.testing.assert_close(evaluate(net, data), net.module.layers(x))
+    assert net.has_statistics and net.target_scale == 1
+    plain = as_reward_module(ActionValue())
+    plain.update_statistics(data, torch.ones(4, 1))
+    assert not plain.has_statistics and plain.target_scale is None
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_head_standardises_what_it_reads_and_what_it_learns(batch, masked):
+    units = torch.tensor([100.0, 1.0, 0.01, 5.0, 3.0, 0.2])
+    seen = 7 + units * torch.randn(50, 6)
+    target = 1e3 + 200 * torch.randn(50, 1)
+    mask = torch.rand(50, 1) < 0.5 if masked else None
+    net = RewardNet(3, 1, 2)
+    parts = dict(zip(("latent", "context", "action"), seen.split([3, 1, 2], -1), strict=True))
+    net.update_statistics(parts, target, mask)
+    rows = slice(None) if mask is None else mask[:, 0]
+    mean, std = seen[rows].mean(0), seen[rows].std(0, correction=0)
+    centre, unit = target[rows].mean(), target[rows].std(correction=0)
+    x = 7 + units * torch.randn(*batch, 6)
+    expected = centre + unit * net.module.layers((x - mean) / std)
+    torch.testing.assert_close(net(*x.split([3, 1, 2], -1)), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(net.target_scale, unit.reshape(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e-3, -500.0])
+def test_the_unit_of_a_constant_target_is_its_size(constant):
+    net, data = ValueNet(3, 1), entries(4)
+    net.update_statistics(data, torch.full((4, 1), constant))
+    assert net.target_scale.item() == pytest.approx(abs(constant) or 1.0)
+
+
+def test_indices_of_discrete_actions_are_counted_as_one_hot():
+    index, data = torch.randint(2, (9,)), entries(9)
+    nets = [RewardNet(3, 1, 2) for _ in range(2)]
+    for net, action in zip(nets, (index, nn.functional.one_hot(index, 2)), strict=True):
+        net.update_statistics(data | {"action": action}, torch.randn(9, 1).sign())
+    for a, b in zip(*(net.module.moments.mean[:-1] for net in nets), strict=True):
+        assert torch.equal(a, b)
