@@ -76,6 +76,12 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
     raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
 
 
+def check_flags(**flags: Any) -> None:
+    """Check that each argument, given by name, is True or False."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+
+
 def check_key(name: str, value: Any) -> None:
     """Check that an argument is the key of one TensorDict entry.
 

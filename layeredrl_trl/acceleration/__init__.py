@@ -14,9 +14,10 @@ planning   ``SamplingPlanner.forward``   :class:`GraphReplay`: a whole plan as a
 ========== ============================= ===========================================================
 
 They build on networks evaluated in pieces that fit the cache (:func:`run_layers`,
-:func:`in_pieces`), particles sorted by member (:class:`MemberGroups`), and checks of values that
-never wait for a GPU (:func:`check_values`, :func:`is_surely_none`, :func:`peek`). A class promises a fast interface by defining the
-method itself; subclasses do not inherit the promise (:func:`promised`).
+:func:`in_pieces`), particles sorted by member (:class:`MemberGroups`), and looks at values that
+never wait for a GPU (:func:`check_values`, :func:`is_surely_none`, :func:`peek`). A class promises
+a fast interface by defining the method itself; subclasses do not inherit the promise
+(:func:`promised`).
 
 Compiled code and CUDA graphs are off by default. CUDA graphs have not run on a GPU yet.
 """

@@ -56,3 +56,9 @@ def check_prediction(
     for name, x, shape in zip(prediction._fields, prediction, expected, strict=True):
         if not isinstance(x, Tensor) or x.shape != shape:
             check_output(f"{owner}.predict_particles: {name}", x, shape)
+
+
+def broadcasts_to(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Tell whether a tensor of one shape broadcasts to another one."""
+    sizes = zip(shape[::-1], expected[::-1], strict=False)
+    return len(shape) <= len(expected) and all(size in (1, other) for size, other in sizes)

@@ -304,8 +304,7 @@ class RewardPredictorLoss(SliceLoss):
         if self.reduction != "mean":
             consistency = self._reduce_loss(nll + bce)
         terms = {
-            "loss_consistency": self.consistency_loss_weight
-            * (consistency + dynamics.penalty()),
+            "loss_consistency": self.consistency_loss_weight * (consistency + dynamics.penalty()),
             "nll": means[0].detach(),
             "term_bce": means[1].detach(),
         }

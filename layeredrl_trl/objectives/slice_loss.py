@@ -17,6 +17,7 @@ from layeredrl_trl.checks import check_counts, check_flag
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
+    HeadMLP,
     LatentFunction,
     RunningMoments,
     evaluate,
@@ -326,8 +327,8 @@ def next_key(key: NestedKey) -> NestedKey:
 
 def _moments_of(value: TensorDictModuleBase | None) -> RunningMoments | None:
     """Return the running moments of a value that standardises, else ``None``."""
-    has_moments = isinstance(value, LatentFunction) and value.has_statistics
-    return value.module.moments if has_moments else None
+    net = value.module if isinstance(value, LatentFunction) else None
+    return net.moments if isinstance(net, HeadMLP) else None
 
 
 @contextmanager

@@ -168,7 +168,7 @@ class Update:
         return out | {"loss": step.total.detach(), "grad_norm": norm}
 
     def count_skipped(self, n_skipped: int, n_steps: int) -> None:
-        """Count skipped steps among the last ``n_steps``; warn of the first, and of many in a row."""
+        """Count the skipped of the last ``n_steps``; warn of the first, and of many in a row."""
         is_first = n_skipped > 0 and self.skipped == 0
         self.skipped += n_skipped
         before = self._skipped_in_a_row

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torchrl.record.loggers.common import Logger
 
 
@@ -20,6 +21,20 @@ def check_writer(writer: Any) -> Any:
         "writer: expected None, a torch.utils.tensorboard.SummaryWriter or a torchrl Logger, "
         f"got {type(writer).__name__}."
     )
+
+
+def mean_of_taken(names: Sequence[str], steps: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Average the outputs ``[n_steps, n]`` of steps, without those that were skipped.
+
+    A skipped step has a ``grad_norm`` that is not finite.
+
+    Returns:
+        The mean ``loss``, NaN if no step was taken; and all means by name, empty then.
+    """
+    taken = steps[:, names.index("grad_norm")].isfinite()
+    means = steps[taken].mean(0)
+    info = dict(zip(names, means.tolist(), strict=True)) if taken.any() else {}
+    return means[names.index("loss")], info
 
 
 def log_scalars(writer: Any, scalars: Mapping[str, float], step: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from layeredrl_trl.schedules import Schedule
 
@@ -59,7 +59,7 @@ class LearningRates:
 def _checked(name: str, rate: Any) -> LearningRate:
     """Return a function as it is, and a number as a plain float."""
     if callable(rate):
-        return rate
+        return cast("LearningRate", rate)
     is_number = isinstance(rate, Real) and not isinstance(rate, bool)
     if not (is_number and 0 <= rate < math.inf):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_count, check_counts, check_flag
+from layeredrl_trl.checks import check_count, check_counts, check_flags
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
+from layeredrl_trl.modules.outputs import broadcasts_to
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
 from layeredrl_trl.predictors.faults import count_faults, explained, warn_of_far
-from layeredrl_trl.predictors.logging import log_scalars
+from layeredrl_trl.predictors.logging import log_scalars, mean_of_taken
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
 from layeredrl_trl.predictors.part_updates import load_update_state, make_update, update_state
@@ -132,14 +133,8 @@ class RewardPredictor(Predictor):
         compile: bool = False,
         cudagraphs: bool = False,
     ) -> None:
-        flags = {
-            "learn_encoder": learn_encoder,
-            "delta_standardizer": delta_standardizer,
-            "compile": compile,
-            "cudagraphs": cudagraphs,
-        }
-        for name, flag in flags.items():
-            check_flag(name, flag)
+        check_flags(learn_encoder=learn_encoder, delta_standardizer=delta_standardizer)
+        check_flags(compile=compile, cudagraphs=cudagraphs)
         dims = latent_state_dim, context_dim
         super().__init__(model, val_func, rew_func, encoder, *dims, device, writer, log_interval)
         if not 0 <= tau <= 1:
@@ -323,11 +318,7 @@ class RewardPredictor(Predictor):
         warn_of_far(self._reader, buffer, n_faults)
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
-        names, values = [str(name) for name in terms.keys()], torch.stack(steps)
-        taken = values[:, names.index("grad_norm")].isfinite()  # the others were skipped
-        means = values[taken].mean(0)
-        info = dict(zip(names, means.tolist(), strict=True)) if taken.any() else {}
-        mean_loss = means[names.index("loss")]
+        mean_loss, info = mean_of_taken([str(name) for name in terms.keys()], torch.stack(steps))
         info |= {f"lr_{name}": rate for name, rate in rates.items()}
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())
@@ -386,7 +377,7 @@ class RewardPredictor(Predictor):
             self._tensor(x) for x in (state, context, action, next_state, fixed_std)
         )
         each = (*state.shape[:-1], self.model.n_models, self.model.n_modes, state.shape[-1])
-        if not _broadcasts_to(fixed_std.shape, each):
+        if not broadcasts_to(fixed_std.shape, each):
             raise ValueError(
                 f"fixed_std: expected a shape that broadcasts to {list(each)}, got "
                 f"{list(fixed_std.shape)}."
@@ -459,8 +450,3 @@ class RewardPredictor(Predictor):
         for buffer, old in buffers:  # a new SoftUpdate sets the targets to the parameters
             buffer.copy_(old)
         self.set_extra_state(extra_state)
-
-
-def _broadcasts_to(shape: Sequence[int], expected: Sequence[int]) -> bool:
-    sizes = zip(shape[::-1], expected[::-1], strict=False)
-    return len(shape) <= len(expected) and all(size in (1, other) for size, other in sizes)

@@ -244,7 +244,11 @@ def test_sizes_that_are_none(make, error, text):
     [
         (lambda: RewardNet(3, 0, 1, in_keys="lca"), TypeError, "RewardNet: in_keys must be a seq"),
         (lambda: RewardNet(3, 0, 1, out_keys="r"), TypeError, "RewardNet: out_keys must be a seq"),
-        (lambda: RewardNet(3, 0, 1, in_keys=["z", "c"]), ValueError, r"must hold 3 key\(s\), got 2"),
+        (
+            lambda: RewardNet(3, 0, 1, in_keys=["z", "c"]),
+            ValueError,
+            r"must hold 3 key\(s\), got 2",
+        ),
         (lambda: ValueNet(3, 0, in_keys="zc"), TypeError, "ValueNet: in_keys must be a sequence"),
         (lambda: ValueNet(3, 0, in_keys=["z", "c", "a"]), ValueError, r"must hold 2 key\(s\)"),
         (lambda: ValueNet(3, 0, in_keys=["z", 1]), TypeError, r"in_keys\[1\] must be a string"),

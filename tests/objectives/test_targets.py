@@ -13,9 +13,7 @@ NAN = float("nan")
 every_value = pytest.mark.parametrize("needs_action", [False, True], ids=["state-value", "q"])
 
 
-def make_slices(
-    rewards, *, terminated, needs_action, dtype=torch.float32, planned=None
-) -> Slices:
+def make_slices(rewards, *, terminated, needs_action, dtype=torch.float32, planned=None) -> Slices:
     """A slice from each step of an episode. The observation of step ``t`` is ``t``.
 
     Padding holds garbage in what is summed; what stands for a position is in range.
@@ -64,9 +62,7 @@ def test_only_the_first_steps_are_left(needs_action):
 def test_targets_like_a_loop_over_the_episode(n, terminated, needs_action, share):
     rewards, planned = torch.randn(n).tolist(), torch.rand(n) < share
     values = torch.randn(n + 1)  # of each position
-    slices = make_slices(
-        rewards, terminated=terminated, needs_action=needs_action, planned=planned
-    )
+    slices = make_slices(rewards, terminated=terminated, needs_action=needs_action, planned=planned)
     first = returns_of(slices, needs_action=needs_action)
     if needs_action:
         assert torch.equal(first.returns.action, 10 * first.returns.observation)

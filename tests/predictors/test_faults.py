@@ -68,9 +68,8 @@ def test_it_is_said_when_nothing_is_learned_any_more():
     assert info["skipped"] == 105
     texts = [str(x.message) for x in caught]
     assert len(texts) == 3
-    for text, start in zip(
-        texts, ("A batch gave", *(f"Nothing is learned any more: the last {n}" for n in (10, 100)))
-    ):
+    starts = "A batch gave", *(f"Nothing is learned any more: the last {n}" for n in (10, 100))
+    for text, start in zip(texts, starts, strict=True):
         assert text.startswith(start)
         assert "('next', 'reward'): 1 of 200 row is not finite, at storage positions 17." in text
     torch.testing.assert_close(snapshot(predictor), before, rtol=0, atol=0)
