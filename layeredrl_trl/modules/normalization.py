@@ -87,15 +87,15 @@ class RunningMoments(nn.Module):
         batch_mean, batch_var = self._faultless_moments(samples, counts)
         if samples.dtype is not mean.dtype:
             batch_var, batch_mean = batch_var.to(var.dtype), batch_mean.to(mean.dtype)
-        shift = batch_mean - mean
-        rate = (count + 1).reciprocal().clamp_min(self.rate)
-        new_var = var.lerp(torch.addcmul(batch_var, shift, shift * (1 - rate)), rate)
-        new_mean = mean.lerp(batch_mean, rate)
         # A mean whose square overflows would make every later variance infinite.
-        usable = torch.addcmul(new_var, new_mean, new_mean).max() < torch.inf
-        count.add_(usable)
-        mean.copy_(torch.where(usable, new_mean, mean))
-        var.copy_(torch.where(usable, new_var, var))
+        shift = batch_mean - mean
+        squares = torch.addcmul(batch_var, shift, shift).addcmul_(batch_mean, batch_mean)
+        usable = squares.max() < torch.inf
+        shift = torch.where(usable, shift, 0.0)
+        batch_var = torch.where(usable, batch_var, var)
+        rate = count.add_(usable).reciprocal().clamp(self.rate, 1.0)
+        var.lerp_(torch.addcmul(batch_var, shift, shift * (1 - rate)), rate)
+        mean.addcmul_(shift, rate)
 
     def std(self, *, floor: float | Tensor) -> Tensor:
         """Return the standard deviation ``[D]``, at least ``floor``."""
@@ -121,17 +121,17 @@ class RunningMoments(nn.Module):
     def _faultless_moments(self, samples: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and variance ``[D]`` of the rows of ``[N, D]`` that count, without faults."""
         mean, var = _moments(samples, counts)
+        # A fault adds at least its squared distance to the sum of those of all samples.
+        shift = mean - self.mean
+        square = torch.addcmul(var, shift, shift) * (len(samples) / FAR**2)
+        if self.has_started and is_surely_none(square > self.var):
+            return mean, var
         centre, spread = self.mean, self.spread(unchanged=torch.inf)
         if not self.has_started:
             median, deviation = robust_moments(samples, counts)
             is_first = self.count == 0
             centre = torch.where(is_first, median, centre)
             spread = torch.where(is_first, deviation, spread)
-        # A fault adds at least this much to the sum of the squared distances from the centre.
-        square = torch.addcmul(var, mean - centre, mean - centre)
-        is_suspicious = len(samples) * square > (FAR * spread) ** 2
-        if is_surely_none(is_suspicious):
-            return mean, var
         far = (samples - centre).abs() > FAR * spread
         n: int | Tensor = len(samples)
         if counts is not None:
