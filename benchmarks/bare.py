@@ -60,7 +60,7 @@ class BareModel:
         self.raw = torch.eye(D, requires_grad=True)
         self.input_mean, self.input_var = torch.zeros(D + ACTION_DIM), torch.ones(D + ACTION_DIM)
         self.target_mean, self.target_var = torch.zeros(D), torch.ones(D)
-        # of the inputs of reward and value, and last of what they learn
+        # of the inputs of reward and value, and last of the reward
         n = D + ACTION_DIM + 1
         self.reward_mean, self.reward_var = torch.zeros(n), torch.ones(n)
         self.value_mean, self.value_var = torch.zeros(D + 1), torch.ones(D + 1)
@@ -72,12 +72,19 @@ class BareModel:
             x = silu(linear(x, weight, bias))
         return linear(x, *layers[-1])
 
-    def head(
-        self, layers: list[tuple[Tensor, Tensor]], x: Tensor, mean: Tensor, var: Tensor
-    ) -> Tensor:
-        """Evaluate reward or value: inputs standardised, output in units of what is learned."""
-        std = var.sqrt()
-        return mean[-1:] + std[-1:] * self.mlp(layers, (x - mean[:-1]) / std[:-1])
+    def head_of_reward(self, x: Tensor) -> Tensor:
+        """Evaluate the reward: inputs standardised, output in its own unit."""
+        mean, std = self.reward_mean, self.reward_var.sqrt()
+        return mean[-1:] + std[-1:] * self.mlp(self.reward, (x - mean[:-1]) / std[:-1])
+
+    def head_of_value(self, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+        """Evaluate the value or its target: inputs standardised, in the unit of the reward."""
+        mean, std = self.value_mean[:-1], self.value_var[:-1].sqrt()
+        return self.value_unit() * self.mlp(layers, (x - mean) / std)
+
+    def value_unit(self) -> Tensor:
+        """The root mean square of the reward, 1 before any was seen."""
+        return (self.value_var[-1] + self.value_mean[-1].square()).sqrt()
 
     def ensemble(self, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
         """Map ``[E, N, in]`` to ``[E, N, out]``."""
@@ -159,20 +166,20 @@ class BareLearner(BareModel):
         action = columns["action"].index_select(0, first)
         counts, inputs = mask[:, :k], torch.cat([observation, action], -1)
         value_moments = self.value_mean, self.value_var
-        reward_moments = self.reward_mean, self.reward_var
-        rate = max(1 / (self.seen + 1), 1e-3)
+        rate, value_rate = max(1 / (self.seen + 1), 1e-3), max(1 / (self.seen + 2), 1e-3)
         with torch.no_grad():
-            if self.seen == 0:  # the first unit of values is that of the rewards
-                self.move(*value_moments, self.counted(counts, observation, window), 1.0)
+            seen = self.counted(counts, observation, reward[:, :k])
+            if self.seen == 0:  # before the first targets
+                self.move(*value_moments, seen, 1.0)
             after = columns["next_observation"].index_select(0, behind.flatten())
-            value = self.head(self.target, after, *value_moments).view(behind.shape)
+            value = self.head_of_value(self.target, after).view(behind.shape)
             target = window + torch.where(terminated, 0.0, GAMMA**steps * value)
-            seen = self.counted(counts, observation, target)
-            self.move(*value_moments, seen, max(1 / (self.seen + 2), 1e-3))
-            self.move(*reward_moments, self.counted(counts, inputs, reward[:, :k]), rate)
-            value_unit, unit = self.value_var[-1].sqrt(), self.reward_var[-1].sqrt()
-        error = self.head(self.reward, inputs, *reward_moments).view(-1, k) - reward[:, :k]
-        value_error = self.head(self.value, observation, *value_moments).view(-1, k) - target
+            self.move(*value_moments, seen, value_rate)
+            rows = self.counted(counts, inputs, reward[:, :k])
+            self.move(self.reward_mean, self.reward_var, rows, rate)
+            value_unit, unit = self.value_unit(), self.reward_var[-1].sqrt()
+        error = self.head_of_reward(inputs).view(-1, k) - reward[:, :k]
+        value_error = self.head_of_value(self.value, observation).view(-1, k) - target
         error, value_error = (error / unit).square(), (value_error / value_unit).square()
         return torch.where(counts, error + value_error, 0.0).sum() / counts.sum()
 
@@ -212,7 +219,7 @@ class BareLearner(BareModel):
 
     @staticmethod
     def counted(counts: Tensor, inputs: Tensor, target: Tensor) -> Tensor:
-        """Inputs and targets ``[N, in + 1]`` of the steps that count ``[B, k]``."""
+        """Inputs and rewards ``[N, in + 1]`` of the steps that count ``[B, k]``."""
         rows = torch.cat([inputs, target.reshape(-1, 1)], -1)
         return rows if counts.shape[1] == 1 else rows[counts.flatten()]
 
@@ -272,7 +279,7 @@ class BareImagination(BareModel):
         alive = survives.view(n_models, horizon, n_rows).transpose(0, 1).cumprod(0)
         alive = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])
         seen = torch.cat([latents, rows.permute(2, 0, 1, 3)], -1)
-        reward = self.head(self.reward, seen, self.reward_mean, self.reward_var)
+        reward = self.head_of_reward(seen)
         reward = alive * reward.squeeze(-1)
         if self.n_particles >= n_models:
             reward = reward.view(horizon, n_models, n_envs, -1).mean((1, 3))

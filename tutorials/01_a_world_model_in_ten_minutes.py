@@ -168,15 +168,16 @@ for _ in range(OPTIM_STEPS // 40):
 
 # %% [markdown]
 # The curves should fall and level off. The model's term is a negative log-likelihood of a density,
-# so it goes below zero as the predictions sharpen. Errors of reward and value are relative to the
-# variance of what they learn, so units do not matter: at 1 nothing is explained. The value's is
-# last to fall: at first it learns from a target network that itself knows nothing yet.
+# so it goes below zero as the predictions sharpen. Errors have units that do not depend on that of
+# the reward: the variance of the reward (at 1 nothing of it is explained), for the value the mean
+# square of the reward. The value is last to fall: at first it learns from a target network that
+# itself knows nothing yet.
 
 # %%
 terms = {
     "nll": ("Model: next state", "negative log-likelihood (nats)", "linear"),
-    "loss_reward": ("Reward", "squared error (share of variance)", "log"),
-    "loss_value": ("Value", "squared error (share of variance)", "log"),
+    "loss_reward": ("Reward", "error² (share of variance)", "log"),
+    "loss_value": ("Value", "error² (mean square rewards)", "log"),
 }
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharex=True)
 optim_steps = 40 * torch.arange(1, len(history) + 1)

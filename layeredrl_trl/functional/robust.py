@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FAR = 1e4
+FAR = 1e5
 """Distance from the centre, in units of the spread, at which a number is taken for a fault."""
 
 ROUNDING = torch.finfo(torch.float32).eps

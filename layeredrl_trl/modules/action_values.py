@@ -161,7 +161,8 @@ class BestActionValue(ActionValue):
         q: as for :class:`PolicyValue`.
         actions: the actions ``[K, A]`` or indices ``[K]``; or a TorchRL spec of one env. Of a
             ``OneHot`` or ``Categorical`` one all actions are tried; of a continuous one
-            ``num_samples``, drawn uniformly at every call, the same for all states of the call.
+            ``num_samples``, spread evenly by a Sobol sequence. Nothing is random, so that the
+            candidates and rounds of a plan are compared under the same actions.
         num_samples: ``K`` for a continuous spec.
         in_keys, out_keys: as for :class:`PolicyValue`.
 
@@ -200,16 +201,10 @@ class BestActionValue(ActionValue):
         super().__init__(q, in_keys=in_keys, out_keys=out_keys)
         check_count("BestActionValue: num_samples", num_samples)
         self.num_samples = num_samples
-        known, bounds = _actions(actions)
-        for name, x in (("_actions", known), ("_bounds", bounds)):
-            self.register_buffer(name, x, persistent=False)
+        self.register_buffer("_actions", _actions(actions, num_samples), persistent=False)
 
     def _value(self, state: dict[NestedKey, Tensor], batch: torch.Size) -> Tensor:
         actions = self._actions
-        if actions is None:
-            low, high = self._bounds
-            chance = torch.rand(self.num_samples, *low.shape, dtype=low.dtype, device=low.device)
-            actions = low + (high - low) * chance
         each = {
             key: x.unsqueeze(-2).expand(*batch, len(actions), x.shape[-1])
             for key, x in state.items()
@@ -218,15 +213,15 @@ class BestActionValue(ActionValue):
         return evaluate(self.q, each).amax(-2)
 
 
-def _actions(actions: Tensor | TensorSpec) -> tuple[Tensor | None, Tensor | None]:
-    """Return all actions ``[K, ...]``, or ``None`` and the bounds ``[2, A]`` of continuous ones."""
+def _actions(actions: Tensor | TensorSpec, num_samples: int) -> Tensor:
+    """Return the actions to try ``[K, ...]``."""
     if isinstance(actions, Tensor):
         if actions.ndim not in (1, 2) or not actions.numel():
             raise ValueError(
                 "BestActionValue: actions must be [K, A] or indices [K], at least one, got shape "
                 f"{list(actions.shape)}."
             )
-        return actions, None
+        return actions
     several = isinstance(actions, Binary | MultiCategorical | MultiOneHot)
     if not isinstance(actions, TensorSpec) or several:
         raise TypeError(
@@ -243,13 +238,14 @@ def _actions(actions: Tensor | TensorSpec) -> tuple[Tensor | None, Tensor | None
             )
         index = torch.arange(n, device=actions.device)
         if isinstance(actions, OneHot):
-            return torch.nn.functional.one_hot(index, n), None
-        return index.reshape(n, *actions.shape), None
+            return torch.nn.functional.one_hot(index, n)
+        return index.reshape(n, *actions.shape)
     if actions.domain != "continuous" or actions.ndim != 1:
         raise ValueError(
             f"BestActionValue: actions must be a spec of one vector of one env, got {actions}."
         )
-    bounds = torch.stack([actions.space.low, actions.space.high])
-    if not (bounds[1] - bounds[0]).isfinite().all():
+    low, high = actions.space.low, actions.space.high
+    if not (high - low).isfinite().all():
         raise ValueError(f"BestActionValue: actions must be bounded, got {actions}.")
-    return None, bounds
+    share = torch.quasirandom.SobolEngine(low.shape[0]).draw(num_samples).to(low)
+    return low + (high - low) * share

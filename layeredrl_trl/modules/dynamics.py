@@ -36,9 +36,9 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     is the even mixture of its members.
 
     A class may define faster methods (:func:`~layeredrl_trl.acceleration.promised`):
-    ``fast_rollout(compile=)`` returns a function that rolls out particles under given actions, and
-    ``score_members`` scores transitions by every member; see
-    :class:`~layeredrl_trl.modules.ProbabilisticEnsemble`.
+    ``fast_rollout(compile=)`` returns a function that rolls out particles under given actions (one
+    that takes no ``draw`` is not used where envs share random numbers), and ``score_members``
+    scores transitions by every member; see :class:`~layeredrl_trl.modules.ProbabilisticEnsemble`.
 
     As a ``TensorDictModule`` it predicts one step for a plain latent state: the mean of the even
     mixture, or under ``set_exploration_type(ExplorationType.RANDOM)`` a draw from it.

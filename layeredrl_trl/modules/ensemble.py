@@ -275,10 +275,12 @@ class ProbabilisticEnsemble(DynamicsModel):
     def target_scale(self) -> Tensor:
         """Running standard deviation of the networks' targets, ``[D]``, in latent units.
 
-        It is at least a millionth of that of the latent state, so that a dim that never changes
-        has a scale, too.
+        It is at least a millionth of that of the latent state, or of its size where that never
+        changes, so that every dim has a scale.
         """
-        latent_std = self.input_moments.divisor()[: self.latent_state_dim]
+        size = self.input_moments.mean.abs()
+        size = torch.where(size > 0, size.clamp_max(1.0), 1.0)
+        latent_std = self.input_moments.spread(unchanged=size)[: self.latent_state_dim]
         return self.target_moments.std(floor=_LEAST_SCALE * latent_std)
 
     @torch.no_grad()

@@ -17,18 +17,23 @@ class HeadMLP(ConcatMLP):
     """A perceptron from latent state, context and, where it has one, action to a number.
 
     It computes ``m + s f((x - m_x) / s_x)`` with running means and standard deviations of its
-    inputs ``x`` and its targets, so layers of one size fit every unit of reward and latent state.
-    Of an input or a target that never changed, ``s`` is the magnitude. Before any update it
-    computes ``f(x)``.
+    inputs ``x`` and of rewards, so layers of one size fit every unit of reward and latent state. Of
+    an input or a reward that never changed, ``s`` is the magnitude. Before any update it computes
+    ``f(x)``.
+
+    A value (``is_sum``) has the unit of the rewards, not of its own targets: these are made by the
+    value itself, so their unit and the value would drive each other up. There ``m`` is 0 and ``s``
+    the root mean square of the rewards.
 
     Args:
         latent_state_dim, context_dim: ``D`` and ``C``.
         action_dim: ``A``; ``None`` for a function that reads no action.
         hidden_sizes: width of each hidden layer.
         activation: class of the nonlinearity.
+        is_sum: whether it predicts discounted sums of rewards instead of rewards.
 
     Attributes:
-        moments: running moments of the inputs and, last, of the targets, ``[D + C + A + 1]``.
+        moments: running moments of the inputs and, last, of the rewards, ``[D + C + A + 1]``.
 
     Raises:
         TypeError: if a size is no integer.
@@ -42,6 +47,8 @@ class HeadMLP(ConcatMLP):
         action_dim: int | None,
         hidden_sizes: Sequence[int],
         activation: type[nn.Module],
+        *,
+        is_sum: bool = False,
     ) -> None:
         check_count("latent_state_dim", latent_state_dim)
         check_count("context_dim", context_dim, least=0)
@@ -51,6 +58,7 @@ class HeadMLP(ConcatMLP):
             dims = (*dims, action_dim)
         super().__init__(dims, 1, hidden_sizes, activation)
         self.moments = RunningMoments(sum(dims) + 1)
+        self.is_sum = is_sum
 
     @property
     def target_scale(self) -> Tensor:
@@ -58,18 +66,18 @@ class HeadMLP(ConcatMLP):
         return self._scale()[-1:]
 
     def update_statistics(
-        self, inputs: Sequence[Tensor], target: Tensor, mask: Tensor | None = None
+        self, inputs: Sequence[Tensor], reward: Tensor, mask: Tensor | None = None
     ) -> None:
         """Update the running moments with real steps.
 
         Args:
             inputs: arguments of :meth:`forward`, ``[..., *]``.
-            target: ``[..., 1]``.
+            reward: of the step, ``[..., 1]``.
             mask: bool ``[..., 1]``, False on steps to ignore.
         """
         x = self._join(*inputs)
         mask = None if mask is None else mask.squeeze(-1)
-        self.moments.update(torch.cat([x, target.to(x.dtype)], -1), mask)
+        self.moments.update(torch.cat([x, reward.to(x.dtype)], -1), mask)
 
     def _join(self, latent: Tensor, context: Tensor, *action: Tensor) -> Tensor:
         features = (action_features(a, latent.shape[:-1], self.in_dims[-1]) for a in action)
@@ -78,8 +86,13 @@ class HeadMLP(ConcatMLP):
     def _run(self, rows: Tensor) -> Tensor:
         mean, scale = self.moments.mean, self._scale()
         out = self.layers((rows - mean[:-1]) / scale[:-1])
-        return torch.addcmul(mean[-1:], scale[-1:], out)
+        return scale[-1:] * out if self.is_sum else torch.addcmul(mean[-1:], scale[-1:], out)
 
     def _scale(self) -> Tensor:
-        size = self.moments.mean.abs()
-        return self.moments.spread(unchanged=torch.where(size > 0, size, 1.0))
+        mean, var = self.moments.mean, self.moments.var
+        size = mean.abs()
+        scale = self.moments.spread(unchanged=torch.where(size > 0, size, 1.0))
+        if not self.is_sum:
+            return scale
+        square = torch.addcmul(var[-1:], mean[-1:], mean[-1:])
+        return torch.cat([scale[:-1], torch.where(square > 0, square.sqrt(), 1.0)])

@@ -67,18 +67,18 @@ class LatentFunction(TensorDictModule):
         return self.module.target_scale if self.has_statistics else None
 
     def update_statistics(
-        self, entries: Mapping[NestedKey, Tensor], target: Tensor, mask: Tensor | None = None
+        self, entries: Mapping[NestedKey, Tensor], reward: Tensor, mask: Tensor | None = None
     ) -> None:
         """Update the running moments, if there are any, with real steps.
 
         Args:
             entries: what it reads, by name, ``[..., *]``.
-            target: what it is to predict, ``[..., 1]``.
+            reward: of the step, ``[..., 1]``; for a value, too.
             mask: bool ``[..., 1]``, False on steps to ignore.
         """
         if self.has_statistics:
             inputs = [entries[key].detach() for key in self.in_keys]
-            self.module.update_statistics(inputs, target.detach(), mask)
+            self.module.update_statistics(inputs, reward.detach(), mask)
 
 
 class RewardNet(LatentFunction):
@@ -131,7 +131,8 @@ class RewardNet(LatentFunction):
 class ValueNet(LatentFunction):
     """Predict the value of a state, or with ``action_dim`` of a state and an action.
 
-    It standardises what it reads and what it learns, like :class:`RewardNet`.
+    It standardises what it reads, and learns in the unit of the rewards, see
+    :class:`~layeredrl_trl.modules.HeadMLP`.
 
     Args:
         latent_state_dim, context_dim: ``D`` and ``C``.
@@ -169,7 +170,8 @@ class ValueNet(LatentFunction):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        net = HeadMLP(latent_state_dim, context_dim, action_dim, hidden_sizes, activation)
+        sizes = latent_state_dim, context_dim, action_dim, hidden_sizes
+        net = HeadMLP(*sizes, activation, is_sum=True)
         in_keys = _IN_KEYS[: len(net.in_dims)] if in_keys is None else in_keys
         out_key = keys.STATE_VALUE if action_dim is None else keys.STATE_ACTION_VALUE
         out_keys = [out_key] if out_keys is None else out_keys

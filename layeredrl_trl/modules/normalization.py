@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from layeredrl_trl.acceleration import is_surely_none, peek
 from layeredrl_trl.functional import FAR, ROUNDING, robust_moments
 
-_FAULTS = 32
-"""At most one row in so many of a batch is a fault; more of them are a change of the stream."""
+_ROWS_PER_FAULT = 32
+"""At most one row in so many of a batch is a fault, or a single one."""
+
+_ROWS_PER_EVENT = 400
+"""More than one row in so many of the last batches is no fault."""
+
+_MEMORY = 1000.0
+"""Number of batches for which far rows are remembered."""
+
+_LEAST_EVENTS = 10
+"""At least so many far rows must be remembered before they are no faults."""
 
 
 class RunningMoments(nn.Module):
@@ -20,10 +29,12 @@ class RunningMoments(nn.Module):
     The first ``1 / rate`` batches are averaged evenly, later ones exponentially with ``rate``: the
     moments are unbiased from the first batch on and still follow a drifting stream.
 
-    A batch in which a number or its square is not finite changes nothing. A single number 10,000
+    A batch in which a number or its square is not finite changes nothing. A single number 100,000
     standard deviations from the mean is taken for a fault and replaced by the mean: it would hide
-    what all others vary by. If more than one row in 32 is as far, the stream has changed, and all
-    of them count. In the first batch, median and median deviation tell what is far.
+    what all others vary by. It counts if more than one row in 32 of the batch is as far, or more
+    than one in 400 of the last thousand batches: then this is what the stream is like. In the first
+    batch, median and median deviation tell what is far; a dim in which most values are the same has
+    none.
 
     Args:
         dim: ``D``, number of dims.
@@ -56,12 +67,14 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros(()))
         self.n_faults = 0
         self._has_started = False  # the host's copy of ``count > 0``, so as not to read the device
+        # of the far rows of late: how many, and at which count; no state that is worth saving
+        self._far_rows = torch.zeros(2, dim)
         self.register_load_state_dict_post_hook(_sync_has_started)
 
     @property
     def has_started(self) -> bool:
         """Whether a batch has been seen, as far as the host may look; else :attr:`count` tells."""
-        self._has_started = self._has_started or peek(self.count, otherwise=0.0) > 0
+        self._has_started = peek(self.count, otherwise=float(self._has_started)) > 0
         return self._has_started
 
     @torch.no_grad()
@@ -136,12 +149,25 @@ class RunningMoments(nn.Module):
         n: int | Tensor = len(samples)
         if counts is not None:
             far, n = far & counts.unsqueeze(-1), counts.sum()
-        are_faults = far & (_FAULTS * far.sum(0) <= n)
-        self.n_faults += int(peek(are_faults.sum(), otherwise=0))
-        new_mean, new_var = _moments(torch.where(are_faults, centre, samples), counts)
-        # A batch that is not usable stays so.
+        n_far = far.sum(0)
+        are_few = (n_far <= 1) | (_ROWS_PER_FAULT * n_far <= n)
+        # a batch that is not usable stays so
         is_finite = var.isfinite()
-        return torch.where(is_finite, new_mean, mean), torch.where(is_finite, new_var, var)
+        are_faults = far & are_few & is_finite & ~self._recur(torch.where(is_finite, n_far, 0), n)
+        self.n_faults += int(peek(are_faults.sum(), otherwise=0))
+        return _moments(torch.where(are_faults, centre, samples), counts)
+
+    def _recur(self, n_far: Tensor, n: int | Tensor) -> Tensor:
+        """Remember the number of far rows ``[D]`` of ``n``; return where they are too many."""
+        before, when = self._far_rows
+        before.mul_(((when - self.count) / _MEMORY).exp()).add_(n_far)
+        when.copy_(self.count.expand_as(when))
+        seen = self.count.clamp_max(_MEMORY) * n
+        return before > _LEAST_EVENTS + seen / _ROWS_PER_EVENT
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RunningMoments:
+        self._far_rows = fn(self._far_rows)
+        return super()._apply(fn, recurse)
 
 
 def _sync_has_started(moments: RunningMoments, _: Any) -> None:

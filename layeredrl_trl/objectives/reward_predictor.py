@@ -212,7 +212,7 @@ class RewardPredictorLoss(SliceLoss):
         )
         if slices.returns is None:
             slices = self.with_returns(slices)
-        terms = self._reward_and_value_terms(self._targets(slices, learns=True))
+        terms = self._reward_and_value_terms(self._targets(slices))
         return TensorDict(terms | self._dynamics_terms(self._encode(single)), batch_size=[])
 
     def terms(self, targets: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
@@ -236,7 +236,7 @@ class RewardPredictorLoss(SliceLoss):
         real = {key: targets.get(key) for key in (latent, context, names.action)}
         real = {key: zero_where_not(valid.squeeze(-1), x) for key, x in real.items()}
         real[names.mask] = valid
-        if self.reward is not None:
+        if self.reward is not None or self.has_value:
             real[names.next_reward] = per_step(targets, names.next_reward)
         if self.has_value:
             real[keys.VALUE_TARGET] = per_step(targets, keys.VALUE_TARGET)
@@ -264,13 +264,16 @@ class RewardPredictorLoss(SliceLoss):
             if not self.learn_encoder:
                 latent, context = latent.detach(), context.detach()
             entries = self._head_entries(latent, context, action)
-            error = self._error(self.reward, entries, targets[names.next_reward], valid)
+            rewards = targets[names.next_reward]
+            self._update_unit(self.reward, entries, rewards, valid)
+            error = self._error(self.reward, entries, rewards, valid)
             terms["loss_reward"] = self.rew_loss_weight * error
         if self.has_value:
             entries = self._head_entries(latent.detach(), context.detach(), action)
             target = targets[keys.VALUE_TARGET]
             flags = (targets.get(key, None) for key in (names.planned, HAS_TARGET))
             counts = all_of(valid, *flags)
+            self._update_unit(self.value_network, entries, targets[names.next_reward], valid)
             error = self._error(self.value_network, entries, target, counts)
             terms["loss_value"] = self.value_loss_weight * error
             terms["value_target_mean"] = self._reduce_where(target.detach(), counts, "mean")
@@ -330,6 +333,17 @@ class RewardPredictorLoss(SliceLoss):
         counts = None if counts is None else counts.squeeze(-1)
         encoder.update_statistics(observation, following, counts)
 
+    def _update_unit(
+        self,
+        head: TensorDictModuleBase,
+        entries: dict[NestedKey, Tensor],
+        reward: Tensor,
+        valid: Tensor | None,
+    ) -> None:
+        """Update the running statistics of reward or value, if it has any and learns."""
+        if isinstance(head, LatentFunction) and head.has_statistics and self._learns(head):
+            head.update_statistics(entries, reward, valid)
+
     def _error(
         self,
         head: TensorDictModuleBase,
@@ -340,15 +354,12 @@ class RewardPredictorLoss(SliceLoss):
         """Reduce the squared errors ``[B, k, 1]`` where ``counts`` is True (``None``: all)."""
         if counts is not None:  # before the square, too: a gradient of 0 times NaN is NaN
             target = torch.where(counts, target, 0.0)
-        standardizes = isinstance(head, LatentFunction) and head.has_statistics
-        if standardizes and self._learns(head):
-            head.update_statistics(entries, target, counts)
         predicted = evaluate(head, entries)
         # squares of half precision would overflow
         dtype = torch.promote_types(predicted.dtype, torch.float32)
         predicted, target = predicted.to(dtype), target.to(dtype)
-        if standardizes:
-            scale = head.target_scale
+        scale = head.target_scale if isinstance(head, LatentFunction) else None
+        if scale is not None:
             predicted, target = predicted / scale, target / scale
         if counts is None:
             return mse_loss(predicted, target, reduction=self.reduction)

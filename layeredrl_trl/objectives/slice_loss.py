@@ -219,17 +219,14 @@ class SliceLoss(LossModule):
             return transitions
         return Slices.read(transitions, self.tensor_keys, with_reward=False, with_mask=False)
 
-    def _targets(self, slices: Slices, *, learns: bool = False) -> dict[NestedKey, Tensor]:
-        """Training data ``[B, k]`` of reward and value, from slices with returns.
-
-        A value that ``learns`` and has seen no target yet takes its unit from the rewards.
-        """
+    def _targets(self, slices: Slices) -> dict[NestedKey, Tensor]:
+        """Training data ``[B, k]`` of reward and value, from slices with returns."""
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             latent, context = self.encoder.encode(slices.observation)
         context = context[:, :1].expand_as(context)
         returns = slices.returns
-        if learns and self.has_value and self._learns(self.value_network):
+        if self.has_value and self._learns(self.value_network):
             self._start_value(latent, context, slices)
         if self.has_value:
             value = self._target_value(returns.observation, context.detach(), returns.action)
@@ -251,17 +248,16 @@ class SliceLoss(LossModule):
         return {key: x for key, x in targets.items() if x is not None}
 
     def _start_value(self, latent: Tensor, context: Tensor, slices: Slices) -> None:
-        """Give a value without statistics those of the rewards, as if nothing came after them.
+        """Give a value without statistics the unit of the rewards, before it makes targets.
 
-        An untrained network predicts numbers near 1, which targets would hold for a long time if
-        rewards were smaller.
+        An untrained network predicts numbers near 1, however small the rewards are.
         """
-        moments, returns = self.value_moments, slices.returns
+        moments = self.value_moments
         if moments is not None and not moments.has_started:
-            is_first = (moments.count == 0).expand_as(returns.bootstraps)
-            counts = all_of(is_first, slices.mask, slices.planned, returns.exists)
+            is_first = (moments.count == 0).expand_as(slices.reward)
+            counts = all_of(is_first, slices.mask)
             entries = self._head_entries(latent, context, slices.action)
-            self.value_network.update_statistics(entries, returns.total, counts)
+            self.value_network.update_statistics(entries, slices.reward, counts)
 
     def _learns(self, part: nn.Module) -> bool:
         # Parts are shared, so their mode may be set without setting that of the loss.
@@ -335,8 +331,8 @@ def _moments_of(value: TensorDictModuleBase | None) -> RunningMoments | None:
 def _without_moments(value: TensorDictModuleBase) -> Iterator[None]:
     """Keep the running moments of a value out of its parameters.
 
-    The target network then uses those of the value: what two networks learn in different units
-    could not be averaged.
+    The target network then uses those of the value: networks of different units could not be
+    averaged.
     """
     moments = _moments_of(value)
     if moments is None:

@@ -131,8 +131,8 @@ class Update:
                 self.target_updater.step()
         else:
             step.before.restore()
-        self.count_skipped(int(not is_taken), 1)
         self.steps += 1
+        self.count_skipped(int(not is_taken), 1)
         return TensorDict(self.outcome(step), batch_size=[])
 
     def compute_gradients(self, *batches: Any) -> Gradients:

@@ -35,11 +35,12 @@ def explained(update: Any, reader: ReadAhead, buffer: TensorDictReplayBuffer) ->
         reader: reads the buffer as learning does.
         buffer: the replay buffer.
     """
+    before = getattr(update, "explain", None)
     update.explain = lambda: describe_non_finite(reader, buffer)
     try:
         yield
     finally:
-        update.explain = None
+        update.explain = before
 
 
 def warn_of_far(reader: ReadAhead, buffer: TensorDictReplayBuffer, n_before: int) -> None:
@@ -52,13 +53,12 @@ def warn_of_far(reader: ReadAhead, buffer: TensorDictReplayBuffer, n_before: int
     """
     if n_before or not count_faults(reader.loss):
         return
-    found = describe_far(reader, buffer)
-    if found:
-        warnings.warn(
-            "Some values are far from all others. Running moments leave them out, but the losses "
-            f"do not. {found}",
-            stacklevel=3,
-        )
+    found = describe_far(reader, buffer) or "They are values of an otherwise constant entry."
+    warnings.warn(
+        "Some values are far from all others. Running moments leave them out, but the losses do "
+        f"not. {found}",
+        stacklevel=3,
+    )
 
 
 def describe_non_finite(reader: ReadAhead, buffer: TensorDictReplayBuffer) -> str:
@@ -125,9 +125,9 @@ def _describe(
         if positions:
             shown = ", ".join(map(str, positions[:_SHOWN]))
             more = ", ..." if len(positions) > _SHOWN else ""
-            rows = "row is" if len(positions) == 1 else "rows are"
+            are = "is" if len(positions) == 1 else "are"
             texts.append(
-                f"{key!r}: {len(positions)} of {n_rows} {rows} {what}, at storage positions "
+                f"{key!r}: {len(positions)} of {n_rows} rows {are} {what}, at storage positions "
                 f"{shown}{more}."
             )
     return " ".join(texts)
@@ -142,4 +142,9 @@ def _rows(
     for flat in torch.arange(n_rows).split(reader.most_rows):
         index = torch.unravel_index(flat, shape)
         entries = reader.entries(buffer, index)
+        mask = entries.pop(reader.loss.tensor_keys.mask, None)
+        if mask is not None:  # padding may hold anything
+            rows = mask.reshape(len(mask), -1).all(-1).nonzero()[:, 0]
+            entries = {key: x.index_select(0, rows) for key, x in entries.items()}
+            index = tuple(i.index_select(0, rows.to(i.device)) for i in index)
         yield index, {key: x for key, x in entries.items() if x.is_floating_point()}

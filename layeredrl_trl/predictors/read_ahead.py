@@ -88,7 +88,8 @@ class ReadAhead(NamedTuple):
         names, loss = self.loss.tensor_keys, self.loss
         needed = [names.observation, names.action, names.next_observation]
         needed += [names.next_reward] if loss.reward is not None or loss.has_value else []
-        return {key: x for key, x in read_transitions(buffer, index, needed).items(True, True)}
+        read = read_transitions(buffer, index, needed, [keys.WEIGHT, names.mask])
+        return {key: x for key, x in read.items(True, True)}
 
     def _draw(
         self, buffer: TensorDictReplayBuffer, batch_size: int, length: int

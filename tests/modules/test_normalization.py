@@ -1,5 +1,8 @@
 """RunningMoments: exact averages of the first batches, masks, non-finite batches, constant dims."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -279,3 +282,43 @@ def test_loaded_moments_go_on_from_where_they_were():
     assert other.has_started
     other.load_state_dict(RunningMoments(1).state_dict())
     assert not other.has_started
+
+
+@pytest.mark.parametrize("share", [0.006, 0.01])
+def test_rare_events_that_recur_are_no_faults(share):
+    """A reward of 1 in 0.6% of the steps, 1e6 times larger than the others, was never learned."""
+    moments = RunningMoments(1)
+    for _ in range(60):
+        events = torch.rand(256, 1) < share
+        moments.update(torch.where(events, 1.0, 1e-6 * torch.randn(256, 1)))
+    assert moments.var.item() > 0.3 * share
+
+
+def test_a_row_that_is_drawn_again_and_again_stays_a_fault():
+    data, moments = torch.randn(1000, 1), RunningMoments(1)
+    data[17] = 1e8
+    for _ in range(400):
+        moments.update(data[torch.randint(1000, (64,))])
+    assert moments.var.item() < 2 and moments.n_faults > 5
+
+
+def test_a_first_batch_that_was_undone_is_the_first_one_again():
+    """The host went on believing that moments had been seen."""
+    moments = RunningMoments(1)
+    before = {key: x.clone() for key, x in moments.named_buffers()}
+    for _ in range(2):
+        moments.update(1e-6 * torch.randn(50, 1))
+        assert moments.has_started
+    for key, x in moments.named_buffers():
+        x.copy_(before[key])
+    assert not moments.has_started
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_identically(how):
+    moments = RunningMoments(2)
+    moments.update(torch.randn(9, 2))
+    other, batch = how(moments).double().float(), torch.randn(9, 2)
+    moments.update(batch)
+    other.update(batch)
+    assert all(torch.equal(x, other.state_dict()[key]) for key, x in moments.state_dict().items())

@@ -47,7 +47,7 @@ def test_the_first_skipped_batch_names_entry_count_and_positions(key, value):
 
 def test_positions_of_a_storage_of_two_dims():
     buffer = buffer_with({("next", "reward"): {(3, 1): torch.nan}}, n=20, ndim=2)
-    with pytest.warns(UserWarning, match=r"1 of 40 row is not finite, .* positions \(3, 1\)\."):
+    with pytest.warns(UserWarning, match=r"1 of 40 rows is not finite, .* positions \(3, 1\)\."):
         learn(small_predictor(encoder_warm_up=0), buffer, n_steps=40, batch_size=16)
 
 
@@ -71,7 +71,7 @@ def test_it_is_said_when_nothing_is_learned_any_more():
     starts = "A batch gave", *(f"Nothing is learned any more: the last {n}" for n in (10, 100))
     for text, start in zip(texts, starts, strict=True):
         assert text.startswith(start)
-        assert "('next', 'reward'): 1 of 200 row is not finite, at storage positions 17." in text
+        assert "('next', 'reward'): 1 of 200 rows is not finite, at storage positions 17." in text
     torch.testing.assert_close(snapshot(predictor), before, rtol=0, atol=0)
 
 
@@ -89,7 +89,7 @@ def test_a_few_more_skipped_batches_are_only_counted():
 def test_values_whose_square_overflows_are_named():
     buffer = buffer_with({("next", "observation"): {17: 1e20}})
     predictor = plain_predictor()
-    with pytest.warns(UserWarning, match=r"\('next', 'observation'\): 1 of 200 row is too large"):
+    with pytest.warns(UserWarning, match=r"\('next', 'observation'\): 1 of 200 rows is too large"):
         learn(predictor, buffer, n_steps=40, batch_size=16)
     clean = filled_buffer(200)
     with warnings.catch_warnings():
@@ -151,6 +151,6 @@ def test_one_huge_value_in_1000_rows_spoiled_all_scales_without_a_word(key, valu
         parts = predictor.model, predictor.rew_func, predictor.val_func
         scales.append(torch.cat([part.target_scale for part in parts]))
     assert len(caught) == 1
-    text = re.escape(f"{key!r}: 1 of 1000 row is more than 10,000 times the usual spread")
+    text = re.escape(f"{key!r}: 1 of 1000 rows is more than 100,000 times the usual spread")
     assert re.search(text + r" from the median, at storage positions 17\.", str(caught[0].message))
     torch.testing.assert_close(scales[1], scales[0], rtol=0.2, atol=0)

@@ -3,6 +3,8 @@
 Units are powers of 2, so that every number but for its exponent is the same.
 """
 
+import itertools
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -160,3 +162,34 @@ def test_a_large_reward_costs_the_dynamics_nothing():
     plain, other = (train(scaled(data, 1.0, u), **options) for u in (1.0, 100.0))
     mine, others = plain.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(x, others[key]) for key, x in mine.items())
+
+
+@pytest.mark.slow
+def test_a_value_and_its_unit_do_not_drive_each_other_up():
+    """With the moments of its own targets, a value of 100 went beyond 10,000 by default rates."""
+    n = 2000
+    reward = 1 + 0.1 * torch.randn(n, 1)
+    flags = {key: torch.zeros(n, 1).bool() for key in ("terminated", "truncated", "done")}
+    data = {"observation": torch.randn(n, 3), "action": torch.rand(n, 1)}
+    data["next"] = {"observation": torch.randn(n, 3), "reward": reward, **flags}
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(n))
+    buffer.extend(TensorDict(data, [n]))
+    torch.manual_seed(0)
+    predictor = RewardPredictor(
+        ProbabilisticEnsemble(3, 0, 1, hidden_sizes=(4,)),
+        ValueNet(3, 0, hidden_sizes=(32,)),
+        RewardNet(3, 0, 1, hidden_sizes=(4,)),
+        IdentityEncoder(3),
+        3,
+        0,
+        gamma=0.99,
+        value_lr=1e-3,
+        tau=0.02,
+        learn_encoder=False,
+    )
+    means = []
+    for _ in range(8):
+        predictor.learn(buffer, 500, 32, 2, 0)
+        means.append(predictor.value(data["observation"]).mean().item())
+    assert all(before < after for before, after in itertools.pairwise(means))
+    assert 20 < means[-1] < 100
