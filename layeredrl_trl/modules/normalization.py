@@ -43,8 +43,8 @@ class RunningMoments(nn.Module):
     Attributes:
         mean, var: running moments, ``[D]``.
         count: number of batches, a scalar.
-        n_faults: number of values taken for faults, where it can be counted without cost: not on a
-            GPU and not in compiled code.
+        n_far: number of values as far as faults, left out or not, where they can be counted without
+            cost: not on a GPU and not in compiled code.
 
     Example:
         >>> moments = RunningMoments(2)
@@ -65,7 +65,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
         self.register_buffer("count", torch.zeros(()))
-        self.n_faults = 0
+        self.n_far = 0
         self._has_started = False  # the host's copy of ``count > 0``, so as not to read the device
         # of the far rows of late: how many, and at which count; no state that is worth saving
         self._far_rows = torch.zeros(2, dim)
@@ -152,9 +152,9 @@ class RunningMoments(nn.Module):
         n_far = far.sum(0)
         are_few = (n_far <= 1) | (_ROWS_PER_FAULT * n_far <= n)
         # a batch that is not usable stays so
-        is_finite = var.isfinite()
+        is_finite = torch.addcmul(var, mean, mean).isfinite()
         are_faults = far & are_few & is_finite & ~self._recur(torch.where(is_finite, n_far, 0), n)
-        self.n_faults += int(peek(are_faults.sum(), otherwise=0))
+        self.n_far += int(peek((far & is_finite).sum(), otherwise=0))
         return _moments(torch.where(are_faults, centre, samples), counts)
 
     def _recur(self, n_far: Tensor, n: int | Tensor) -> Tensor:

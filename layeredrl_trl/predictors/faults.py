@@ -44,31 +44,32 @@ def explained(update: Any, reader: ReadAhead, buffer: TensorDictReplayBuffer) ->
 
 
 def warn_of_far(reader: ReadAhead, buffer: TensorDictReplayBuffer, n_before: int) -> None:
-    """Warn of the first values that running moments have taken for faults.
+    """Warn of the first values that running moments have found far from all others.
 
     Args:
         reader: reads the buffer as learning does.
         buffer: the replay buffer.
-        n_before: from :func:`count_faults`, before this call of ``learn``.
+        n_before: from :func:`count_far`, before this call of ``learn``.
     """
-    if n_before or not count_faults(reader.loss):
+    if n_before or not count_far(reader.loss):
         return
     found = describe_far(reader, buffer) or "They are values of an otherwise constant entry."
     warnings.warn(
-        "Some values are far from all others. Running moments leave them out, but the losses do "
-        f"not. {found}",
+        "Some values are far from all others. Running moments leave out single ones, but not those "
+        f"that recur, and the losses learn from all. {found}",
         stacklevel=3,
     )
 
 
 def describe_non_finite(reader: ReadAhead, buffer: TensorDictReplayBuffer) -> str:
     """Name the entries of which rows are not finite, how many there are, and a few positions."""
-    found = _describe(reader, buffer, lambda _: lambda x: ~x.isfinite(), "not finite")
-    if found:
-        return found
-    found = _describe(reader, buffer, lambda _: lambda x: x.abs() > _TOO_LARGE, "too large")
-    if found:
-        return found
+    tests = {
+        "not finite": lambda x: ~x.isfinite(),
+        "too large": lambda x: x.isfinite() & (x.abs() > _TOO_LARGE),
+    }
+    found = [_describe(reader, buffer, lambda _, t=test: t, what) for what, test in tests.items()]
+    if any(found):
+        return " ".join(filter(None, found))
     parts = {"model": reader.loss.dynamics, "encoder": reader.loss.encoder}
     parts |= {"rew_func": reader.loss.reward} if reader.loss.reward is not None else {}
     parts |= {"val_func": reader.loss.value_network} if reader.loss.has_value else {}
@@ -79,7 +80,8 @@ def describe_non_finite(reader: ReadAhead, buffer: TensorDictReplayBuffer) -> st
     ]
     if bad:
         return f"All entries of the buffer are finite, but parameters of {bad} are not."
-    return "All entries of the buffer and all parameters are finite: the loss overflowed."
+    text = "All entries of the buffer and all parameters are finite: the loss overflowed."
+    return f"{text} {describe_far(reader, buffer)}".rstrip()
 
 
 def describe_far(reader: ReadAhead, buffer: TensorDictReplayBuffer) -> str:
@@ -93,9 +95,9 @@ def describe_far(reader: ReadAhead, buffer: TensorDictReplayBuffer) -> str:
     return _describe(reader, buffer, make, what)
 
 
-def count_faults(loss: torch.nn.Module) -> int:
-    """Count the numbers that the running moments of a loss's parts took for faults."""
-    return sum(x.n_faults for x in loss.modules() if isinstance(x, RunningMoments))
+def count_far(loss: torch.nn.Module) -> int:
+    """Count the numbers that the running moments of a loss's parts found far from all others."""
+    return sum(x.n_far for x in loss.modules() if isinstance(x, RunningMoments))
 
 
 def _describe(

@@ -16,7 +16,7 @@ from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.modules.outputs import broadcasts_to
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
-from layeredrl_trl.predictors.faults import count_faults, explained, warn_of_far
+from layeredrl_trl.predictors.faults import count_far, explained, warn_of_far
 from layeredrl_trl.predictors.logging import log_scalars, mean_of_taken
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
@@ -156,8 +156,7 @@ class RewardPredictor(Predictor):
             rew_loss_weight=rew_loss_weight,
         )
         loss_module.set_keys(observation=self.encoder.in_keys[0], action=self.model.in_keys[2])
-        # The loss holds the same parts, so registering it would put each into the state twice.
-        # Only its target parameters are registered (below).
+        # Registering the loss would put each part into the state twice: only its targets are (below).
         self.__dict__["loss_module"] = loss_module
         self._rates = LearningRates(
             delta_standardizer=delta_standardizer_lr,
@@ -275,9 +274,8 @@ class RewardPredictor(Predictor):
         transforms are used, its sampler and batch size are not. A predictor in evaluation mode
         (:meth:`eval`) is set to training mode during the call.
 
-        A batch with non-finite gradients is skipped. Warnings of the first one, and of the 10th,
-        100th, ... in a row, name the entries of the buffer that are to blame and the storage
-        positions of a few. Another one names finite values far from all others.
+        A batch with non-finite gradients is skipped. Warnings of the first, and of the 10th, 100th,
+        ... in a row, name entries and storage positions to blame; another one values far from all.
 
         Args:
             buffer: with ``observation``, ``action``, ``("next", "observation")``,
@@ -307,7 +305,7 @@ class RewardPredictor(Predictor):
         rates = self._rates.at(n_total_env_steps, [group["name"] for group in groups])
         for group in groups:
             group["lr"] = rates[group["name"]]
-        n_faults = count_faults(self.loss_module)
+        n_far = count_far(self.loss_module)
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
         steps = []
         with explained(self.update, self._reader, buffer):
@@ -315,7 +313,7 @@ class RewardPredictor(Predictor):
                 terms = self.update(slices, transitions)
                 steps.append(torch.stack([*terms.values()]))
             skipped = float(self.update.skipped)
-        warn_of_far(self._reader, buffer, n_faults)
+        warn_of_far(self._reader, buffer, n_far)
         whitening = None if self.standardizer is None else self.standardizer.matrix
         self.model.advance(n_total_env_steps, whitening)
         mean_loss, info = mean_of_taken([str(name) for name in terms.keys()], torch.stack(steps))

@@ -299,7 +299,7 @@ def test_a_row_that_is_drawn_again_and_again_stays_a_fault():
     data[17] = 1e8
     for _ in range(400):
         moments.update(data[torch.randint(1000, (64,))])
-    assert moments.var.item() < 2 and moments.n_faults > 5
+    assert moments.var.item() < 2 and moments.n_far > 5
 
 
 def test_a_first_batch_that_was_undone_is_the_first_one_again():

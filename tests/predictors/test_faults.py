@@ -154,3 +154,24 @@ def test_one_huge_value_in_1000_rows_spoiled_all_scales_without_a_word(key, valu
     text = re.escape(f"{key!r}: 1 of 1000 rows is more than 100,000 times the usual spread")
     assert re.search(text + r" from the median, at storage positions 17\.", str(caught[0].message))
     torch.testing.assert_close(scales[1], scales[0], rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("rows", [[4], [4, 9, 13], list(range(0, 60, 6))])
+def test_values_that_moments_take_in_are_named_too(rows):
+    """Of 60 rows one is no rare one; a warning said that it was left out, or nothing."""
+    buffer = linear_buffer(60)
+    for row in rows:
+        buffer.storage._storage["next", "observation"][row] = 1e8 * (1 + row)
+    with pytest.warns(UserWarning, match=rf"{len(rows)} of 60 rows (is|are) more than 100,000 tim"):
+        learn(plain_predictor(), buffer, n_steps=5, batch_size=64)
+
+
+def test_everything_that_is_wrong_is_named():
+    bad = {"action": {3: torch.inf}, ("next", "reward"): {5: torch.nan}}
+    buffer = buffer_with(bad | {("next", "observation"): {7: 1e33}})
+    with pytest.warns(UserWarning) as caught:
+        learn(plain_predictor(), buffer, n_steps=9, batch_size=200)
+    text = str(caught[0].message)
+    assert "'action': 1 of 200 rows is not finite, at storage positions 3." in text
+    assert "reward'): 1 of 200 rows is not finite, at storage positions 5." in text
+    assert "observation'): 1 of 200 rows is too large, at storage positions 7." in text
