@@ -156,7 +156,7 @@ class RewardPredictor(Predictor):
             rew_loss_weight=rew_loss_weight,
         )
         loss_module.set_keys(observation=self.encoder.in_keys[0], action=self.model.in_keys[2])
-        # Registering the loss would put each part into the state twice: only its targets are (below).
+        # Registering the loss would put each part into the state twice.
         self.__dict__["loss_module"] = loss_module
         self._rates = LearningRates(
             delta_standardizer=delta_standardizer_lr,
