@@ -26,6 +26,8 @@ from benchmarks.workloads import (
 
 D = OBSERVATION_DIM
 STD_LOW, STD_HIGH = math.exp(-5.0), 2.0
+SUM_UNIT = (1 - GAMMA**2) ** -0.5
+"""Size of a discounted sum of independent rewards of size 1."""
 
 
 class BareModel:
@@ -83,7 +85,7 @@ class BareModel:
         return self.value_unit() * self.mlp(layers, (x - mean) / std)
 
     def value_unit(self) -> Tensor:
-        """The root mean square of the reward, 1 before any was seen."""
+        """That of a discounted sum of independent rewards, 1 before any was seen."""
         return (self.value_var[-1] + self.value_mean[-1].square()).sqrt()
 
     def ensemble(self, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class BareLearner(BareModel):
         value_moments = self.value_mean, self.value_var
         rate, value_rate = max(1 / (self.seen + 1), 1e-3), max(1 / (self.seen + 2), 1e-3)
         with torch.no_grad():
-            seen = self.counted(counts, observation, reward[:, :k])
+            seen = self.counted(counts, observation, SUM_UNIT * reward[:, :k])
             if self.seen == 0:  # before the first targets
                 self.move(*value_moments, seen, 1.0)
             after = columns["next_observation"].index_select(0, behind.flatten())

@@ -169,15 +169,15 @@ for _ in range(OPTIM_STEPS // 40):
 # %% [markdown]
 # The curves should fall and level off. The model's term is a negative log-likelihood of a density,
 # so it goes below zero as the predictions sharpen. Errors have units that do not depend on that of
-# the reward: the variance of the reward (at 1 nothing of it is explained), for the value the mean
-# square of the reward. The value is last to fall: at first it learns from a target network that
-# itself knows nothing yet.
+# the reward: the variance of the reward (at 1 nothing of it is explained), for the value that of a
+# discounted sum of such rewards, if they were independent. The value is last to fall: at first it
+# learns from a target network that itself knows nothing yet.
 
 # %%
 terms = {
     "nll": ("Model: next state", "negative log-likelihood (nats)", "linear"),
     "loss_reward": ("Reward", "error² (share of variance)", "log"),
-    "loss_value": ("Value", "error² (mean square rewards)", "log"),
+    "loss_value": ("Value", "error² (in units of a return)", "log"),
 }
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharex=True)
 optim_steps = 40 * torch.arange(1, len(history) + 1)

@@ -21,9 +21,10 @@ class HeadMLP(ConcatMLP):
     an input or a reward that never changed, ``s`` is the magnitude. Before any update it computes
     ``f(x)``.
 
-    A value (``is_sum``) has the unit of the rewards, not of its own targets: these are made by the
+    A value (``is_sum``) has a unit made of rewards, not of its own targets: these are made by the
     value itself, so their unit and the value would drive each other up. There ``m`` is 0 and ``s``
-    the root mean square of the rewards.
+    a root mean square. The loss passes rewards divided by ``sqrt(1 - gamma^2)``: so large is the
+    discounted sum of independent ones.
 
     Args:
         latent_state_dim, context_dim: ``D`` and ``C``.

@@ -273,7 +273,8 @@ class RewardPredictorLoss(SliceLoss):
             target = targets[keys.VALUE_TARGET]
             flags = (targets.get(key, None) for key in (names.planned, HAS_TARGET))
             counts = all_of(valid, *flags)
-            self._update_unit(self.value_network, entries, targets[names.next_reward], valid)
+            rewards = self._sum_unit * targets[names.next_reward]
+            self._update_unit(self.value_network, entries, rewards, valid)
             error = self._error(self.value_network, entries, target, counts)
             terms["loss_value"] = self.value_loss_weight * error
             terms["value_target_mean"] = self._reduce_where(target.detach(), counts, "mean")

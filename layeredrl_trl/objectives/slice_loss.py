@@ -248,7 +248,7 @@ class SliceLoss(LossModule):
         return {key: x for key, x in targets.items() if x is not None}
 
     def _start_value(self, latent: Tensor, context: Tensor, slices: Slices) -> None:
-        """Give a value without statistics the unit of the rewards, before it makes targets.
+        """Give a value without statistics a unit, that of the rewards, before it makes targets.
 
         An untrained network predicts numbers near 1, however small the rewards are.
         """
@@ -257,7 +257,12 @@ class SliceLoss(LossModule):
             is_first = (moments.count == 0).expand_as(slices.reward)
             counts = all_of(is_first, slices.mask)
             entries = self._head_entries(latent, context, slices.action)
-            self.value_network.update_statistics(entries, slices.reward, counts)
+            self.value_network.update_statistics(entries, self._sum_unit * slices.reward, counts)
+
+    @property
+    def _sum_unit(self) -> float:
+        """Size of a discounted sum of independent rewards of size 1; without end, of a thousand."""
+        return max(1 - self.gamma**2, 1e-3) ** -0.5
 
     def _learns(self, part: nn.Module) -> bool:
         # Parts are shared, so their mode may be set without setting that of the loss.

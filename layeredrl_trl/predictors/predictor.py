@@ -36,7 +36,8 @@ class Predictor(nn.Module, abc.ABC):
     Args:
         model: the dynamics model.
         val_func: state value or Q-function; a plain ``f(latent, context)`` or
-            ``f(latent, context, action)`` is wrapped; may be ``None``.
+            ``f(latent, context, action)`` is wrapped (a state value if it has an attribute
+            ``reads_action = False``); may be ``None``.
         rew_func: reward function; a plain ``f(latent, context, action)`` is wrapped; may be
             ``None``.
         encoder: encoder of observations.
