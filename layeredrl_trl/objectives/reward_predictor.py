@@ -212,7 +212,7 @@ class RewardPredictorLoss(SliceLoss):
         )
         if slices.returns is None:
             slices = self.with_returns(slices)
-        terms = self._reward_and_value_terms(self._targets(slices))
+        terms = self._reward_and_value_terms(self._targets(slices, learns=True))
         return TensorDict(terms | self._dynamics_terms(self._encode(single)), batch_size=[])
 
     def terms(self, targets: TensorDictBase, transitions: TensorDictBase) -> TensorDict:

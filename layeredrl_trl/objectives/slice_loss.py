@@ -219,14 +219,17 @@ class SliceLoss(LossModule):
             return transitions
         return Slices.read(transitions, self.tensor_keys, with_reward=False, with_mask=False)
 
-    def _targets(self, slices: Slices) -> dict[NestedKey, Tensor]:
-        """Training data ``[B, k]`` of reward and value, from slices with returns."""
+    def _targets(self, slices: Slices, *, learns: bool = False) -> dict[NestedKey, Tensor]:
+        """Training data ``[B, k]`` of reward and value, from slices with returns.
+
+        A value that ``learns`` and has no unit yet gets one first.
+        """
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             latent, context = self.encoder.encode(slices.observation)
         context = context[:, :1].expand_as(context)
         returns = slices.returns
-        if self.has_value and self._learns(self.value_network):
+        if learns and self.has_value and self._learns(self.value_network):
             self._start_value(latent, context, slices)
         if self.has_value:
             value = self._target_value(returns.observation, context.detach(), returns.action)
