@@ -90,9 +90,10 @@ def predict(predictor, data):
 
 @pytest.mark.parametrize("q", [False, True], ids=["state value", "q"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_rewards_in_another_unit_are_learned_to_the_bit(unit, q):
-    data = make_data()
-    plain, other = (train(scaled(data, 1.0, u), q=q) for u in (1.0, unit))
+@pytest.mark.parametrize("learn_encoder", [True, False], ids=["warm-up", "value from step 1 on"])
+def test_rewards_in_another_unit_are_learned_to_the_bit(unit, q, learn_encoder):
+    data, options = make_data(), {"q": q, "learn_encoder": learn_encoder}
+    plain, other = (train(scaled(data, 1.0, u), **options) for u in (1.0, unit))
     *states, reward, value = predict(plain, data)
     *other_states, other_reward, other_value = predict(other, data)
     assert all(map(torch.equal, states, other_states))
