@@ -53,6 +53,7 @@ PLANNED = "planned"
 INDEX = "index"
 WEIGHT = "weight"
 IS_INIT = "is_init"
+STEPS_TO_NEXT = "steps_to_next_obs"
 
 NEXT_OBSERVATION = ("next", OBSERVATION)
 NEXT_LATENT = ("next", LATENT)

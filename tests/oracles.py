@@ -21,6 +21,7 @@ def n_step_target(
     state_values: list[float] | None = None,
     action_values: list[float] | None = None,
     planned: list[bool] | None = None,
+    reached: list[bool] | None = None,
 ) -> float | None:
     """The n-step target of step j of an episode, from the list of all its rewards.
 
@@ -33,6 +34,7 @@ def n_step_target(
         state_values: value of the state *after* each step.
         action_values: value of each step's own (state, action).
         planned: of each step, whether its action was planned; None: all were.
+        reached: of each step, whether it terminates for a goal that was put in afterwards.
 
     Returns:
         None where the step has no target.
@@ -48,6 +50,8 @@ def n_step_target(
         target += discount * rewards[i]
         discount *= gamma
         i += 1
+        if reached is not None and reached[i - 1]:
+            return target
     if i == j:
         return None
     if terminated and i == length:

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 # The floors from the ground up. Places on one floor are neighbours and do not import each other.
 # The command line stands on the recipes it runs, and the package's own names on everything.
 FLOORS = (
-    ("checks", "functional", "keys", "schedules"),
+    ("checks", "functional", "keys", "schedules", "signatures"),
     ("acceleration",),
     ("modules", "data"),
     ("objectives",),

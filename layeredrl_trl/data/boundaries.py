@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchrl.data import RoundRobinWriter, TensorStorage
+from torchrl.data import RoundRobinWriter, TensorDictMaxValueWriter, TensorStorage
+from torchrl.data.replay_buffers import WriterEnsemble
+from torchrl.data.replay_buffers.storages import Storage
 
-from layeredrl_trl.data.reading import flat_position, gather
+from layeredrl_trl.data.positions import flat_position, gather
 
 
 class Columns(NamedTuple):
@@ -27,6 +29,20 @@ class Columns(NamedTuple):
     init: Tensor | None
     mask: Tensor | None
     device: torch.device
+
+
+def check_writers(storage: Storage) -> None:
+    """Check that consecutive rows of a storage may be consecutive steps.
+
+    Raises:
+        TypeError: if a writer puts each row in the place of any other.
+    """
+    for writer in (getattr(x, "_writer", None) for x in storage._attached_entities):
+        if isinstance(writer, (TensorDictMaxValueWriter, WriterEnsemble)):
+            raise TypeError(
+                f"buffer: its {type(writer).__name__} keeps rows of its choice, so that rows that "
+                "follow each other are no consecutive steps. Leave the writer out."
+            )
 
 
 def walk(

@@ -1,8 +1,10 @@
-"""Reading some entries of a replay buffer at given storage positions."""
+"""Reading some entries of a replay buffer, at given storage positions or of drawn slices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
@@ -12,70 +14,10 @@ from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.storages.utils import _collate_id
 
-
-def check_buffer(buffer: object) -> None:
-    """Check that the argument ``buffer`` is a TorchRL replay buffer.
-
-    Raises:
-        TypeError: if it is not.
-    """
-    if not isinstance(buffer, ReplayBuffer):
-        raise TypeError(
-            f"buffer: expected a TorchRL replay buffer, got {type(buffer).__module__}."
-            f"{type(buffer).__name__}."
-        )
-
-
-def gather(column: Tensor, index: tuple[Tensor, ...]) -> Tensor:
-    """Read one stored entry at storage positions.
-
-    Args:
-        column: the entry of the whole storage, ``[*N, *F]`` with one dim in ``N`` per tensor of
-            ``index``.
-        index: one LongTensor ``[*S]`` per storage dim, on the column's device.
-
-    Returns:
-        ``[*S, *F]``, a plain tensor even if the column is memory-mapped.
-    """
-    column = column.as_subclass(torch.Tensor)
-    if len(index) > 1:
-        return column[index]
-    features = column.shape[1:]
-    # index_select is faster than advanced indexing: twice on rows of features, three times on flat
-    # columns.
-    flat = column.reshape(-1) if features.numel() == 1 else column
-    return flat.index_select(0, index[0].reshape(-1)).view(index[0].shape + features)
-
-
-def stack_index(index: tuple[Tensor, ...]) -> Tensor:
-    """Stack storage positions, one LongTensor ``[*S]`` per storage dim, to one tensor.
-
-    Returns:
-        ``[*S]`` for a storage of one dim, else ``[*S, ndim]``.
-
-    Example:
-        >>> stack_index((torch.zeros(3, 2, dtype=torch.long),)).shape
-        torch.Size([3, 2])
-        >>> stack_index((torch.zeros(3, 2, dtype=torch.long),) * 2).shape
-        torch.Size([3, 2, 2])
-    """
-    return index[0] if len(index) == 1 else torch.stack(index, -1)
-
-
-def flat_position(index: Sequence[Tensor], lanes: torch.Size) -> Tensor:
-    """Compute flat positions ``[*S]`` in the storage's memory, as ``np.ravel_multi_index`` does.
-
-    ``index`` is as for :func:`read_transitions`; ``lanes`` are the sizes of the dims after time.
-    """
-    position = index[0]
-    for i, size in zip(index[1:], lanes, strict=True):
-        position = position * size + i
-    return position
-
-
-def leaf_keys(tensordict: TensorDictBase) -> list[NestedKey]:
-    """List the keys of a TensorDict's entries in sorted order, for the text of an error."""
-    return sorted(tensordict.keys(include_nested=True, leaves_only=True), key=str)
+from layeredrl_trl.data.positions import gather, leaf_keys, stack_index
+from layeredrl_trl.data.slice_sampler import TransitionSliceSampler
+from layeredrl_trl.functional import rows_with_data
+from layeredrl_trl.keys import INDEX, MASK
 
 
 def read_transitions(
@@ -117,30 +59,66 @@ def read_transitions(
         >>> read_transitions(buffer, index, ["observation"])["observation"].shape
         torch.Size([2, 2, 3])
     """
-    storage = buffer.storage
-    if len(storage) == 0:
-        raise ValueError(f"Cannot read {list(keys)}: the replay buffer is empty.")
-    index = _checked_index(index, storage)
-    with buffer._replay_lock, buffer._write_lock:
-        plain = has_plain_columns(buffer)
-        source = storage._storage if plain else _collate_and_transform(buffer, index)
-        columns = {key: source.get(key, None) for key in (*keys, *optional_keys)}
-        missing = [key for key in keys if columns[key] is None]
-        if missing:
-            raise KeyError(
-                f"The replay buffer has no entry {', '.join(map(repr, missing))}; "
-                f"it has {leaf_keys(source)}."
-            )
-        n_stored = storage._len_along_dim0 if plain and not storage._is_full else None
-        entries = {}
-        for key, value in columns.items():
-            if value is None:
-                continue
-            if plain:
-                value = value[:n_stored]
-                value = gather(value, index) if isinstance(value, Tensor) else value[index]
-            entries[key] = _as_float32(value)
-    return TensorDict(entries, batch_size=index[0].shape)
+    names = (*keys, *optional_keys)
+    with locked(buffer):
+        _check_not_empty(buffer, keys)
+        index = _checked_index(index, buffer.storage)
+        rows = _stored(buffer, index, names)
+    return _entries(buffer, rows, index[0].shape, keys, names)
+
+
+def read_slices(
+    buffer: ReplayBuffer,
+    sampler: TransitionSliceSampler,
+    num_slices: int,
+    slice_len: int,
+    keys: Sequence[NestedKey],
+    optional_keys: Sequence[NestedKey] = (),
+) -> TensorDict:
+    """Draw slices and read some of their entries, while nobody writes to the buffer.
+
+    A slice that is all padding is replaced by another one; its mask stays False.
+
+    Args:
+        buffer: the replay buffer; its own sampler is not asked.
+        sampler: draws the slices.
+        num_slices: ``B``.
+        slice_len: ``T``.
+        keys: entries that must exist.
+        optional_keys: entries that are read if they exist.
+
+    Returns:
+        A new TensorDict ``[B, T]`` with the entries, ``("collector", "mask")`` ``[B, T, 1]`` and
+        ``index``, the storage positions ``[B, T]`` or ``[B, T, ndim]``.
+
+    Raises:
+        What :func:`read_transitions` and :class:`~layeredrl_trl.data.TransitionSliceSampler` raise.
+    """
+    names = (*keys, *optional_keys)
+    with locked(buffer):
+        _check_not_empty(buffer, keys)
+        index, mask = sampler.sample_slices(buffer.storage, num_slices, slice_len)
+        row = rows_with_data(mask)
+        index = tuple(i[row] for i in index)
+        rows = _stored(buffer, index, names)
+    steps = _entries(buffer, rows, mask.shape, keys, names)
+    steps.set(MASK, mask.unsqueeze(-1))
+    return steps.set(INDEX, stack_index(index))
+
+
+@contextmanager
+def locked(buffer: ReplayBuffer) -> Iterator[None]:
+    """Keep every buffer of this storage from writing to it; not to be nested.
+
+    The locks are those that TorchRL's buffers hold while they sample or extend.
+    """
+    attached = {id(x): x for x in buffer.storage._attached_entities if hasattr(x, "_replay_lock")}
+    attached[id(buffer)] = buffer
+    with ExitStack() as locks:
+        for _, one in sorted(attached.items()):  # in one order, so that no two wait for each other
+            locks.enter_context(one._replay_lock)
+            locks.enter_context(one._write_lock)
+        yield
 
 
 def has_plain_columns(buffer: ReplayBuffer) -> bool:
@@ -154,26 +132,77 @@ def has_plain_columns(buffer: ReplayBuffer) -> bool:
     )
 
 
-def _collate_and_transform(buffer: ReplayBuffer, index: tuple[Tensor, ...]) -> TensorDictBase:
-    """Do what ``buffer.sample()`` does after its sampler has drawn ``index``, on a flat batch.
+def _check_not_empty(buffer: ReplayBuffer, keys: Sequence[NestedKey]) -> None:
+    if len(buffer.storage) == 0:
+        raise ValueError(f"Cannot read {list(keys)}: the replay buffer is empty.")
+
+
+def _stored(
+    buffer: ReplayBuffer, index: tuple[Tensor, ...], names: Sequence[NestedKey]
+) -> TensorDictBase | dict[NestedKey, Any]:
+    """Read what is stored: the named entries ``[*S]`` of columns, else whole rows, flat.
 
     ``buffer[index]`` would not do: for a storage of two dims it reads (and transforms) the whole
     buffer, and expects the index in the order (env, time).
     """
-    flat = tuple(position.reshape(-1) for position in index)
-    data = buffer._collate_fn(buffer.storage.get(flat))
+    storage = buffer.storage
+    if not has_plain_columns(buffer):
+        return storage.get(tuple(position.reshape(-1) for position in index))
+    data = storage._storage
+    n_stored = None if storage._is_full else storage._len_along_dim0
+    entries: dict[NestedKey, Any] = {}
+    for key in names:
+        value = data.get(key, None)
+        if value is not None:
+            value = value[:n_stored]
+            value = gather(value, index) if isinstance(value, Tensor) else value[index]
+        entries[key] = value
+    return entries
+
+
+def _entries(
+    buffer: ReplayBuffer,
+    rows: TensorDictBase | dict[NestedKey, Any],
+    shape: torch.Size,
+    keys: Sequence[NestedKey],
+    names: Sequence[NestedKey],
+) -> TensorDict:
+    """Make a TensorDict ``[*S]`` of what :func:`_stored` read."""
+    plain = isinstance(rows, dict)
+    source = buffer.storage._storage if plain else _transformed(buffer, rows, shape)
+    entries = rows if plain else {key: source.get(key, None) for key in names}
+    missing = [key for key in keys if entries[key] is None]
+    if missing:
+        raise KeyError(
+            f"The replay buffer has no entry {', '.join(map(repr, missing))}; "
+            f"it has {leaf_keys(source)}."
+        )
+    entries = {key: _as_float32(value) for key, value in entries.items() if value is not None}
+    return TensorDict(entries, batch_size=shape)
+
+
+def _transformed(buffer: ReplayBuffer, rows: Any, shape: torch.Size) -> TensorDictBase:
+    """Do with rows what ``buffer.sample()`` does with those that its sampler has drawn."""
+    data = buffer._collate_fn(rows)
     if not is_tensor_collection(data):
         raise TypeError(f"Expected the replay buffer to hold TensorDicts, got {type(data)}.")
     transform = buffer.transform
     if transform is not None and len(transform):
-        with data.unlock_(), _set_dispatch_td_nn_modules(True):
-            data = transform(data)
-    if data.batch_size.numel() != flat[0].numel():
+        try:
+            with data.unlock_(), _set_dispatch_td_nn_modules(True):
+                data = transform(data)
+        except RuntimeError as error:  # NotImplementedError among them
+            raise ValueError(
+                "The transforms of the replay buffer fail on a batch of slices, as they would in "
+                "buffer.sample(). Those that work in an environment only belong there. They say: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if data.batch_size.numel() != shape.numel():
         raise ValueError(
             f"The transforms of the replay buffer made a batch of size {list(data.batch_size)} of "
-            f"{flat[0].numel()} steps: expected as many steps as before."
+            f"{shape.numel()} steps: expected as many steps as before."
         )
-    return data.reshape(index[0].shape)
+    return data.reshape(shape)
 
 
 def _checked_index(index: tuple[Tensor, ...], storage: Storage) -> tuple[Tensor, ...]:

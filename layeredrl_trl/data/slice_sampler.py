@@ -7,7 +7,6 @@ transitions, and only the boundary flags of the steps in the drawn windows are l
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from torchrl.data import SliceSampler, TensorStorage
 from torchrl.data.replay_buffers.storages import Storage
 
 from layeredrl_trl.checks import check_count, check_key, check_keys
-from layeredrl_trl.data.boundaries import Columns, read_flags, walk
-from layeredrl_trl.data.reading import flat_position, leaf_keys
+from layeredrl_trl.data.boundaries import Columns, check_writers, read_flags, walk
+from layeredrl_trl.data.positions import flat_position, leaf_keys
 from layeredrl_trl.keys import IS_INIT, MASK, NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED, TRAJ_IDS
+from layeredrl_trl.signatures import OwnSignature
 
 DEFAULT_END_KEYS = (NEXT_DONE, NEXT_TERMINATED, NEXT_TRUNCATED)
 DEFAULT_TRAJ_KEYS = (TRAJ_IDS, "episode")
@@ -75,7 +75,8 @@ class TransitionSliceSampler(SliceSampler):
     Raises:
         TypeError: both or none of ``slice_len`` and ``num_slices`` are given, or one is no integer;
             ``end_keys`` is no sequence of keys, or ``traj_key`` or ``init_key`` no key; when
-            sampling: the storage is not one of tensors in a TensorDict (a ``ListStorage``).
+            sampling: the storage is not one of tensors in a TensorDict (a ``ListStorage``), or a
+            writer puts rows anywhere (``TensorDictMaxValueWriter``).
         ValueError: ``slice_len`` or ``num_slices`` is below 1, or ``end_keys`` is empty; when
             sampling: the storage is empty, its elements are themselves batches, or the batch size
             is not divisible.
@@ -99,6 +100,8 @@ class TransitionSliceSampler(SliceSampler):
         >>> index[0].tolist(), mask.tolist()
         ([[8, 9, 9, 9]], [[True, True, False, False]])
     """
+
+    __signature__ = OwnSignature()
 
     def __init__(
         self,
@@ -220,6 +223,10 @@ class TransitionSliceSampler(SliceSampler):
         start = tuple(i.to(columns.device) for i in start_index)
         return walk(storage, columns, start, slice_len)
 
+    def end_columns(self, storage: Storage) -> list[Tensor]:
+        """Give the stored flags that mark the last step of an episode, each ``[*N, ...]``."""
+        return self._columns(storage).ends
+
     def _adjusted_batch_size(self, batch_size: int) -> tuple[int, int]:
         """Split a batch size into ``(T, B)``."""
         name = "slice_len" if self.num_slices is None else "num_slices"
@@ -265,6 +272,8 @@ class TransitionSliceSampler(SliceSampler):
                 f"storage ndim={data.batch_dims}, or flatten the data before extending the buffer."
             )
 
+        check_writers(storage)
+
         def stored(key: NestedKey | None) -> Tensor | None:
             return None if key is None else data.get(key, None)
 
@@ -308,9 +317,3 @@ class TransitionSliceSampler(SliceSampler):
             first_real = real.byte().argmax(-1, keepdim=True)
             start = tuple(i.gather(-1, first_real) for i in start)
         return tuple(i.squeeze(-1) for i in start)
-
-
-# TorchRL's metaclass takes any arguments, and would tell `help` no more than that.
-TransitionSliceSampler.__signature__ = inspect.Signature(
-    list(inspect.signature(TransitionSliceSampler.__init__).parameters.values())[1:]
-)

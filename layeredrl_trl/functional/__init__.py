@@ -21,7 +21,7 @@ from layeredrl_trl.functional.candidate_weights import (
 from layeredrl_trl.functional.clustering import spread_modes
 from layeredrl_trl.functional.coloured_noise import colour, colouring_matrix
 from layeredrl_trl.functional.common_noise import CommonDraws, Draw, draw_each
-from layeredrl_trl.functional.masking import zero_where_not
+from layeredrl_trl.functional.masking import rows_with_data, zero_where_not
 from layeredrl_trl.functional.mixtures import (
     MixtureNoise,
     gaussian_mixture_log_prob,
@@ -95,6 +95,7 @@ __all__ = [
     "rank_correlation",
     "return_spread",
     "robust_moments",
+    "rows_with_data",
     "sample_gaussian_mixture",
     "sample_pit",
     "softmax_weights",

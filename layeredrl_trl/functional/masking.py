@@ -19,3 +19,12 @@ def zero_where_not(mask: Tensor, x: Tensor) -> Tensor:
     """
     mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
     return torch.where(mask, x, torch.zeros_like(x))
+
+
+def rows_with_data(mask: Tensor) -> Tensor:
+    """Choose which slice to read: itself or, if it is all padding, another one.
+
+    Takes a mask, bool ``[B, T]``, and returns rows, long ``[B]``.
+    """
+    real = mask[:, 0]
+    return torch.where(real, torch.arange(len(real), device=real.device), real.byte().argmax())

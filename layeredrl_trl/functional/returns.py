@@ -20,15 +20,15 @@ class NStepWindow(NamedTuple):
         bootstrap: whether a bootstrap value follows the last reward, bool ``[..., k]``.
         valid: whether the step has a target, bool ``[..., k]``.
         summable: whether a reward of the slice may be summed, bool ``[..., T]``.
-        planned: bool ``[..., T]``: a sum that starts earlier stops before a step where it is False;
-            ``None``: True everywhere.
+        continues: bool ``[..., T]``: a sum that starts earlier stops before a step where it is
+            False.
     """
 
     steps: Tensor
     bootstrap: Tensor
     valid: Tensor
     summable: Tensor
-    planned: Tensor | None = None
+    continues: Tensor
 
 
 def n_step_window(
@@ -42,7 +42,7 @@ def n_step_window(
 ) -> NStepWindow:
     """Find the end of each n-step target: ``n`` steps later, or earlier where something ends it.
 
-    A target that ends in a termination does not bootstrap. One that ends at a truncation or in an
+    A target ends in the first termination, and does not bootstrap there. One that ends at a truncation or in an
     unfinished episode bootstraps with the value of the state after the last step. No action is
     stored for that state, so a Q-function (``next_action``) bootstraps one step earlier, at the
     last stored pair, and the last step itself has no target.
@@ -51,7 +51,7 @@ def n_step_window(
     there, so that no target holds rewards of random exploration.
 
     Args:
-        terminated: bool ``[..., T]``; read at the last real step of each slice.
+        terminated: bool ``[..., T]``; within a slice, too: there a relabelled goal was reached.
         mask: bool ``[..., T]``, True on real steps, which come first.
         k_steps: number of first steps that get a target.
         n_steps: maximum number of rewards in a target. ``T`` must be at least
@@ -75,32 +75,35 @@ def n_step_window(
             f"got {mask.shape[-1]}."
         )
     length = mask.sum(-1, keepdim=True)
-    ends_terminated = terminated.gather(-1, (length - 1).clamp_min(0))
+    terminated = terminated & mask
     summable = mask
     n_rewards = length
     if next_action:
-        n_rewards = torch.where(ends_terminated, length, (length - 1).clamp_min(0))
+        last_terminated = terminated.gather(-1, (length - 1).clamp_min(0))
+        n_rewards = torch.where(last_terminated, length, (length - 1).clamp_min(0))
         step = torch.arange(mask.shape[-1], device=mask.device)
         summable = mask & (step < n_rewards)
-    step = torch.arange(k_steps, device=mask.device)
-    steps = (n_rewards - step).clamp(0, n_steps)
+    continues = torch.nn.functional.pad(~terminated[..., :-1], (1, 0), value=True)
     if planned is not None:
-        steps = steps.minimum(_steps_before_unplanned(planned, k_steps))
+        continues = continues & planned
+    step = torch.arange(k_steps, device=mask.device)
+    steps = (n_rewards - step).clamp(0, n_steps).minimum(_steps_before_stop(continues, k_steps))
+    last = (step + steps - 1).clamp_min(0)
     return NStepWindow(
         steps=steps,
-        bootstrap=~(ends_terminated & (step + steps >= length)),
+        bootstrap=~terminated.gather(-1, last),
         valid=step < n_rewards,
         summable=summable,
-        planned=planned,
+        continues=continues,
     )
 
 
 def discounted_window_sum(
-    reward: Tensor, gamma: float, n_steps: int, planned: Tensor | None = None
+    reward: Tensor, gamma: float, n_steps: int, continues: Tensor | None = None
 ) -> Tensor:
     r"""Sum the next ``n_steps`` rewards of every step: ``G_t = sum_{i<n} gamma^i r_{t+i}``.
 
-    A sum stops before the first step after its own that was not ``planned``.
+    A sum stops before the first step after its own that does not continue it.
 
     Combines sums over 1, 2, 4, ... rewards by the binary digits of ``n_steps``, in ``O(T log n)``.
     Differences of a cumulative sum would cost ``O(T)``, but divide by ``gamma^t``, which loses all
@@ -110,7 +113,7 @@ def discounted_window_sum(
         reward: ``[..., T]``; rewards after the last step count as 0.
         gamma: discount, in [0, 1].
         n_steps: number of rewards in a sum, at least 1.
-        planned: bool ``[..., T]``; ``None``: all True.
+        continues: bool ``[..., T]``; ``None``: all True.
 
     Returns:
         ``[..., T]``, of the reward's dtype.
@@ -119,10 +122,10 @@ def discounted_window_sum(
         >>> discounted_window_sum(torch.tensor([1.0, 2.0, 4.0]), 0.5, 2)
         tensor([2., 4., 4.])
     """
-    planned = torch.ones_like(reward, dtype=torch.bool) if planned is None else planned
+    continues = torch.ones_like(reward, dtype=torch.bool) if continues is None else continues
     total, window, size, summed = torch.zeros_like(reward), reward, 1, 0
     # whether a sum reaches the step after its window, and after what is summed
-    goes_on, reaches = _ahead(planned, 1), torch.ones_like(planned)
+    goes_on, reaches = _ahead(continues, 1), torch.ones_like(continues)
     while size <= n_steps:
         if n_steps & size:
             total = total + gamma**summed * torch.where(reaches, _ahead(window, summed), 0.0)
@@ -151,7 +154,7 @@ def n_step_sums(
         ``[..., k]``.
     """
     summable = torch.where(window.summable, reward, 0.0).double()
-    total = discounted_window_sum(summable, gamma, n_steps, window.planned)
+    total = discounted_window_sum(summable, gamma, n_steps, window.continues)
     total = total[..., : window.steps.shape[-1]]
     base = torch.tensor(gamma, dtype=total.dtype, device=reward.device)
     return total, torch.pow(base, window.steps)
@@ -168,15 +171,15 @@ def add_bootstrap(total: Tensor, discount: Tensor, value: Tensor) -> Tensor:
     return torch.addcmul(total, discount, value.double())
 
 
-def _steps_before_unplanned(planned: Tensor, k_steps: int) -> Tensor:
-    """Count the steps, each step's own included, until one after it was not planned; ``[..., k]``.
+def _steps_before_stop(continues: Tensor, k_steps: int) -> Tensor:
+    """Count the steps, each step's own included, until one after it does not continue; ``[..., k]``.
 
     Where none follows, the number reaches beyond the slice.
     """
-    length = planned.shape[-1]
-    step = torch.arange(length, device=planned.device)
-    unplanned = torch.where(planned, length, step).expand_as(planned)
-    following = unplanned.flip(-1).cummin(-1).values.flip(-1)  # the first at or after each step
+    length = continues.shape[-1]
+    step = torch.arange(length, device=continues.device)
+    stops = torch.where(continues, length, step).expand_as(continues)
+    following = stops.flip(-1).cummin(-1).values.flip(-1)  # the first at or after each step
     following = torch.nn.functional.pad(following[..., 1:], (0, 1), value=length)[..., :k_steps]
     return torch.where(following < length, following - step[:k_steps], length)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from layeredrl_trl import keys
 from layeredrl_trl.acceleration import check_values
+from layeredrl_trl.functional import rows_with_data
 
 
 @dataclass
@@ -116,10 +117,13 @@ class Slices(NamedTuple):
 
         Raises:
             KeyError: if an entry is missing; the text names it and the existing ones.
-            ValueError: if a per-step entry lacks its trailing 1.
+            ValueError: if a per-step entry lacks its trailing 1, or a row is a transition of
+                several steps (checked only on a CPU).
         """
         check_keys(tensordict, (names.observation, names.action, names.next_observation))
         there = tensordict.keys(True)
+        if keys.STEPS_TO_NEXT in there:
+            _check_single_steps(tensordict.get(keys.STEPS_TO_NEXT))
         return cls(
             observation=tensordict.get(names.observation),
             action=tensordict.get(names.action),
@@ -166,7 +170,7 @@ def as_slices(
             f"slice_len={slice_len}) as the buffer's sampler. {error.args[0]}"
         ) from None
     mask = flag(tensordict, names.mask)
-    optional = (names.planned, keys.WEIGHT, keys.INDEX)
+    optional = (names.planned, keys.WEIGHT, keys.INDEX, keys.STEPS_TO_NEXT)
     tensordict = tensordict.select(*needed, *optional, strict=False)
     if tensordict.ndim != 2 or tensordict.shape[1] < slice_len:
         if tensordict.ndim != 1 or tensordict.shape[0] % slice_len:
@@ -183,15 +187,6 @@ def as_slices(
     step = torch.arange(mask.shape[1], device=mask.device).minimum(last)
     real = tensordict[rows_with_data(mask)[:, None], step]
     return real.set(names.mask, mask.unsqueeze(-1))
-
-
-def rows_with_data(mask: Tensor) -> Tensor:
-    """Choose which slice to read: itself or, if it is all padding, another one.
-
-    Takes a mask, bool ``[B, T]``, and returns rows, long ``[B]``.
-    """
-    real = mask[:, 0]
-    return torch.where(real, torch.arange(len(real), device=real.device), real.byte().argmax())
 
 
 def per_step(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
@@ -256,6 +251,17 @@ def _as_float(reward: Tensor) -> Tensor:
     Sums of integers would be cut off, sums of float16 rounded or infinite.
     """
     return reward if reward.dtype is torch.float64 else reward.to(torch.float32)
+
+
+def _check_single_steps(steps: Tensor) -> None:
+    check_values(
+        steps == 1,
+        lambda: ValueError(
+            f"{keys.STEPS_TO_NEXT}: expected 1, got up to {int(steps.max())}: the data hold "
+            "transitions of several steps, of which a model of one step cannot be learned. Leave "
+            "out MultiStep or MultiStepTransform, and pass n_steps for n-step value targets."
+        ),
+    )
 
 
 def _check_cut(mask: Tensor, index: Tensor | None, slice_len: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class SliceLoss(LossModule):
     value_network: TensorDictModuleBase
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
+    _target_network: TensorDictModuleBase
 
     def __init__(
         self,
@@ -80,6 +82,10 @@ class SliceLoss(LossModule):
         if value is not None:
             with _without_moments(value):
                 self.convert_to_functional(value, "value_network", create_target_params=True)
+                # A network of its own, not the value's with other tensors for a while: other
+                # threads may evaluate the value meanwhile. Not registered: its tensors are.
+                self.__dict__["_target_network"] = deepcopy(value)
+            self._bind_target_network()
             if not any(True for _ in value.parameters()):  # no targets: prevents a warning
                 self._has_update_associated["value_network"] = True
         self.gamma = gamma
@@ -87,6 +93,7 @@ class SliceLoss(LossModule):
         self.n_steps = n_steps
         self.learn_encoder = learn_encoder
         self.reduction = reduction
+        self.set_keys(observation=encoder.in_keys[0], action=dynamics.in_keys[2])
 
     @property
     def bootstraps_action(self) -> bool:
@@ -116,7 +123,19 @@ class SliceLoss(LossModule):
         super().train(mode)
         if self.has_value:
             self.value_network.train(mode)
+            self._target_network.train(mode)
         return self
+
+    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> None:
+        """Refuse to make an estimator of TorchRL: the targets are n-step returns.
+
+        Raises:
+            NotImplementedError: always; the text names the options of the targets.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: value targets are n-step returns, set by gamma, n_steps and "
+            "k_steps at construction; there is no value estimator to make."
+        )
 
     def compute_targets(
         self,
@@ -276,9 +295,8 @@ class SliceLoss(LossModule):
         """Value ``[B, k, 1]`` of observations by the target network."""
         latent, _ = self.encoder.encode(observation)
         entries = self._head_entries(latent, context, action)
-        network = self.value_network
-        with self.target_value_network_params.to_module(network, preserve_module_state=False):
-            return evaluate(network, entries)
+        self.target_value_network_params  # noqa: B018 - TorchRL warns here of a missing updater
+        return evaluate(self._target_network, entries)
 
     @torch.no_grad()
     def _encode(self, transitions: Slices) -> dict[NestedKey, Tensor]:
@@ -316,12 +334,28 @@ class SliceLoss(LossModule):
         """Tell ``_reduce_loss`` the new name of the mask; ``set_keys`` calls this."""
         self.loss_mask_key = self.tensor_keys.mask
 
+    def _bind_target_network(self) -> None:
+        """Let the target network hold the target parameters, and the value's running moments.
+
+        Moving and loading them changes the tensors in place.
+        """
+        network = self._target_network
+        # not by name, which warns of a missing updater before one can be made
+        for key, x in self._modules["target_value_network_params"].items(True, True):
+            *path, name = (key,) if isinstance(key, str) else key
+            module = network.get_submodule(".".join(path))
+            tensors = module._parameters if name in module._parameters else module._buffers
+            tensors[name] = x
+        if self.value_moments is not None:
+            network.module.moments = self.value_moments
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.has_value:  # deepcopy makes a second TensorDictParams besides the module's
             value = self.value_network
             with _without_moments(value):
                 self.value_network_params = TensorDict.from_module(value, as_module=True)
+            self._bind_target_network()
 
 
 def next_key(key: NestedKey) -> NestedKey:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
 from layeredrl_trl.checks import check_count, check_counts, check_flag
-from layeredrl_trl.data import TransitionSliceSampler, check_buffer
-from layeredrl_trl.data.reading import flat_position
+from layeredrl_trl.data import TransitionSliceSampler, check_buffer, slice_sampler
+from layeredrl_trl.data.positions import flat_position
 from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.modules import (
     DynamicsModel,
@@ -263,7 +263,7 @@ class Predictor(nn.Module, abc.ABC):
         check_buffer(buffer)
         check_counts(batch_size=batch_size, n_steps=n_steps)
         storage = buffer.storage
-        sampler = TransitionSliceSampler(slice_len=n_steps)
+        sampler = slice_sampler(buffer, TransitionSliceSampler(slice_len=n_steps))
         index, mask = sampler.sample_slices(storage, batch_size, n_steps)
         position = flat_position(index, storage.shape[1:])
         mask = mask.to(device)

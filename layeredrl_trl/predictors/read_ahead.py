@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDict
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
@@ -20,10 +20,12 @@ from layeredrl_trl.data import (
     TransitionSliceSampler,
     check_buffer,
     has_plain_columns,
+    read_slices,
     read_transitions,
-    stack_index,
+    slice_sampler,
+    warn_of_gaps,
 )
-from layeredrl_trl.objectives import RewardPredictorLoss, Slices, rows_with_data
+from layeredrl_trl.objectives import RewardPredictorLoss, Slices
 
 READ_AHEAD = 2**16
 """Maximum number of transitions that are read at once."""
@@ -37,7 +39,7 @@ class ReadAhead(NamedTuple):
 
     Attributes:
         loss: gives the names of entries and the length of slices; none of its networks is used.
-        sampler: draws slices.
+        sampler: draws slices, if the buffer has no ``TransitionSliceSampler``.
         device: device of the batches.
     """
 
@@ -56,58 +58,87 @@ class ReadAhead(NamedTuple):
     ) -> Iterator[tuple[Slices, Slices]]:
         """Yield slices and transitions for each of ``n_steps`` optimisation steps.
 
-        A buffer with transforms is read for each step, as their output may depend on learning.
+        A buffer with transforms is read for each step, as their output may depend on learning; and
+        only once, so that they see nothing but slices, as they do in ``buffer.sample()``.
         """
+        check_counts(batch_size=batch_size, model_batch_size=model_batch_size)
         length, ahead = self.loss.slice_len, 1
-        if has_plain_columns(buffer):
+        is_plain = has_plain_columns(buffer)
+        if is_plain:
             rows = batch_size * length + model_batch_size
             ahead = max(1, self.most_rows // rows)
         for done in range(0, n_steps, ahead):
             n = min(ahead, n_steps - done)
-            slices = self.loss.with_returns(self.slices(buffer, n * batch_size, length))
+            if is_plain:
+                slices = self.slices(buffer, n * batch_size, length)
+                transitions = self.transitions(buffer, n * model_batch_size)
+            else:
+                steps = self._draw(buffer, batch_size + model_batch_size, length)
+                slices = self._slices(steps[:batch_size])
+                transitions = self._transitions(steps[batch_size:, 0])
+            slices = self.loss.with_returns(slices)
             if slices.mask.all():  # for example slices of one step with a state value
                 slices = slices._replace(mask=None)
-            transitions = self.transitions(buffer, n * model_batch_size)
             yield from zip(slices.split(n), transitions.split(n), strict=True)
+
+    def warn_of_gaps(self, buffer: TensorDictReplayBuffer) -> None:
+        """Warn if the slices to read would join steps that do not follow each other."""
+        names = self.loss.tensor_keys
+        if self.loss.slice_len > 1 and len(buffer.storage):
+            sampler = slice_sampler(buffer, self.sampler)
+            warn_of_gaps(buffer, sampler, names.observation, names.next_observation, stacklevel=4)
 
     def slices(self, buffer: TensorDictReplayBuffer, batch_size: int, length: int) -> Slices:
         """Draw slices ``[B, length]``, whose starts are uniform over stored transitions."""
-        index, mask = self._draw(buffer, batch_size, length)
-        slices = self._read(buffer, index, with_reward=True)
-        return slices._replace(mask=mask.to(self.device).unsqueeze(-1), weight=None)
+        return self._slices(self._draw(buffer, batch_size, length))
 
     def transitions(self, buffer: TensorDictReplayBuffer, batch_size: int) -> Slices:
-        """Draw single transitions ``[B]``."""
-        index, _ = self._draw(buffer, batch_size, 1)
-        return self._read(buffer, tuple(i[:, 0] for i in index), with_reward=False)
+        """Draw single transitions ``[B]``; transforms see the slices that these begin."""
+        check_buffer(buffer)
+        length = 1 if has_plain_columns(buffer) else self.loss.slice_len
+        return self._transitions(self._draw(buffer, batch_size, length, with_reward=False)[:, 0])
 
     def entries(
         self, buffer: TensorDictReplayBuffer, index: tuple[Tensor, ...]
     ) -> dict[NestedKey, Tensor]:
-        """Read what is learned from at storage positions ``[N]``; by name, each ``[N, *]``."""
+        """Read what is learned from at storage positions ``[N]``; by name, each ``[N, *]``.
+
+        Transforms see the slices that begin there.
+        """
         names, loss = self.loss.tensor_keys, self.loss
         needed = [names.observation, names.action, names.next_observation]
         needed += [names.next_reward] if loss.reward is not None or loss.has_value else []
+        length = 1 if has_plain_columns(buffer) else loss.slice_len
+        sampler = slice_sampler(buffer, self.sampler)
+        index, _ = sampler.slices_from(buffer.storage, index, length)
         read = read_transitions(buffer, index, needed, [keys.WEIGHT, names.mask])
-        return {key: x for key, x in read.items(True, True)}
+        return {key: x for key, x in read[:, 0].items(True, True)}
 
     def _draw(
-        self, buffer: TensorDictReplayBuffer, batch_size: int, length: int
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        self,
+        buffer: TensorDictReplayBuffer,
+        batch_size: int,
+        length: int,
+        *,
+        with_reward: bool = True,
+    ) -> TensorDict:
+        """Draw slices and read their entries, ``[B, length]`` on this device."""
         check_buffer(buffer)
         check_counts(batch_size=batch_size)
-        index, mask = self.sampler.sample_slices(buffer.storage, batch_size, length)
-        row = rows_with_data(mask)
-        return tuple(i[row] for i in index), mask
-
-    def _read(
-        self, buffer: TensorDictReplayBuffer, index: tuple[Tensor, ...], *, with_reward: bool
-    ) -> Slices:
         names = self.loss.tensor_keys
         needed = [names.observation, names.action, names.next_observation, names.next_terminated]
-        more = ([names.next_reward], [names.planned]) if with_reward else ([], [keys.WEIGHT])
-        steps = read_transitions(buffer, index, needed + more[0], more[1])
-        steps.set(keys.INDEX, stack_index(index))
+        needed += [names.next_reward] if with_reward else []
+        optional = [names.planned, keys.WEIGHT, keys.STEPS_TO_NEXT]
+        sampler = slice_sampler(buffer, self.sampler)
+        steps = read_slices(buffer, sampler, batch_size, length, needed, optional)
         is_there = all(x.device == self.device for x in steps.values(True, True))
-        steps = steps if is_there else steps.to(self.device)
-        return Slices.read(steps, names, with_reward=with_reward, with_mask=False)
+        return steps if is_there else steps.to(self.device)
+
+    def _slices(self, steps: TensorDict) -> Slices:
+        slices = Slices.read(steps, self.loss.tensor_keys, with_mask=False)
+        return slices._replace(mask=steps[keys.MASK], weight=None)
+
+    def _transitions(self, steps: TensorDict) -> Slices:
+        names = self.loss.tensor_keys
+        steps = steps.exclude(names.planned)  # the dynamics learn from random actions as well
+        return Slices.read(steps, names, with_reward=False, with_mask=False)

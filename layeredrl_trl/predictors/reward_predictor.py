@@ -155,9 +155,7 @@ class RewardPredictor(Predictor):
             value_loss_weight=value_loss_weight,
             rew_loss_weight=rew_loss_weight,
         )
-        loss_module.set_keys(observation=self.encoder.in_keys[0], action=self.model.in_keys[2])
-        # Registering the loss would put each part into the state twice.
-        self.__dict__["loss_module"] = loss_module
+        self.__dict__["loss_module"] = loss_module  # registered, it would save each part twice
         self._rates = LearningRates(
             delta_standardizer=delta_standardizer_lr,
             encoder=encoder_lr,
@@ -173,7 +171,7 @@ class RewardPredictor(Predictor):
             "cudagraphs": cudagraphs,
         }
         self.n_learn_calls = 0
-        self.update = make_update(self.loss_module, **self._update_options)
+        self.update = make_update(loss_module, **self._update_options)
         if loss_module.has_value:
             self.target_val_params = loss_module.target_value_network_params
         self._sampler = TransitionSliceSampler(slice_len=loss_module.slice_len)
@@ -270,12 +268,14 @@ class RewardPredictor(Predictor):
     ) -> tuple[Tensor, dict[str, float]]:
         """Take optimisation steps on data from a replay buffer.
 
-        Slices and transitions are drawn uniformly from the buffer's storage; the buffer's
-        transforms are used, its sampler and batch size are not. A predictor in evaluation mode
+        Slices and transitions are drawn uniformly, by the buffer's sampler if that is a
+        ``TransitionSliceSampler``. Transforms run once for each step, on slices. Another thread may
+        extend the buffer meanwhile. More is in ``docs/buffers.md``. A predictor in evaluation mode
         (:meth:`eval`) is set to training mode during the call.
 
-        A batch with non-finite gradients is skipped. Warnings of the first, and of the 10th, 100th,
-        ... in a row, name entries and storage positions to blame; another one values far from all.
+        A warning says if steps are stored so that slices are wrong or have a single step. A batch
+        with non-finite gradients is skipped. Warnings of the first, and of the 10th, 100th, ... in
+        a row, name entries and storage positions to blame; another one values far from all.
 
         Args:
             buffer: with ``observation``, ``action``, ``("next", "observation")``,
@@ -295,7 +295,7 @@ class RewardPredictor(Predictor):
 
         Raises:
             KeyError: if the buffer lacks an entry.
-            TypeError: if ``buffer`` is no replay buffer, or a number no integer.
+            TypeError: if ``buffer`` cannot be learned from, or a number is no integer.
             ValueError: if it is empty, or a shape or number does not fit.
         """
         check_buffer(buffer)
@@ -305,6 +305,7 @@ class RewardPredictor(Predictor):
         rates = self._rates.at(n_total_env_steps, [group["name"] for group in groups])
         for group in groups:
             group["lr"] = rates[group["name"]]
+        self._reader.warn_of_gaps(buffer)
         n_far = count_far(self.loss_module)
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
         steps = []

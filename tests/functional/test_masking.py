@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layeredrl_trl.functional import zero_where_not
+from layeredrl_trl.functional import rows_with_data, zero_where_not
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
@@ -20,3 +20,12 @@ def test_a_gradient_is_finite_behind_garbage():
     x = torch.tensor([2.0, torch.nan], requires_grad=True)
     (gradient,) = torch.autograd.grad(zero_where_not(mask, x).square().sum(), x)
     assert gradient.tolist() == [4.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("has_data", "expected"),
+    [([1, 1, 1], [0, 1, 2]), ([0, 1, 0, 1], [1, 1, 1, 3]), ([0, 0], [0, 0])],
+)
+def test_slices_of_padding_are_read_from_another(has_data, expected):
+    mask = torch.tensor(has_data).bool()[:, None] & torch.tensor([True, False])
+    assert rows_with_data(mask).tolist() == expected

@@ -59,17 +59,21 @@ def targets_of(slices, k, n, gamma, *, next_action, garbage=NAN):
     return n_step_targets(slices["reward"], window, value, gamma=gamma, n_steps=n), window
 
 
-def assert_like_oracle(episode, k, n, gamma, *, next_action, extra=0, planned=None):
+def assert_like_oracle(episode, k, n, gamma, *, next_action, extra=0, planned=None, reached=None):
     slices = slices_of(episode, k, n, next_action=next_action, extra=extra)
+    step = torch.arange(len(episode[0]))[:, None] + torch.arange(slices["mask"].shape[-1])
+    step = step.clamp_max(len(episode[0]) - 1)
     if planned is not None:
-        step = torch.arange(len(planned))[:, None] + torch.arange(slices["mask"].shape[-1])
-        slices["planned"] = planned[step.clamp_max(len(planned) - 1)]
+        slices["planned"] = planned[step]
+    if reached is not None:
+        slices["terminated"] |= reached[step] & slices["mask"]
     target, window = targets_of(slices, k, n, gamma, next_action=next_action)
     rewards, terminated, v, q = (
         torch.tensor(x).tolist() if isinstance(x, list) else x for x in episode
     )
     values = {"action_values": q} if next_action else {"state_values": v}
     values["planned"] = None if planned is None else planned.tolist()
+    values["reached"] = None if reached is None else reached.tolist()
     expected, valid = torch.zeros(target.shape).double(), torch.zeros(target.shape).bool()
     for start in range(len(rewards)):
         for j in range(min(k, len(rewards) - start)):
@@ -111,14 +115,19 @@ def test_targets_like_a_loop_over_episodes(k, n, gamma, next_action):
     next_action=st.booleans(),
     terminated=st.booleans(),
     share=st.sampled_from([None, 0.0, 0.5, 0.9, 1.0]),
+    reaching=st.sampled_from([None, 0.1, 0.5]),
 )
 def test_any_slice_like_a_loop_over_episodes(
-    length, k, n, gamma, extra, next_action, terminated, share
+    length, k, n, gamma, extra, next_action, terminated, share, reaching
 ):
     (rewards, _, v, q), *_ = episodes([length], seed=length)
-    planned = None
+    generator = torch.Generator().manual_seed(length)
+    planned = reached = None
     if share is not None:
-        planned = torch.rand(length, generator=torch.Generator().manual_seed(length)) < share
+        planned = torch.rand(length, generator=generator) < share
+    if reaching is not None:
+        reached = torch.rand(length, generator=generator) < reaching
+        reached[-1] = False
     assert_like_oracle(
         (rewards, terminated, v, q),
         k,
@@ -127,6 +136,7 @@ def test_any_slice_like_a_loop_over_episodes(
         next_action=next_action,
         extra=extra,
         planned=planned,
+        reached=reached,
     )
 
 
@@ -235,6 +245,14 @@ def test_integer_rewards_cut_targets_off():
     reward, value = torch.tensor([[1, 1]]), torch.tensor([[1.0]])
     target = n_step_targets(reward, window, value, gamma=0.5, n_steps=2)
     assert target.dtype is torch.float32 and target.item() == 1.75
+
+
+def test_a_goal_that_is_reached_in_mid_slice_ends_the_target():
+    """Only the last step of a slice was asked whether it terminates."""
+    mask, terminated = torch.ones(1, 3).bool(), torch.tensor([[False, True, False]])
+    window = n_step_window(terminated, mask, 1, 3)
+    total, _ = n_step_sums(torch.ones(1, 3), window, gamma=1.0, n_steps=3)
+    assert total.item() == 2 and not window.bootstrap.any()
 
 
 @pytest.mark.parametrize("next_action", [False, True], ids=["state-value", "q-function"])

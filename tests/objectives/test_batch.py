@@ -7,7 +7,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 
 from layeredrl_trl.data import TransitionSliceSampler
 from layeredrl_trl.keys import INDEX, MASK, WEIGHT
-from layeredrl_trl.objectives import RewardPredictorLoss, SliceKeys, Slices, rows_with_data
+from layeredrl_trl.objectives import RewardPredictorLoss, SliceKeys, Slices
 from layeredrl_trl.objectives.batch import NStepReturns, as_slices, flag, per_step
 from tests.oracles_predictors import filled_buffer
 from tests.small_predictors import small_parts
@@ -188,15 +188,6 @@ def test_pieces_are_contiguous(n):
     for piece in slices.split(n):
         tensors = [*piece._replace(returns=None), *piece.returns]
         assert all(x is None or x.is_contiguous() for x in tensors)
-
-
-@pytest.mark.parametrize(
-    ("has_data", "expected"),
-    [([1, 1, 1], [0, 1, 2]), ([0, 1, 0, 1], [1, 1, 1, 3]), ([0, 0], [0, 0])],
-)
-def test_slices_of_padding_are_read_from_another(has_data, expected):
-    mask = torch.tensor(has_data).bool()[:, None] & torch.tensor([True, False])
-    assert rows_with_data(mask).tolist() == expected
 
 
 # --- from flat samples to slices
