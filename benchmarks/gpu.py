@@ -445,7 +445,7 @@ def time_imagining(report: Report, workload: Workload, device: str, ways: list[s
             env = make_env(predictor, device, WAYS[way], num_particles=1)
             state = start(env, torch.randn(n_envs, OBSERVATION_DIM, device=device))
             planner = make_planner(env, WAYS[way])
-            rows = sum(planner._num_candidates(i) for i in range(6)) * 15 * n_envs
+            rows = sum(planner.round_size(i) for i in range(6)) * 15 * n_envs
             report.row(
                 f"plan, {workload.name}, {n_envs} envs, one particle",
                 way,

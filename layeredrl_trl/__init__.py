@@ -21,7 +21,7 @@ action. Each folder is a floor and imports only from floors below its own:
     the main job: collect, learn, plan, evaluate.
 """
 
-from layeredrl_trl.data import TransitionSliceSampler
+from layeredrl_trl.data import HindsightGoals, TransitionSliceSampler
 from layeredrl_trl.diagnostics import model_report
 from layeredrl_trl.envs import (
     DisagreementBonus,
@@ -29,26 +29,45 @@ from layeredrl_trl.envs import (
     PredictorEnv,
     flatten_observation,
 )
+from layeredrl_trl.functional import (
+    draw_by_weight,
+    elite_weights,
+    softmax_weights,
+    weighted_moments,
+)
 from layeredrl_trl.modules import (
     BestActionValue,
+    ConcatMLP,
     DynamicsModel,
     Encoder,
     IdentityEncoder,
+    LatentFunction,
+    LearnedEncoder,
     LinearEncoder,
     MLPEncoder,
+    ParticlePrediction,
     PolicyValue,
     ProbabilisticEnsemble,
     RewardNet,
+    RunningMoments,
     SelectEncoder,
     SymmetryBreakingStart,
     ValueNet,
+    action_features,
+    as_reward_module,
+    as_termination_module,
+    as_value_module,
 )
 from layeredrl_trl.objectives import RewardPredictorLoss, Update
 from layeredrl_trl.planners import (
+    CandidateReturn,
     CategoricalCrossEntropyPlanner,
     CrossEntropyPlanner,
+    GaussianBelief,
+    GaussianPlanner,
     ICEMPlanner,
     PathIntegralPlanner,
+    SamplingPlanner,
 )
 from layeredrl_trl.predictors import (
     Predictor,
@@ -57,20 +76,29 @@ from layeredrl_trl.predictors import (
     StaticPredictor,
     get_default_predictor_factory,
 )
+from layeredrl_trl.schedules import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BestActionValue",
+    "CandidateReturn",
     "CategoricalCrossEntropyPlanner",
+    "ConcatMLP",
     "CrossEntropyPlanner",
     "DisagreementBonus",
     "DynamicsModel",
     "Encoder",
+    "GaussianBelief",
+    "GaussianPlanner",
+    "HindsightGoals",
     "ICEMPlanner",
     "IdentityEncoder",
+    "LatentFunction",
+    "LearnedEncoder",
     "LinearEncoder",
     "MLPEncoder",
+    "ParticlePrediction",
     "PathIntegralPlanner",
     "PessimismPenalty",
     "PolicyValue",
@@ -81,13 +109,24 @@ __all__ = [
     "RewardNet",
     "RewardPredictor",
     "RewardPredictorLoss",
+    "RunningMoments",
+    "SamplingPlanner",
+    "Schedule",
     "SelectEncoder",
     "StaticPredictor",
     "SymmetryBreakingStart",
     "TransitionSliceSampler",
     "Update",
     "ValueNet",
+    "action_features",
+    "as_reward_module",
+    "as_termination_module",
+    "as_value_module",
+    "draw_by_weight",
+    "elite_weights",
     "flatten_observation",
     "get_default_predictor_factory",
     "model_report",
+    "softmax_weights",
+    "weighted_moments",
 ]

@@ -30,7 +30,7 @@ class SplitEncoder(Encoder):
     def __init__(self, **keys):
         super().__init__(3, 2, 1, **keys)
 
-    def _encode(self, observation):
+    def embed(self, observation):
         return observation[..., :2], observation[..., 2:]
 
 

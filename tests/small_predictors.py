@@ -17,7 +17,7 @@ class LearnedEncoder(Encoder):
         super().__init__(obs_dim, latent_state_dim, 1, **keys)
         self.net = nn.Linear(obs_dim, latent_state_dim + 1)
 
-    def _encode(self, observation):
+    def embed(self, observation):
         return self.net(observation).split((self.latent_state_dim, 1), -1)
 
 

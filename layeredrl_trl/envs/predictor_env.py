@@ -15,6 +15,7 @@ from layeredrl_trl import keys
 from layeredrl_trl.acceleration import GraphReplay
 from layeredrl_trl.checks import check_flag
 from layeredrl_trl.envs.common_random_numbers import CommonRandomNumbers
+from layeredrl_trl.envs.decoding import decode_first_particle
 from layeredrl_trl.envs.imagination import Imagination, Propagation, Rollout, Termination
 from layeredrl_trl.envs.imagined_specs import (
     Entry,
@@ -43,6 +44,7 @@ from layeredrl_trl.modules import (
     as_termination_module,
     check_heads,
 )
+from layeredrl_trl.signatures import OwnSignature
 
 _DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE)
 _VARIANCES = {keys.EPISTEMIC_VAR, keys.ALEATORIC_VAR}
@@ -138,6 +140,8 @@ class PredictorEnv(CommonRandomNumbers, ModelBasedEnvBase):
         >>> env.imagine(start, torch.zeros(4, 7, 1))["latent"].shape
         torch.Size([4, 7, 5, 1, 3])
     """
+
+    __signature__ = OwnSignature()
 
     def __init__(
         self,
@@ -375,7 +379,9 @@ class PredictorEnv(CommonRandomNumbers, ModelBasedEnvBase):
         state = blank_state(self._observed, batch, n_models, self.device)
         state[self.latent_key] = latent.clone()
         if self._decodes:
-            state[observation_key] = self._decode(latent, state[self.context_key])
+            state[observation_key] = decode_first_particle(
+                self.initial_state.encoder, latent, state[self.context_key]
+            )
         return TensorDict(batch_size=batch, device=self.device).update(state)
 
     def _set_seed(self, seed: int | None) -> None:
@@ -398,17 +404,6 @@ class PredictorEnv(CommonRandomNumbers, ModelBasedEnvBase):
     @property
     def _decodes(self) -> bool:
         return self.initial_state.encoder.can_decode
-
-    def _decode(self, latent: Tensor, context: Tensor) -> Tensor:
-        encoder = self.initial_state.encoder
-        observation = encoder.decode(latent[..., 0, 0, :], context)
-        expected = (*latent.shape[:-3], *encoder.obs_shape)
-        if observation.shape != expected:
-            raise ValueError(
-                f"{type(encoder).__name__}.decode: expected observations {[*expected]}, got "
-                f"{list(observation.shape)}."
-            )
-        return observation
 
     def _read_state(self, flat: TensorDictBase) -> ImaginedState:
         """Read and check the state of ``[N]`` envs."""
@@ -444,5 +439,6 @@ class PredictorEnv(CommonRandomNumbers, ModelBasedEnvBase):
             keys.ALEATORIC_VAR: outcome.aleatoric_var,
         }
         if self._decodes:
-            out[self.initial_state.in_keys[0]] = self._decode(outcome.latent, context)
+            encoder = self.initial_state.encoder
+            out[encoder.in_keys[0]] = decode_first_particle(encoder, outcome.latent, context)
         return {key: x for key, x in out.items() if x is not None}

@@ -10,7 +10,6 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from layeredrl_trl import keys
@@ -23,9 +22,11 @@ from layeredrl_trl.functional import (
     sample_gaussian_mixture,
     zero_where_not,
 )
+from layeredrl_trl.modules.member_scores import score_members
 from layeredrl_trl.modules.outputs import check_output, check_prediction
 from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.spaces import are_indices
+from layeredrl_trl.modules.transition_weights import check_weight, multiply_weights
 
 
 class DynamicsModel(TensorDictModuleBase, abc.ABC):
@@ -35,7 +36,11 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     diagonal Gaussians over the next latent state and a termination probability. The model's density
     is the even mixture of its members.
 
-    A class may define faster methods (:func:`~layeredrl_trl.acceleration.promised`):
+    A subclass sets the attributes below and brings :meth:`predict_particles`. It may bring
+    :meth:`update_statistics`, :meth:`regularization`, :meth:`transition_weights` and
+    :meth:`advance`, which learning calls. All else follows from these. What they return is checked.
+
+    A class may also define faster methods (:func:`~layeredrl_trl.acceleration.promised`):
     ``fast_rollout(compile=)`` returns a function that rolls out particles under given actions (one
     that takes no ``draw`` is not used where envs share random numbers), and ``score_members``
     scores transitions by every member; see :class:`~layeredrl_trl.modules.ProbabilisticEnsemble`.
@@ -44,12 +49,10 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     mixture, or under ``set_exploration_type(ExplorationType.RANDOM)`` a draw from it.
 
     Attributes:
-        n_models: ``E``.
-        n_modes: ``M``.
+        n_models, n_modes: ``E`` and ``M``.
         n_particles_per_model: ``P``, particles per member in an imagined rollout.
-        latent_state_dim: ``D``.
-        context_dim: ``C``.
-        action_dim: ``A``.
+        latent_state_dim, context_dim: ``D`` and ``C``.
+        action_dim: ``A``; of discrete actions, which are one-hot or indices, their number.
         accepts_indices: whether actions may be indices ``[...]``.
 
     Reads:
@@ -61,6 +64,28 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
     Raises:
         TypeError: if ``in_keys`` or ``out_keys`` are not sequences of keys.
         ValueError: if there are not three ``in_keys`` and two ``out_keys``.
+
+    Example:
+        >>> from torch import nn
+        >>> class Linear(DynamicsModel):  # one member, one Gaussian
+        ...     n_models = n_modes = n_particles_per_model = 1
+        ...     context_dim, accepts_indices = 0, False
+        ...
+        ...     def __init__(self, latent_state_dim, action_dim):
+        ...         super().__init__()
+        ...         self.latent_state_dim, self.action_dim = latent_state_dim, action_dim
+        ...         self.net = nn.Linear(latent_state_dim + action_dim, 2 * latent_state_dim + 1)
+        ...
+        ...     def predict_particles(self, latent, context, action, member=None):
+        ...         action = action[..., None, None, :].expand(*latent.shape[:-1], -1)
+        ...         out = self.net(torch.cat([latent, action], -1))
+        ...         change, log_std, term_logit = out.split([*latent.shape[-1:] * 2, 1], -1)
+        ...         mean, std = (x.unsqueeze(-2) for x in (latent + change, log_std.exp()))
+        ...         return ParticlePrediction(mean, std, torch.zeros_like(mean[..., 0]), term_logit)
+        >>> inputs = torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)
+        >>> mean, weights, std, term_prob = Linear(3, 1).predict(*inputs)
+        >>> mean.shape, term_prob.shape
+        (torch.Size([7, 1, 1, 3]), torch.Size([7]))
     """
 
     n_models: int
@@ -91,17 +116,20 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         action: Tensor,
         member: Tensor | None = None,
     ) -> ParticlePrediction:
-        """Predict one step of every particle with its member; the only abstract method.
+        """Predict one step of every particle with its member; to be overridden.
 
         Args:
             latent: ``[..., E, P, D]``, row ``e`` for member ``e``; with ``member``
                 ``[..., 1, P, D]``.
             context: ``[..., C]``.
-            action: ``[..., A]``, or indices ``[...]`` of discrete actions.
-            member: long ``[..., 1]``, the member of all particles of an env.
+            action: ``[..., A]``, or indices ``[...]`` of discrete actions;
+                :func:`~layeredrl_trl.modules.action_features` makes ``[..., A]`` of either.
+            member: long ``[..., 1]``, the member of all particles of an env, where envs carry fewer
+                particles than there are members; else ``None``. All 0 with one member.
 
-        Raises:
-            ValueError: if a last dim or a leading shape does not fit.
+        Returns:
+            means and standard deviations ``[..., E, P, M, D]``, log weights ``[..., E, P, M]``,
+            logits of the termination ``[..., E, P, 1]``.
         """
 
     def particles(
@@ -180,7 +208,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         _check_shape("next_latent", next_latent, latent.shape)
         _check_shape("terminated", terminated, (*latent.shape[:-1], 1))
         if weight is not None:
-            self._check_weight(weight, latent.shape[:-1])
+            check_weight(weight, latent.shape[:-1], self.n_models)
         score = promised(self, "score_members") or self._score_members
         nll, bce = score(latent, context, action, next_latent, terminated)
         for x in (nll, bce):
@@ -235,7 +263,11 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         next_latent: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Update running statistics, if there are any, with real transitions.
+        """Update running statistics with real transitions; by default there are none.
+
+        The loss calls it once per step in training mode, before :meth:`negative_log_likelihood`. It
+        may only change buffers, in place. Decorate it with ``torch.no_grad``, and do not branch on
+        values of tensors, so that it can be compiled.
 
         Args:
             latent: ``[..., D]``.
@@ -361,7 +393,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         """
         factors = []
         if weight is not None:
-            self._check_weight(weight, batch)
+            check_weight(weight, batch, self.n_models)
             factors.append(weight.to(torch.float32))
         if index is not None:
             index = index if index.shape == batch else fold_index(index)
@@ -372,35 +404,13 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
                 size = 1 if is_one else self.n_models
                 check_output(f"{type(self).__name__}.transition_weights", own, (*batch, size))
                 factors.append(own.to(torch.float32))
-        if mask is not None:
-            if mask.shape != tuple(batch):
-                _check_shape("mask", mask, (*batch, 1))
-            mask = mask.bool().reshape(*batch, 1)
-            factors = [torch.where(mask, x, 0.0) for x in factors] or [mask.float()]
-        return math.prod(factors[1:], start=factors[0]) if factors else None
+        return multiply_weights(factors, batch, mask)
 
     def _score_members(
-        self,
-        latent: Tensor,
-        context: Tensor,
-        action: Tensor,
-        next_latent: Tensor,
-        terminated: Tensor,
+        self, latent: Tensor, context: Tensor, action: Tensor, *outcome: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood and cross-entropy of termination by member, ``[..., E]``."""
-        mean, std, log_weights, term_logit = self._predict_members(latent, context, action)
-        next_latent = next_latent.to(mean.dtype).unsqueeze(-2)
-        nll = -gaussian_mixture_log_prob(next_latent, mean, std, log_weights)
-        target = terminated.to(term_logit.dtype).unsqueeze(-2).expand_as(term_logit)
-        bce = binary_cross_entropy_with_logits(term_logit, target, reduction="none")
-        return nll, bce.squeeze(-1)
-
-    def _check_weight(self, weight: Tensor, batch_shape: Sequence[int]) -> None:
-        if weight.shape not in ((*batch_shape, 1), (*batch_shape, self.n_models)):
-            raise ValueError(
-                f"weight: expected shape {[*batch_shape, 1]} or {[*batch_shape, self.n_models]}, "
-                f"got {list(weight.shape)}."
-            )
+        """Do what a class that defines ``score_members`` does faster."""
+        return score_members(self._predict_members(latent, context, action), *outcome)
 
     def _even_mixture(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None

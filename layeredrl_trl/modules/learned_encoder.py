@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layeredrl_trl import keys
 from layeredrl_trl.checks import check_count, check_flag
-from layeredrl_trl.modules.encoders import Encoder
+from layeredrl_trl.modules.encoders import Encoder, as_observations, as_vectors
 from layeredrl_trl.modules.normalization import RunningMoments
 
 
@@ -109,8 +109,8 @@ class LearnedEncoder(Encoder):
         Raises:
             ValueError: if a shape does not fit.
         """
-        now = self._flatten(observation, "observation")
-        later = self._flatten(next_observation, "next_observation")
+        now = self._as_vectors("observation", observation)
+        later = self._as_vectors("next_observation", next_observation)
         if now.shape != later.shape:
             raise ValueError(
                 f"next_observation: expected shape {list(observation.shape)}, "
@@ -132,7 +132,9 @@ class LearnedEncoder(Encoder):
                 mask = mask & (self.moments.count < self.freeze_after)
             self.moments.update(now, mask)
 
-    def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply both networks to ``[..., *obs_shape]``, each to its dims."""
+        observation = as_vectors(observation, self.obs_shape)
         if self.moments is not None:
             observation = self.moments.standardize(observation)
         if self.context_net is None:
@@ -142,6 +144,11 @@ class LearnedEncoder(Encoder):
             self.latent_net(torch.where(changes, observation, 0.0)),
             self.context_net(torch.where(changes, 0.0, observation)),
         )
+
+    def _as_vectors(self, name: str, observation: Tensor) -> Tensor:
+        """Check the argument ``name``, and return it as float32 ``[..., O]``."""
+        observation = as_observations(name, observation, self.obs_shape)
+        return as_vectors(observation, self.obs_shape)
 
 
 def _as_module(name: str, net: nn.Module) -> nn.Module:

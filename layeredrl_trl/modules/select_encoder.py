@@ -10,7 +10,7 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from layeredrl_trl import keys
-from layeredrl_trl.modules.encoders import Encoder, as_shape
+from layeredrl_trl.modules.encoders import Encoder, as_shape, as_vectors
 
 
 class SelectEncoder(Encoder):
@@ -108,7 +108,9 @@ class SelectEncoder(Encoder):
         flat = torch.cat([latent, context], -1).index_select(-1, self._decode_index)
         return flat.reshape(batch + self.obs_shape)
 
-    def _encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Pick the dims from ``[..., *obs_shape]``, flattened."""
+        observation = as_vectors(observation, self.obs_shape)
         latent = observation.index_select(-1, self._latent_index)
         return latent, observation.index_select(-1, self._context_index)
 

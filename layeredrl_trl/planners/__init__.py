@@ -10,7 +10,9 @@ action. It is three things:
   (cross-entropy method), or all by a softmax (path integrals).
 
 The rounds of drawing, scoring, weighing and fitting, and the plan that the TensorDict carries from
-step to step, are the same for all (:class:`SamplingPlanner`).
+step to step, are the same for all (:class:`SamplingPlanner`). A planner of your own takes a method
+to weigh candidates (from :class:`GaussianPlanner`), or a few for another belief: see
+``docs/extending.md``.
 
 ======================================= =============== =======================================
 class                                   literature      when
@@ -38,7 +40,7 @@ entry           meaning
 from layeredrl_trl.planners.base import SamplingPlanner
 from layeredrl_trl.planners.categorical import CategoricalCrossEntropyPlanner
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
-from layeredrl_trl.planners.gaussian import GaussianPlanner
+from layeredrl_trl.planners.gaussian import GaussianBelief, GaussianPlanner
 from layeredrl_trl.planners.icem import ICEMPlanner
 from layeredrl_trl.planners.path_integral import PathIntegralPlanner
 from layeredrl_trl.planners.scoring import CandidateReturn
@@ -47,6 +49,7 @@ __all__ = [
     "CandidateReturn",
     "CategoricalCrossEntropyPlanner",
     "CrossEntropyPlanner",
+    "GaussianBelief",
     "GaussianPlanner",
     "ICEMPlanner",
     "PathIntegralPlanner",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,7 +9,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 
@@ -19,17 +17,25 @@ from layeredrl_trl.acceleration import GraphReplay
 from layeredrl_trl.checks import check_counts, check_flag, check_key
 from layeredrl_trl.functional import return_spread
 from layeredrl_trl.planners.scoring import CandidateReturn, base_env
-from layeredrl_trl.planners.warm_start import PlanEntries
+from layeredrl_trl.planners.search_steps import SearchSteps
+from layeredrl_trl.signatures import OwnSignature
 
 ReturnAction = Literal["mean", "best", "sample"]
 
 
-class SamplingPlanner(PlanEntries, ABC):
+class SamplingPlanner(SearchSteps):
     """Plan by trying candidate action sequences in a model-based environment; a policy.
 
     A search has a *belief*, a distribution over action sequences. It starts from an initial plan;
-    in each round candidates are drawn from it, scored and weighed, and it is fitted to them. A
-    subclass says what the distribution is and how candidates are weighed.
+    in each round candidates are drawn from it, scored and weighed, and it is fitted to them.
+
+    A subclass says what the distribution is and how candidates are weighed: it brings
+    :meth:`register_space`, :meth:`start`, :meth:`draw`, :meth:`weigh`, :meth:`fit`,
+    :meth:`most_likely` and :meth:`width`, and may bring :meth:`sample_sequence`, :meth:`carry_on`
+    and :meth:`to_actions`. Their shapes: ``[*B]`` are the environments, ``W`` is the width of a
+    plan's step, and ``S`` that of a candidate's step, whatever :meth:`to_actions` takes; by default
+    all are ``A``. To change no more than the weights, start from a planner that there is, such as
+    :class:`~layeredrl_trl.planners.GaussianPlanner`.
 
     The initial plan knows nothing (mid-range, even odds) at a cold start: without ``warm_start``,
     where no plan is found, where a value of the plan found is not finite, and where ``is_init`` is
@@ -96,6 +102,8 @@ class SamplingPlanner(PlanEntries, ABC):
         KeyError: when planning, if a state key is missing.
     """
 
+    __signature__ = OwnSignature(CandidateReturn)
+
     def __init__(
         self,
         env: EnvBase,
@@ -158,10 +166,16 @@ class SamplingPlanner(PlanEntries, ABC):
 
         spec = env.full_action_spec_unbatched[score.action_key]
         self._action_shape = spec.shape
-        self.register_buffer("_cold_step", self._register_space(spec), persistent=False)
+        step = self.register_space(spec)
+        if step.ndim != 1:
+            raise ValueError(
+                f"{type(self).__name__}.register_space must return a step [W], got shape "
+                f"{list(step.shape)}."
+            )
+        self.register_buffer("cold_step", step, persistent=False)
         self.in_keys = list(score.state_shapes)
         self.out_keys = [self.action_key]
-        self._carry(self.plan_key, (planning_horizon, *self._cold_step.shape))
+        self.register_carried(self.plan_key, (planning_horizon, *self.cold_step.shape))
         if warm_start:
             self.in_keys.append(self.is_init_key)
         self.out_keys += self.statistics_keys
@@ -172,57 +186,14 @@ class SamplingPlanner(PlanEntries, ABC):
         return self.score.env
 
     @property
+    def gamma(self) -> float:
+        """Discount per step."""
+        return self.score.gamma
+
+    @property
     def statistics_keys(self) -> tuple[NestedKey, ...]:
         """Entries ``[..., 1]`` that say what the planner thinks of its plan."""
         return self.plan_return_key, self.plan_spread_key, self.plan_std_key
-
-    # ---- what a subclass gives
-
-    @abstractmethod
-    def _register_space(self, spec: TensorSpec) -> Tensor:
-        """Check the action, register its constants, and return a plan's step that knows nothing."""
-
-    @abstractmethod
-    def _start(self, carried: dict[NestedKey, Tensor]) -> Any:
-        """Make the first belief of what was carried over (see :meth:`_initial_plan`)."""
-
-    @abstractmethod
-    def _draw(self, belief: Any, number: int) -> Tensor:
-        """Draw candidates ``[*B, N, H, W]`` for a round, at most ``num_candidates``."""
-
-    @abstractmethod
-    def _weigh(self, returns: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Weigh candidates by their returns ``[*B, N, 1]``.
-
-        Returns which candidates count, ``[*B, K, 1]`` (None: all), and their weights
-        ``[*B, K, 1]``, which sum to 1 or, where no return is finite, are all 0.
-        """
-
-    @abstractmethod
-    def _fit(self, belief: Any, chosen: Tensor, weights: Tensor) -> Any:
-        """Fit the belief to weighted candidates ``[*B, K, H, W]``."""
-
-    @abstractmethod
-    def _mode(self, belief: Any) -> Tensor:
-        """The most likely sequence ``[*B, H, W]``."""
-
-    @abstractmethod
-    def _sample(self, belief: Any, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Draw a sequence ``[*B, H, W]`` to act by."""
-
-    @abstractmethod
-    def _width(self, belief: Any) -> Tensor:
-        """The width of the belief ``[*B, 1]``, 1 for that of a cold start."""
-
-    @abstractmethod
-    def _carry_on(self, belief: Any, sequence: Tensor) -> dict[NestedKey, Tensor]:
-        """The entries that the next step starts from, given the sequence that is acted by."""
-
-    def _encode(self, samples: Tensor) -> Tensor:
-        """Turn ``[..., W]`` into actions of the environment."""
-        return samples
-
-    # ---- the search
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -242,15 +213,15 @@ class SamplingPlanner(PlanEntries, ABC):
     ) -> dict[NestedKey, Tensor]:
         """All that :meth:`forward` writes, from all that it reads."""
         state = TensorDict(state, *batch)
-        belief = self._start(carried)
+        belief = self.start(carried)
         # A later round may have fewer candidates: any first few are spread evenly over members.
         candidates = self._repeat(state, self.num_candidates)
         score = self.score.scorer(candidates, same_numbers=self.return_action == "best")
-        best = self._mode(belief)
+        best = self._most_likely(belief, carried[self.plan_key].shape[:-1])
         best_return = torch.full((), -torch.inf, device=best.device)
         for number in range(self.optim_steps):
-            samples = self._draw(belief, number)
-            actions = self._encode(samples)
+            samples = self._draw(belief, number, best.shape)
+            actions = self._actions(samples)
             returns = score(actions)
             if self.callback is not None:
                 seen = TensorDict({"action": actions, "return": returns}, returns.shape[:-1])
@@ -265,23 +236,24 @@ class SamplingPlanner(PlanEntries, ABC):
                 top, candidate = top.squeeze(-2), samples.take_along_dim(at.unsqueeze(-1), -3)
                 best = torch.where((top > best_return).unsqueeze(-1), candidate.squeeze(-3), best)
                 best_return = top.maximum(best_return)
-            belief = self._fit(belief, chosen, weights)
+            belief = self.fit(belief, chosen, weights)
 
         if self.return_action == "best":
             sequence, plan_return = best, best_return
         else:
             mean = (weights * torch.where(weights > 0, chosen_returns, 0.0)).sum(-2)
             plan_return = torch.where(weights.sum(-2) > 0, mean, -torch.inf)
-            sequence = self._mode(belief)
+            sequence = self._most_likely(belief, best.shape[:-1])
         carried = self._carry_on(belief, sequence)
         if self.return_action == "sample":
-            sequence = self._sample(belief, chosen, weights)
+            drawn = self.sample_sequence(belief, chosen, weights)
+            sequence = self._checked("sample_sequence", drawn, sequence.shape)
         return {
-            self.action_key: self._encode(sequence[..., 0, :]).clone(),
+            self.action_key: self._actions(sequence[..., 0, :]).clone(),
             **{unravel_key(("next", key)): value for key, value in carried.items()},
             self.plan_return_key: plan_return,
             self.plan_spread_key: return_spread(returns),
-            self.plan_std_key: self._width(belief),
+            self.plan_std_key: self._checked("width", self.width(belief), plan_return.shape),
         }
 
     def planning(self, td: TensorDictBase) -> Tensor:

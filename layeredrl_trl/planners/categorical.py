@@ -30,6 +30,9 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
     finite are no elites. All other edge rules, and what is read:
     see :class:`~layeredrl_trl.planners.SamplingPlanner`.
 
+    For a subclass: the belief is a tensor, the probabilities of each step ``[*B, H, n]``, and
+    candidates are indices ``[*B, N, H, 1]``.
+
     Args:
         env (EnvBase): the model, with one action of ``n`` kinds: ``OneHot``, or ``Categorical`` of
             shape ``()`` or ``(1,)``. The action is written in the form and dtype of that spec.
@@ -99,7 +102,8 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
         self.smoothing = smoothing
         self.warm_smoothing = warm_smoothing
 
-    def _register_space(self, spec: TensorSpec) -> Tensor:
+    def register_space(self, spec: TensorSpec) -> Tensor:
+        """Check the action; the step that knows nothing is even probabilities ``[n]``."""
         planner = type(self).__name__
         several = isinstance(spec, Binary | MultiCategorical | MultiOneHot)
         if several or not isinstance(spec, OneHot | Categorical):
@@ -120,43 +124,50 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
         self.register_buffer("_labels", torch.arange(n, device=spec.device), persistent=False)
         return torch.full((n,), 1 / n, device=spec.device)
 
-    def _encode(self, samples: Tensor) -> Tensor:
+    def to_actions(self, samples: Tensor) -> Tensor:
+        """Turn indices ``[..., 1]`` into actions in the form and dtype of the spec."""
         if self._is_one_hot:
             return (samples == self._labels).to(self._action_dtype)
         return (samples if self._action_shape else samples.squeeze(-1)).to(self._action_dtype)
 
-    # The belief is the probabilities of each step, [*B, H, n].
-
-    def _start(self, carried: dict[NestedKey, Tensor]) -> Tensor:
-        plan, is_warm = self._initial_plan(carried)
+    def start(self, carried: dict[NestedKey, Tensor]) -> Tensor:
+        """Start from even probabilities or the previous plan; ``[*B, H, n]``."""
+        plan, is_warm = self.initial_plan(carried)
         plan = plan.clamp_min(torch.finfo(plan.dtype).tiny)
         plan = plan / plan.sum(-1, keepdim=True)
-        return torch.where(is_warm, plan.lerp(self._cold_step, self.warm_smoothing), plan)
+        return torch.where(is_warm, plan.lerp(self.cold_step, self.warm_smoothing), plan)
 
-    def _draw(self, belief: Tensor, number: int) -> Tensor:
+    def draw(self, belief: Tensor, number: int) -> Tensor:
+        """Draw indices ``[*B, N, H, 1]`` by the probabilities, the most likely ones first."""
         shape = (*belief.shape[:-2], self.num_candidates, *belief.shape[-2:])
         samples = draw_by_weight(belief.unsqueeze(-3).expand(shape), -1)
-        samples[..., 0, :, :] = self._mode(belief)
+        samples[..., 0, :, :] = self.most_likely(belief)
         return samples
 
-    def _weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+    def weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh the ``top_k`` candidates alike."""
         return elite_weights(returns, self.top_k)
 
-    def _fit(self, belief: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def fit(self, belief: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Fit probabilities ``[*B, H, n]`` to how often the candidates take each action."""
         share = (weights.unsqueeze(-1).to(belief.dtype) * (chosen == self._labels)).sum(-3)
-        probs = belief.lerp(share, 1 - self.momentum).lerp(self._cold_step, self.smoothing)
+        probs = belief.lerp(share, 1 - self.momentum).lerp(self.cold_step, self.smoothing)
         return torch.where(weights.sum(-2, keepdim=True) > 0, probs, belief)
 
-    def _mode(self, belief: Tensor) -> Tensor:
+    def most_likely(self, belief: Tensor) -> Tensor:
+        """Return the most likely indices ``[*B, H, 1]``."""
         return belief.argmax(-1, keepdim=True)
 
-    def _sample(self, belief: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def sample_sequence(self, belief: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Draw indices ``[*B, H, 1]`` by the probabilities."""
         return draw_by_weight(belief, -1)
 
-    def _width(self, belief: Tensor) -> Tensor:
+    def width(self, belief: Tensor) -> Tensor:
+        """Return the mean entropy of a step as a fraction of ``log n``, ``[*B, 1]``."""
         n = self._labels.shape[0]
         entropy = torch.special.entr(belief).sum(-1).mean(-1, keepdim=True)
         return entropy / math.log(n) if n > 1 else torch.zeros_like(entropy)
 
-    def _carry_on(self, belief: Tensor, sequence: Tensor) -> dict[NestedKey, Tensor]:
+    def carry_on(self, belief: Tensor, sequence: Tensor) -> dict[NestedKey, Tensor]:
+        """Carry the probabilities, whatever is acted by."""
         return {self.plan_key: belief}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
 
 from layeredrl_trl.checks import check_count, check_finite
 from layeredrl_trl.functional import elite_weights, weighted_moments
-from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
+from layeredrl_trl.planners.gaussian import GaussianBelief, GaussianPlanner
 
 
 class CrossEntropyPlanner(GaussianPlanner):
@@ -100,19 +99,18 @@ class CrossEntropyPlanner(GaussianPlanner):
         self.momentum = momentum
         self.min_std = min_std
 
-    def _weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+    def weigh(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh the ``top_k`` candidates alike."""
         return elite_weights(returns, self.top_k)
 
-    def _fit(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Gaussian:
+    def fit(self, belief: GaussianBelief, chosen: Tensor, weights: Tensor) -> GaussianBelief:
+        """Fit mean and standard deviation, with momentum and the floor."""
         mean, std = weighted_moments(chosen, weights)
         mean = belief.mean.lerp(mean, 1 - self.momentum)
         std = belief.std.lerp(std, 1 - self.momentum)
         if self.min_std:
-            std = std.maximum(self.min_std * self.std * self._half_range)
-        fitted = weights.sum(-2, keepdim=True) > 0
-        return belief._replace(
-            mean=torch.where(fitted, mean, belief.mean), std=torch.where(fitted, std, belief.std)
-        )
+            std = std.maximum(self.min_std * self.std * self.half_range)
+        return belief.moved(mean, std, weights)
 
 
 def check_elites(top_k: int, num_candidates: int, momentum: float) -> None:

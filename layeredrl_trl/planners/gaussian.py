@@ -11,23 +11,40 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
 from layeredrl_trl.checks import check_finite
-from layeredrl_trl.functional import colour, colouring_matrix
+from layeredrl_trl.functional import colour, colouring_matrix, weighted_moments
 from layeredrl_trl.planners.base import SamplingPlanner
 
 
-class Gaussian(NamedTuple):
-    """A distribution over action sequences: ``mean`` and ``std`` ``[*B, H, A]``.
+class GaussianBelief(NamedTuple):
+    """A diagonal Gaussian over action sequences, from which a planner draws.
 
-    ``kept`` are sequences to try again, ``[*B, K, H, A]``, NaN where there are none; or None.
+    Attributes:
+        mean, std: of every step, ``[*B, H, A]``.
+        kept: sequences to try again, ``[*B, K, H, A]``, NaN where there are none; or ``None``.
     """
 
     mean: Tensor
     std: Tensor
     kept: Tensor | None = None
 
+    def moved(self, mean: Tensor, std: Tensor, weights: Tensor) -> GaussianBelief:
+        """Give the belief another ``mean`` and ``std`` ``[*B, H, A]``, where candidates count.
+
+        Where all ``weights`` ``[*B, K, 1]`` are 0, it stays as it is.
+        """
+        fitted = weights.sum(-2, keepdim=True) > 0
+        return self._replace(
+            mean=torch.where(fitted, mean, self.mean), std=torch.where(fitted, std, self.std)
+        )
+
 
 class GaussianPlanner(SamplingPlanner):
-    """Plan continuous actions with a diagonal Gaussian; a subclass weighs and fits.
+    """Plan continuous actions with a diagonal Gaussian; a subclass weighs the candidates.
+
+    It brings :meth:`weigh`; see :class:`~layeredrl_trl.planners.SamplingPlanner`. By default the
+    Gaussian is fitted to the weighted mean and standard deviation of the candidates; :meth:`fit`,
+    :meth:`round_size` and :meth:`mean_is_candidate` are the next to override. The belief is a
+    :class:`~layeredrl_trl.planners.GaussianBelief`.
 
     The first mean is mid-range (0 in unbounded dims, clipped to their bounds) or the previous plan
     moved on by one step, with a mid-range last step; the first standard deviation is ``std`` times
@@ -50,11 +67,33 @@ class GaussianPlanner(SamplingPlanner):
             :class:`~layeredrl_trl.planners.SamplingPlanner`, which also says what is read and
             written, and when a start is cold.
 
+    Attributes:
+        half_range: half the range of each dim of the action, 1 in unbounded ones; ``[A]``.
+
     Raises:
         TypeError: if the action is not continuous.
         ValueError: if the action is no vector, ``std`` or ``warm_std`` is not positive and
             finite, or ``noise_beta`` is not finite.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from layeredrl_trl.envs import PredictorEnv
+        >>> from layeredrl_trl.modules import IdentityEncoder, ProbabilisticEnsemble, RewardNet
+        >>> class BetterHalf(GaussianPlanner):
+        ...     def weigh(self, returns):
+        ...         median = returns.median(-2, keepdim=True).values
+        ...         good = returns.isfinite() & (returns >= median)
+        ...         return None, good / good.sum(-2, keepdim=True).clamp_min(1)
+        >>> parts = IdentityEncoder(3), ProbabilisticEnsemble(3, 0, 1), RewardNet(3, 0, 1)
+        >>> env = PredictorEnv(*parts, Bounded(-2.0, 2.0, (1,)))
+        >>> planner = BetterHalf(env, planning_horizon=5, optim_steps=4, num_candidates=32)
+        >>> td = TensorDict(observation=torch.zeros(4, 3), batch_size=[4])
+        >>> planner(env.initial_state(td))["action"].shape
+        torch.Size([4, 1])
     """
+
+    half_range: Tensor
 
     def __init__(
         self,
@@ -71,11 +110,12 @@ class GaussianPlanner(SamplingPlanner):
         self.std = std
         self.warm_std = warm_std
         self.noise_beta = noise_beta
-        like = {"dtype": self._half_range.dtype, "device": self._half_range.device}
+        like = {"dtype": self.half_range.dtype, "device": self.half_range.device}
         matrix = colouring_matrix(noise_beta, self.planning_horizon, **like)
         self.register_buffer("_colouring", matrix if noise_beta else None, persistent=False)
 
-    def _register_space(self, spec: TensorSpec) -> Tensor:
+    def register_space(self, spec: TensorSpec) -> Tensor:
+        """Check the action, and register its bounds; a step that knows nothing is mid-range."""
         planner = type(self).__name__
         if spec.domain != "continuous" or not spec.dtype.is_floating_point:
             raise TypeError(
@@ -90,46 +130,53 @@ class GaussianPlanner(SamplingPlanner):
         low, high = spec.space.low.clone(), spec.space.high.clone()
         bounded = (high - low).isfinite()
         half_range = torch.where(bounded, high / 2 - low / 2, 1.0)
-        for name, value in (("_low", low), ("_high", high), ("_half_range", half_range)):
+        for name, value in (("_low", low), ("_high", high), ("half_range", half_range)):
             self.register_buffer(name, value, persistent=False)
         return torch.where(bounded, low / 2 + high / 2, torch.zeros_like(low).clamp(low, high))
 
-    def _clip(self, actions: Tensor) -> Tensor:
+    def clip(self, actions: Tensor) -> Tensor:
+        """Clip actions ``[..., A]`` to their bounds."""
         return actions.clamp(self._low, self._high)
 
-    def _start(self, carried: dict[NestedKey, Tensor]) -> Gaussian:
-        mean, is_warm = self._initial_plan(carried)
-        cold_std = self.std * self._half_range
-        return Gaussian(self._clip(mean), torch.where(is_warm, self.warm_std, 1.0) * cold_std)
+    def start(self, carried: dict[NestedKey, Tensor]) -> GaussianBelief:
+        """Start from the middle of the range or the previous plan, with the first width."""
+        mean, is_warm = self.initial_plan(carried)
+        cold_std = self.std * self.half_range
+        return GaussianBelief(self.clip(mean), torch.where(is_warm, self.warm_std, 1.0) * cold_std)
 
-    def _num_candidates(self, number: int) -> int:
-        """Candidates of a round."""
+    def round_size(self, number: int) -> int:
+        """Return how many candidates to draw in round ``number``, at most ``num_candidates``."""
         return self.num_candidates
 
-    def _mean_is_candidate(self, number: int) -> bool:
-        """Whether the mean is the first candidate of a round."""
+    def mean_is_candidate(self, number: int) -> bool:
+        """Tell whether the mean is the first candidate of round ``number``."""
         return True
 
-    def _draw(self, belief: Gaussian, number: int) -> Tensor:
+    def draw(self, belief: GaussianBelief, number: int) -> Tensor:
+        """Draw sequences ``[*B, N, H, A]`` within the bounds."""
         mean, std = belief.mean.unsqueeze(-3), belief.std.unsqueeze(-3)
-        shape = (*mean.shape[:-3], self._num_candidates(number), *mean.shape[-2:])
+        shape = (*mean.shape[:-3], self.round_size(number), *mean.shape[-2:])
         noise = torch.randn(shape, dtype=mean.dtype, device=mean.device)
         if self._colouring is not None:
             noise = colour(noise, self._colouring)
-        if self._mean_is_candidate(number):
+        if self.mean_is_candidate(number):
             noise.select(-3, 0).zero_()  # a good plan is not lost
-        return self._clip(torch.addcmul(mean, std, noise))
+        return self.clip(torch.addcmul(mean, std, noise))
 
-    def _mode(self, belief: Gaussian) -> Tensor:
-        return self._clip(belief.mean)
+    def fit(self, belief: GaussianBelief, chosen: Tensor, weights: Tensor) -> GaussianBelief:
+        """Fit mean and standard deviation to the weighted candidates ``[*B, K, H, A]``."""
+        return belief.moved(*weighted_moments(chosen, weights), weights)
 
-    def _sample(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Tensor:
-        return self._clip(torch.addcmul(belief.mean, belief.std, torch.randn_like(belief.mean)))
+    def most_likely(self, belief: GaussianBelief) -> Tensor:
+        """Return the mean ``[*B, H, A]``."""
+        return self.clip(belief.mean)
 
-    def _width(self, belief: Gaussian) -> Tensor:
-        cold_std = self.std * self._half_range
+    def sample_sequence(self, belief: GaussianBelief, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Draw a sequence ``[*B, H, A]`` from the Gaussian."""
+        return self.clip(torch.addcmul(belief.mean, belief.std, torch.randn_like(belief.mean)))
+
+    def width(self, belief: GaussianBelief) -> Tensor:
+        """Return the mean standard deviation as a fraction of the first one, ``[*B, 1]``."""
+        cold_std = self.std * self.half_range
         relative = belief.std / cold_std.clamp_min(torch.finfo(cold_std.dtype).tiny)
         return relative.mean((-2, -1)).unsqueeze(-1)
-
-    def _carry_on(self, belief: Gaussian, sequence: Tensor) -> dict[NestedKey, Tensor]:
-        return {self.plan_key: sequence}

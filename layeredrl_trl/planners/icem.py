@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from layeredrl_trl.checks import check_finite, check_key
 from layeredrl_trl.planners.base import ReturnAction
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
-from layeredrl_trl.planners.gaussian import Gaussian
+from layeredrl_trl.planners.gaussian import GaussianBelief
 
 MeanCandidate = Literal["last", "every"]
 
@@ -137,43 +137,49 @@ class ICEMPlanner(CrossEntropyPlanner):
                 f"beside the mean: num_candidates={num_candidates}."
             )
         if self._num_kept:
-            plan_shape = self.planning_horizon, *self._cold_step.shape
-            self._carry(self.elites_key, (self._num_kept, *plan_shape))
+            plan_shape = self.planning_horizon, *self.cold_step.shape
+            self.register_carried(self.elites_key, (self._num_kept, *plan_shape))
 
-    def _start(self, carried: dict[NestedKey, Tensor]) -> Gaussian:
-        belief = super()._start(carried)
+    def start(self, carried: dict[NestedKey, Tensor]) -> GaussianBelief:
+        """Start as the base class does, with the elites of the last step moved on."""
+        belief = super().start(carried)
         if not self._num_kept:
             return belief
         elites = carried[self.elites_key]
-        new = torch.randn_like(elites[..., :1, :]) * (self.std * self._half_range) + self._cold_step
-        kept = self._clip(torch.cat([elites[..., 1:, :], new], -2))
+        new = torch.randn_like(elites[..., :1, :]) * (self.std * self.half_range) + self.cold_step
+        kept = self.clip(torch.cat([elites[..., 1:, :], new], -2))
         known = kept.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         return belief._replace(kept=torch.where(known, kept, torch.nan))
 
-    def _num_candidates(self, number: int) -> int:
+    def round_size(self, number: int) -> int:
+        """Return the size of a round, which shrinks from round to round."""
         decayed = self.num_candidates * self.population_decay**-number
         decayed = _without_rounding_error(decayed) or int(decayed)
         return min(self.num_candidates, max(decayed, 2 * self.top_k))
 
-    def _mean_is_candidate(self, number: int) -> bool:
+    def mean_is_candidate(self, number: int) -> bool:
+        """Tell whether the mean is the first candidate of round ``number``."""
         return self.mean_candidate == "every" or number == self.optim_steps - 1
 
-    def _draw(self, belief: Gaussian, number: int) -> Tensor:
-        samples = super()._draw(belief, number)
+    def draw(self, belief: GaussianBelief, number: int) -> Tensor:
+        """Draw as the base class does, with the elites kept among the candidates."""
+        samples = super().draw(belief, number)
         if belief.kept is not None:
             places = samples[..., 1 : 1 + self._num_kept, :, :]  # the first may be the mean's
             places.copy_(torch.where(belief.kept.isnan(), places, belief.kept))
         return samples
 
-    def _fit(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Gaussian:
-        belief = super()._fit(belief, chosen, weights)
+    def fit(self, belief: GaussianBelief, chosen: Tensor, weights: Tensor) -> GaussianBelief:
+        """Fit as the base class does, and keep the best elites."""
+        belief = super().fit(belief, chosen, weights)
         if not self._num_kept:
             return belief
         best, weight = chosen[..., : self._num_kept, :, :], weights[..., : self._num_kept, :]
         return belief._replace(kept=torch.where(weight.unsqueeze(-1) > 0, best, torch.nan))
 
-    def _carry_on(self, belief: Gaussian, sequence: Tensor) -> dict[NestedKey, Tensor]:
-        carried = super()._carry_on(belief, sequence)
+    def carry_on(self, belief: GaussianBelief, sequence: Tensor) -> dict[NestedKey, Tensor]:
+        """Carry the plan and the elites kept."""
+        carried = super().carry_on(belief, sequence)
         return carried if belief.kept is None else {**carried, self.elites_key: belief.kept}
 
 

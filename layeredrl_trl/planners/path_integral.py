@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
 
 from layeredrl_trl.checks import check_flag
-from layeredrl_trl.functional import draw_by_weight, softmax_weights
-from layeredrl_trl.planners.gaussian import Gaussian, GaussianPlanner
+from layeredrl_trl.functional import softmax_weights
+from layeredrl_trl.planners.base import SamplingPlanner
+from layeredrl_trl.planners.gaussian import GaussianBelief, GaussianPlanner
 
 
 class PathIntegralPlanner(GaussianPlanner):
@@ -87,18 +87,14 @@ class PathIntegralPlanner(GaussianPlanner):
         self.normalize = normalize
         self.std_decay = std_decay
 
-    def _weigh(self, returns: Tensor) -> tuple[None, Tensor]:
+    def weigh(self, returns: Tensor) -> tuple[None, Tensor]:
+        """Weigh all candidates by a softmax of their returns."""
         return None, softmax_weights(returns, self.temperature, normalize=self.normalize)
 
-    def _fit(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Gaussian:
+    def fit(self, belief: GaussianBelief, chosen: Tensor, weights: Tensor) -> GaussianBelief:
+        """Move the mean to that of the candidates, and shrink the standard deviation."""
         mean = (weights.unsqueeze(-1).to(chosen.dtype) * chosen).sum(-3)
-        fitted = weights.sum(-2, keepdim=True) > 0
-        return Gaussian(
-            torch.where(fitted, mean, belief.mean),
-            torch.where(fitted, self.std_decay * belief.std, belief.std),
-        )
+        return belief.moved(mean, self.std_decay * belief.std, weights)
 
-    def _sample(self, belief: Gaussian, chosen: Tensor, weights: Tensor) -> Tensor:
-        index = draw_by_weight(weights, -2)
-        drawn = chosen.take_along_dim(index.unsqueeze(-1), -3).squeeze(-3)
-        return torch.where(weights.sum(-2, keepdim=True) > 0, drawn, self._mode(belief))
+    # one of the last candidates, as the belief is not what remains uncertain: see `std_decay`
+    sample_sequence = SamplingPlanner.sample_sequence

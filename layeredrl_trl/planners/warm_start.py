@@ -70,11 +70,13 @@ class PlanEntries(TensorDictModuleBase):
     """Base class of modules that find in the TensorDict what they wrote under ``"next"``.
 
     NaN stands for nothing carried over: at a reset, where ``is_init`` is True, and where there is
-    no such entry. A subclass gives the buffer ``_cold_step``, a step of a plan that knows nothing.
-    Nothing is read that was carried over unless ``warm_start`` is True.
+    no such entry. Nothing is read that was carried over unless ``warm_start`` is True.
+
+    Attributes:
+        cold_step: a step ``[W]`` of a plan that knows nothing; a buffer that the subclass gives.
     """
 
-    _cold_step: Tensor
+    cold_step: Tensor
 
     def __init__(self, warm_start: bool, plan_key: NestedKey, is_init_key: NestedKey) -> None:
         super().__init__()
@@ -99,13 +101,16 @@ class PlanEntries(TensorDictModuleBase):
         auto_register_policy_transforms=True)`` do so. At a reset it fills ``plan`` with NaN, which
         stands for "no plan yet", so ``InitTracker`` is not needed besides.
         """
-        device = self._cold_step.device
+        device = self.cold_step.device
         # a collector asks a policy that is on no device while its workers get their weights
         device = None if device.type == "meta" else device
-        return PlanPrimer(self._carried_shapes, self._cold_step.dtype, device)
+        return PlanPrimer(self._carried_shapes, self.cold_step.dtype, device)
 
-    def _carry(self, key: NestedKey, shape: tuple[int, ...]) -> None:
-        """Make ``key`` an entry that is carried from step to step."""
+    def register_carried(self, key: NestedKey, shape: tuple[int, ...]) -> None:
+        """Make ``key`` an entry that is carried from step to step; call it in the constructor.
+
+        It has the dtype of the plan and ``shape``, batch dims left out.
+        """
         self._carried_shapes[key] = shape
         self.out_keys.append(unravel_key(("next", key)))
         if self.warm_start:
@@ -131,24 +136,30 @@ class PlanEntries(TensorDictModuleBase):
         return carried
 
     def _nothing(self, batch_size: torch.Size) -> dict[NestedKey, Tensor]:
-        like = {"dtype": self._cold_step.dtype, "device": self._cold_step.device}
+        like = {"dtype": self.cold_step.dtype, "device": self.cold_step.device}
         return {
             key: torch.full((*batch_size, *shape), torch.nan, **like)
             for key, shape in self._carried_shapes.items()
         }
 
-    def _initial_plan(self, carried: dict[NestedKey, Tensor]) -> tuple[Tensor, Tensor]:
-        """The previous plan moved on, or a cold one ``[*B, H, W]``; which one ``[*B, 1, 1]``."""
+    def initial_plan(self, carried: dict[NestedKey, Tensor]) -> tuple[Tensor, Tensor]:
+        """Make the initial plan of what was carried over.
+
+        Returns:
+            the previous plan moved on by one step, with :attr:`cold_step` as its last one, or
+            where there is none that is finite, all cold steps, ``[*B, H, W]``; and a bool
+            ``[*B, 1, 1]``, whether it is the previous one.
+        """
         plan = carried[self.plan_key]
         is_warm = plan.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-        cold = self._cold_step.expand_as(plan)
+        cold = self.cold_step.expand_as(plan)
         warm = torch.cat([plan[..., 1:, :], cold[..., :1, :]], -2)
         return torch.where(is_warm, warm, cold), is_warm
 
     def _check(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         if value.shape != torch.Size(shape):
             raise ValueError(f"The {name} must have shape {shape}, got {tuple(value.shape)}.")
-        device = self._cold_step.device
+        device = self.cold_step.device
         if value.device != device:
             raise ValueError(
                 f"The {name} is on {value.device}, but {type(self).__name__} on {device}."

@@ -24,7 +24,7 @@ class SplitEncoder(Encoder):
     def __init__(self, obs_dim, **keys):
         super().__init__(obs_dim, obs_dim - 1, 1, **keys)
 
-    def _encode(self, observation):
+    def embed(self, observation):
         return observation[..., :-1], observation[..., -1:]
 
 

@@ -431,7 +431,7 @@ def test_an_encoder_of_your_own_with_statistics():
         def update_statistics(self, observation, next_observation, mask=None):
             self.count.add_(1)
 
-        def _encode(self, observation):
+        def embed(self, observation):
             return observation, observation[..., :0]
 
     assert Counting().has_statistics

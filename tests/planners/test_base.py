@@ -244,7 +244,7 @@ def test_where_all_candidates_blow_up_the_initial_plan_stays(name, return_action
     planner = make_planner(name, env, return_action=return_action, **options)
     out = planner(free_state(2))
     torch.testing.assert_close(out["plan_std"], torch.ones(2, 1))
-    cold = planner._cold_step.expand(2, 4, -1)
+    cold = planner.cold_step.expand(2, 4, -1)
     torch.testing.assert_close(out["next", "plan"], cold)
     assert (out["plan_return"] == -torch.inf).all()
     assert (out["plan_spread"] == 0).all()

@@ -29,7 +29,7 @@ def test_the_primer_of_a_planner_without_weights_was_on_the_meta_device(device):
     """TorchRL's multi-process collectors make the envs while the policy is on "meta"."""
     env = FreeEnv(Bounded(-1, 1, (1,)))
     planner = copy.deepcopy(CrossEntropyPlanner(env, **OPTIONS))
-    planner._cold_step = planner._cold_step.to(device)
+    planner.cold_step = planner.cold_step.to(device)
     primer = planner.make_tensordict_primer()
     spec = primer.primers["plan"]
     assert spec.shape == (3, 1)
