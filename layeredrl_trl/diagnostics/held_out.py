@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.data import TransitionSliceSampler, read_transitions
+from layeredrl_trl.data import TransitionSliceSampler, read_transitions, slice_sampler
 from layeredrl_trl.objectives import SliceKeys
 from layeredrl_trl.predictors import Predictor, RewardPredictor
 
@@ -19,8 +19,8 @@ class HeldOut(NamedTuple):
     """Steps of real episodes.
 
     Both TensorDicts hold ``observation``, ``action`` and ``next_observation``. They also hold
-    ``reward`` (float) and ``terminated`` (bool) where the buffer stores these, both without a
-    trailing dim of 1.
+    ``reward`` (float), ``terminated`` and ``ended`` (bool: terminated, truncated or done) where the
+    buffer stores these, all without a trailing dim of 1.
 
     Attributes:
         transitions: single steps, ``[N]``.
@@ -53,7 +53,7 @@ def read_held_out(
     names = _entry_names(predictor)
     # Where `terminated` has another name, `done` and `truncated` lie next to it.
     ends = None if names.next_terminated == keys.NEXT_TERMINATED else names.end_keys
-    sampler = TransitionSliceSampler(slice_len=1, end_keys=ends)
+    sampler = slice_sampler(buffer, TransitionSliceSampler(slice_len=1, end_keys=ends))
     order = torch.randperm(storage.shape.numel())
     _, mask = sampler.slices_from(storage, torch.unravel_index(order, storage.shape), 1)
     order = order[mask[:, 0].cpu()]  # stored steps may themselves be padding
@@ -90,7 +90,8 @@ def _read_steps(
         "next_observation": names.next_observation,
     }
     optional = {"reward": names.next_reward, "terminated": names.next_terminated}
-    stored = read_transitions(buffer, index, list(required.values()), list(optional.values()))
+    keys_read = list(required.values()), [*optional.values(), *names.end_keys]
+    stored = read_transitions(buffer, index, *keys_read)
     batch = stored.batch_size
     entries = {key: stored.get(name) for key, name in required.items()}
     for key, name in optional.items():
@@ -100,4 +101,8 @@ def _read_steps(
             expected = f"one number per step, {[*batch, 1]}"
             raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}.")
         entries[key] = x.reshape(batch).bool() if key == "terminated" else x.reshape(batch)
+    flags = [stored.get(name, None) for name in names.end_keys]
+    flags = [x.reshape(batch).bool() for x in flags if x is not None and x.numel() == batch.numel()]
+    if flags:
+        entries["ended"] = torch.stack(flags).any(0)
     return TensorDict(entries, batch_size=batch).to(predictor.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from layeredrl_trl.checks import check_counts
 from layeredrl_trl.data import check_buffer
 from layeredrl_trl.diagnostics.figure import draw_report
 from layeredrl_trl.diagnostics.held_out import read_held_out
+from layeredrl_trl.diagnostics.lost_observations import suspect_lost_observations
 from layeredrl_trl.diagnostics.one_step import LEVELS, Dims, measure_one_step
 from layeredrl_trl.diagnostics.open_loop import measure_open_loop
 from layeredrl_trl.diagnostics.table import last_step, report_table
@@ -178,15 +180,18 @@ def model_report(
     the imagined reward goes on with the last action, weighted by the imagined probability to be
     still alive.
 
+    A warning, and a note of the report, say so if the observations after the last steps of episodes
+    seem to be lost: all zero or NaN, and only there.
+
     Neither the buffer nor the predictor is changed. The predictor predicts in evaluation mode and
     then returns to its previous mode. Torch's generators are restored as well, so the same call
     gives the same report, and training goes on as if there had been no report.
 
     Args:
         predictor: the predictor to measure; it may be in the middle of its training.
-        buffer: held-out episodes, with any sampler and a storage of one or two dims, full or not.
-            It is read through its transforms. Its entries have the names that the predictor reads;
-            reward and termination may be missing.
+        buffer: held-out episodes, in a buffer that ``RewardPredictor.learn`` accepts, with a
+            storage of one or two dims, full or not. It is read through its transforms. Its entries
+            have the names that the predictor reads; reward and termination may be missing.
         horizon: number of steps of a segment; it may exceed the length of every episode.
         n_segments: largest number of segments.
         n_transitions: largest number of single steps.
@@ -199,7 +204,8 @@ def model_report(
         A :class:`ModelReport`.
 
     Raises:
-        TypeError: if ``buffer`` is not a replay buffer, or a number is not an integer.
+        TypeError: if ``buffer`` is not a replay buffer that can be learned from, or a number is not
+            an integer.
         ValueError: if the buffer is empty or holds only padding, or a number is below 1.
         KeyError: if the buffer lacks the observation, the action or the next observation, or has
             no entry that tells where an episode ends.
@@ -229,6 +235,10 @@ def model_report(
         open_loop = measure_open_loop(predictor, data, dims, num_particles, missing)
     metrics = TensorDict({**one_step, "dims": dims._asdict()}).update(open_loop)
     notes = _notes(dims, len(data.transitions), data.segments.shape, predictor.model.n_models)
+    if suspicion := suspect_lost_observations(data.transitions):
+        # who only logs scalars reads no notes
+        warnings.warn(f"model_report: {suspicion}", UserWarning, stacklevel=3)
+        notes = (*notes, f"**Suspicious data:** {suspicion}")
     return ModelReport(metrics.cpu(), missing, notes)
 
 

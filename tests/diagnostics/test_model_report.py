@@ -310,7 +310,7 @@ def test_units_of_the_dims_do_not_matter():
     class Rescaled(IdentityEncoder):
         factor = torch.tensor([1000.0, 0.01])
 
-        def _encode(self, observation):
+        def embed(self, observation):
             return observation / self.factor, observation[..., :0]
 
     episodes = episodes_of([10] * 20)
@@ -499,7 +499,7 @@ class Noisy(IdentityEncoder):
         super().__init__(3)
         self.drop = nn.Dropout(0.5)
 
-    def _encode(self, observation):
+    def embed(self, observation):
         return self.drop(observation), observation[..., :0]
 
 
