@@ -6,11 +6,13 @@ Each function takes the name and the value of the argument.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -20,10 +22,29 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         TypeError: if ``value`` is not an integer; ``True`` and ``2.0`` are not.
         ValueError: if ``value`` is below ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
+    check_integer(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Check that an argument is an integer.
+
+    Raises:
+        TypeError: if it is not; ``True`` and ``2.0`` are not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Check that an argument is a number.
+
+    Raises:
+        TypeError: if it is not; ``True`` and a tensor are not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
 
 
 def check_counts(**counts: Any) -> None:
@@ -48,6 +69,18 @@ def check_sizes(name: str, sizes: Any) -> None:
         check_count(f"{name}[{i}]", size)
 
 
+def check_fraction(name: str, value: Any) -> None:
+    """Check that an argument is a number in [0, 1].
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not in [0, 1].
+    """
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
 def check_finite(name: str, value: Any, *, above: float = -math.inf) -> None:
     """Check that an argument is a finite number above ``above``.
 
@@ -55,8 +88,7 @@ def check_finite(name: str, value: Any, *, above: float = -math.inf) -> None:
         TypeError: if ``value`` is not a number.
         ValueError: if ``value`` is infinite, NaN or not above ``above``.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+    check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}.")
     if not value > above:
@@ -120,6 +152,45 @@ def check_keys(name: str, value: Any, count: int | None = None) -> None:
         check_key(f"{name}[{i}]", key)
     if count is not None and len(value) != count:
         raise ValueError(f"{name} must hold {count} key(s), got {len(value)}: {list(value)}.")
+
+
+def check_device(name: str, value: Any) -> None:
+    """Check that an argument names a device, by a string or a number; None leaves the device.
+
+    Raises:
+        TypeError: if ``value`` is of another kind.
+        ValueError: if it is a string that names none.
+    """
+    is_number = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is None or is_number or isinstance(value, torch.device):
+        return
+    expected = f"{name} must be a torch.device or a string like 'cpu' or 'cuda:0'"
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}, got {value!r} ({type(value).__name__}).")
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{expected}, got {value!r}.") from error
+
+
+def check_precision(owner: str, fn: Callable[[Tensor], Tensor]) -> None:
+    """Check that what ``nn.Module._apply`` does to the tensors of ``owner`` loses no precision.
+
+    Moving to a device, ``float()``, ``double()`` and ``share_memory()`` do not; ``half()``,
+    ``bfloat16()`` and ``type(dtype)``, which converts integers too, do.
+
+    Raises:
+        TypeError: if it does.
+    """
+    for dtype in (torch.float32, torch.int64, torch.bool):
+        converted = fn(torch.empty(0, dtype=dtype)).dtype
+        is_wider = dtype is torch.float32 and converted is torch.float64
+        if converted is not dtype and not is_wider:
+            raise TypeError(
+                f"{owner} computes in float32: its tensors of {dtype} cannot be converted to "
+                f"{converted}. Inputs of any dtype are cast; for lower precision use "
+                "torch.autocast."
+            )
 
 
 def _is_key(value: Any) -> bool:

@@ -2,14 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 
 from layeredrl_trl.checks import (
     check_count,
     check_counts,
+    check_device,
     check_finite,
     check_flag,
+    check_fraction,
     check_key,
     check_keys,
+    check_precision,
     check_sizes,
 )
 
@@ -31,6 +35,45 @@ def test_what_is_legal_passes():
     check_keys("ks", ["x", ("next", "x")], 2)
     check_keys("ks", ("x", "y", "z"), 3)
     check_keys("ks", [])
+    for device in (None, "cpu", "cuda:1", torch.device("cpu"), 0):
+        check_device("device", device)
+
+
+@pytest.mark.parametrize("value", ["cud", "", "cuda:x"])
+def test_a_device_that_is_none(value):
+    with pytest.raises(ValueError, match=r"device must be a torch.device or a string like .*'cpu'"):
+        check_device("device", value)
+
+
+@pytest.mark.parametrize("value", [True, 1.5, ["cpu"]])
+def test_what_names_no_device(value):
+    with pytest.raises(TypeError, match=r"device must be a torch.device or a string"):
+        check_device("device", value)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x,
+        lambda x: x.cpu(),
+        lambda x: x.float() if x.is_floating_point() else x,
+        lambda x: x.double() if x.is_floating_point() else x,
+    ],
+)
+def test_moving_a_module_loses_no_precision(fn):
+    check_precision("Net", fn)
+
+
+@pytest.mark.parametrize(
+    ("fn", "text"),
+    [
+        (lambda x: x.half() if x.is_floating_point() else x, "torch.float32 .* torch.float16"),
+        (lambda x: x.float(), "torch.int64 cannot be converted to torch.float32"),
+    ],
+)
+def test_less_precision_is_refused_with_the_way_out(fn, text):
+    with pytest.raises(TypeError, match=rf"Net computes in float32: .*{text}.* torch.autocast"):
+        check_precision("Net", fn)
 
 
 @pytest.mark.parametrize("value", [2.0, True, "2", None])
@@ -109,3 +152,20 @@ def test_sequences_that_hold_no_keys_or_too_many():
         check_keys("ks", ["x", 2])
     with pytest.raises(ValueError, match=r"ks must hold 2 key\(s\), got 3: \['x', 'y', 'z'\]"):
         check_keys("ks", ["x", "y", "z"], 2)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1, np.float32(0.3)])
+def test_a_fraction(value):
+    check_fraction("gamma", value)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, torch.tensor(0.5)])
+def test_what_is_no_number_is_no_fraction(value):
+    with pytest.raises(TypeError, match="gamma must be a number, got"):
+        check_fraction("gamma", value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_fraction_out_of_its_range(value):
+    with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\], got"):
+        check_fraction("gamma", value)

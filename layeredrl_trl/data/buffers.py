@@ -97,6 +97,11 @@ def check_buffer(buffer: object) -> None:
             f"buffer: its {type(sampler).__name__} does not draw uniformly, as learning does. "
             f"{_OWN_LOOP}"
         )
+    if is_known is False and type(sampler).sample is not TransitionSliceSampler.sample:
+        raise TypeError(
+            f"buffer: its {type(sampler).__name__} overrides sample, which learning does not call: "
+            "override sample_slices instead, which sample calls too."
+        )
     unit = getattr(buffer, "_sample_unit", None)
     if unit is not None and type(unit) is not Transition:
         raise TypeError(
@@ -110,6 +115,21 @@ def check_buffer(buffer: object) -> None:
                     f"buffer: its transform {type(transform).__name__} cannot be right in slices: "
                     f"{_TRANSFORMS[known.__name__]}."
                 )
+
+
+def check_slice_len(buffer: ReplayBuffer, slice_len: int) -> None:
+    """Check that transforms made for slices of some length, by their ``slice_len``, get such.
+
+    Raises:
+        ValueError: if one is made for another length.
+    """
+    for transform in _flat(buffer.transform):
+        expected = getattr(transform, "slice_len", None)
+        if isinstance(expected, int) and expected != slice_len:
+            raise ValueError(
+                f"buffer: its transform {type(transform).__name__} is made for slices of slice_len="
+                f"{expected} steps, but slices of {slice_len} are read. Pass that, or None."
+            )
 
 
 def slice_sampler(buffer: ReplayBuffer, default: TransitionSliceSampler) -> TransitionSliceSampler:

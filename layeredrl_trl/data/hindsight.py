@@ -56,9 +56,11 @@ class HindsightGoals(Transform):
 
     Args:
         storage: the storage of the replay buffer, of one or two dims.
-        slice_len: steps ``T`` of a slice, checked in every batch. None: the largest number that
-            cuts a batch into pieces of consecutive steps; ``RewardPredictor`` and ``model_report``
-            need it, since they read slices of several lengths, and also single steps (``T = 1``).
+        slice_len: steps ``T`` of a slice, that of the sampler. A batch must hold such slices; that
+            ``T`` is only a divisor of what was drawn is noticed by ``RewardPredictor`` alone. None:
+            the largest number that cuts a batch into pieces of consecutive steps;
+            ``RewardPredictor`` and ``model_report`` need it where they read slices of several
+            lengths, and also single steps (``T = 1``).
         reward_fn: computes rewards ``[R, T, 1]`` from the relabelled slices, a TensorDict
             ``[R, T]`` with all stored entries.
         her_ratio: probability that a slice is relabelled, in [0, 1].

@@ -14,6 +14,7 @@ from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.storages.utils import _collate_id
 
+from layeredrl_trl.data.buffers import check_slice_len
 from layeredrl_trl.data.positions import gather, leaf_keys, stack_index
 from layeredrl_trl.data.slice_sampler import TransitionSliceSampler
 from layeredrl_trl.functional import rows_with_data
@@ -64,7 +65,7 @@ def read_transitions(
         _check_not_empty(buffer, keys)
         index = _checked_index(index, buffer.storage)
         rows = _stored(buffer, index, names)
-    return _entries(buffer, rows, index[0].shape, keys, names)
+        return _entries(buffer, rows, index[0].shape, keys, names)
 
 
 def read_slices(
@@ -95,13 +96,15 @@ def read_slices(
         What :func:`read_transitions` and :class:`~layeredrl_trl.data.TransitionSliceSampler` raise.
     """
     names = (*keys, *optional_keys)
+    check_slice_len(buffer, slice_len)
     with locked(buffer):
         _check_not_empty(buffer, keys)
         index, mask = sampler.sample_slices(buffer.storage, num_slices, slice_len)
         row = rows_with_data(mask)
         index = tuple(i[row] for i in index)
         rows = _stored(buffer, index, names)
-    steps = _entries(buffer, rows, mask.shape, keys, names)
+        # transforms may look at what is stored, as HindsightGoals does
+        steps = _entries(buffer, rows, mask.shape, keys, names)
     steps.set(MASK, mask.unsqueeze(-1))
     return steps.set(INDEX, stack_index(index))
 
@@ -142,12 +145,15 @@ def _stored(
 ) -> TensorDictBase | dict[NestedKey, Any]:
     """Read what is stored: the named entries ``[*S]`` of columns, else whole rows, flat.
 
+    Without gradient: imagined steps may have been stored with theirs.
+
     ``buffer[index]`` would not do: for a storage of two dims it reads (and transforms) the whole
     buffer, and expects the index in the order (env, time).
     """
     storage = buffer.storage
     if not has_plain_columns(buffer):
-        return storage.get(tuple(position.reshape(-1) for position in index))
+        rows = storage.get(tuple(position.reshape(-1) for position in index))
+        return rows.detach() if is_tensor_collection(rows) else rows
     data = storage._storage
     n_stored = None if storage._is_full else storage._len_along_dim0
     entries: dict[NestedKey, Any] = {}
@@ -156,6 +162,7 @@ def _stored(
         if value is not None:
             value = value[:n_stored]
             value = gather(value, index) if isinstance(value, Tensor) else value[index]
+            value = value.detach()
         entries[key] = value
     return entries
 

@@ -6,7 +6,7 @@ import warnings
 from weakref import WeakKeyDictionary
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.storages import Storage
@@ -16,8 +16,10 @@ from layeredrl_trl.data.positions import flat_position, gather
 from layeredrl_trl.data.reading import locked
 from layeredrl_trl.data.slice_sampler import TransitionSliceSampler
 
-_MOST_ROWS = 1024
-"""Number of rows that are looked at, spread evenly over what is stored."""
+_MOST_ROWS = 4096
+"""Number of rows that are looked at, spread over what is stored."""
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 _MOST_SEARCHED = 2**16
 """Number of rows among which the one that follows is looked for."""
@@ -55,7 +57,8 @@ def warn_of_gaps(
     Args:
         buffer: the replay buffer.
         sampler: draws its slices.
-        observation: entry before a step; if it is not stored, nothing is checked.
+        observation: entry before a step. Where transforms make it of others, all that are stored
+            before and after a step are looked at, and the one that fits best counts.
         next_observation: entry after it, which should be ``observation`` of the following row.
         stacklevel: of the warning, as for ``warnings.warn``.
     """
@@ -82,16 +85,18 @@ def describe_gaps(
     before storing) say nothing about what follows what.
     """
     shape = storage.shape
-    first = torch.linspace(0, shape.numel() - 1, min(_MOST_ROWS, shape.numel())).long().unique()
-    index, mask = sampler.slices_from(storage, torch.unravel_index(first, shape), 2)
-    now, later = (storage._storage.get(key, None) for key in (observation, next_observation))
-    if not isinstance(now, Tensor) or not isinstance(later, Tensor) or now.shape != later.shape:
-        return ""
+    first = torch.unravel_index(_spread(shape.numel()), shape)
+    index, mask = sampler.slices_from(storage, first, 2)
     row, following = (tuple(i[:, step] for i in index) for step in (0, 1))
-    reached = gather(later, row)
     joined = mask[:, 1]
-    wrong = joined & ~_same(reached, gather(now, following))
-    if wrong.any():
+    found = []
+    for key, next_key in _pairs(storage, observation, next_observation):
+        now, reached = storage._storage.get(key), gather(storage._storage.get(next_key), row)
+        if not _same(reached, gather(now, row)).all():  # a goal that never changes tells nothing
+            found.append((joined & ~_same(reached, gather(now, following)), now, reached, key))
+    if found and (best := min(found, key=lambda x: int(x[0].sum())))[0].any():
+        wrong, now, reached, observation = best
+        next_observation = unravel_key(("next", observation))
         lag = _usual_lag(now, reached[wrong], tuple(i[wrong] for i in row), shape)
         if lag is None and bool(wrong[joined].all()):
             return ""
@@ -109,6 +114,36 @@ def describe_gaps(
             f"episode, but the next row is of another trajectory. {_WAY_OUT}"
         )
     return ""
+
+
+def _spread(n: int) -> Tensor:
+    """Spread positions over ``n`` rows, in no step with any period that the data may have."""
+    count = min(_MOST_ROWS, n)
+    fraction = torch.arange(count, dtype=torch.float64) * _GOLDEN % 1
+    return torch.arange(n) if count == n else (fraction * n).long().unique()
+
+
+def _pairs(
+    storage: Storage, observation: NestedKey, next_observation: NestedKey
+) -> list[tuple[NestedKey, NestedKey]]:
+    """Name the observation before and after a step; where transforms make it, what may be of it."""
+    data = storage._storage
+    if observation in data.keys(True) or next_observation in data.keys(True):
+        candidates = [(unravel_key(observation), unravel_key(next_observation))]
+    else:
+        candidates = [
+            (key, unravel_key(("next", key)))
+            for key in data.keys(True, True)
+            if not (isinstance(key, tuple) and key[0] == "next")
+            and data.get(key).is_floating_point()
+        ]
+
+    def comes_before(key: NestedKey, next_key: NestedKey) -> bool:
+        now, later = data.get(key, None), data.get(next_key, None)
+        both = isinstance(now, Tensor) and isinstance(later, Tensor)
+        return both and now.shape == later.shape
+
+    return [pair for pair in candidates if comes_before(*pair)]
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:

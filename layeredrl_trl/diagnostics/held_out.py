@@ -11,7 +11,7 @@ from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
 from layeredrl_trl.data import TransitionSliceSampler, read_transitions, slice_sampler
-from layeredrl_trl.objectives import SliceKeys
+from layeredrl_trl.objectives import SliceKeys, check_single_steps
 from layeredrl_trl.predictors import Predictor, RewardPredictor
 
 
@@ -90,8 +90,10 @@ def _read_steps(
         "next_observation": names.next_observation,
     }
     optional = {"reward": names.next_reward, "terminated": names.next_terminated}
-    keys_read = list(required.values()), [*optional.values(), *names.end_keys]
-    stored = read_transitions(buffer, index, *keys_read)
+    more = [*optional.values(), *names.end_keys, keys.STEPS_TO_NEXT]
+    stored = read_transitions(buffer, index, list(required.values()), more)
+    if keys.STEPS_TO_NEXT in stored.keys():
+        check_single_steps(stored[keys.STEPS_TO_NEXT])
     batch = stored.batch_size
     entries = {key: stored.get(name) for key, name in required.items()}
     for key, name in optional.items():

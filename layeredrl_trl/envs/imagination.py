@@ -10,11 +10,12 @@ from typing import Literal, get_args
 import torch
 from tensordict import unravel_key
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from layeredrl_trl.acceleration import CompiledStep, check_values, promised
 from layeredrl_trl.checks import check_flag
 from layeredrl_trl.envs.imagined_step import Chances, ImaginedState, ImaginedStep
+from layeredrl_trl.envs.in_place import StaysInPlace
 from layeredrl_trl.functional import (
     Draw,
     aleatoric_variance,
@@ -32,7 +33,7 @@ Rollout = Callable[..., tuple[Tensor, Tensor | None]]
 Propagation = Literal["fixed_model", "random_model", "expectation"]
 
 
-class Imagination(nn.Module):
+class Imagination(StaysInPlace):
     """Propagate particles through a dynamics model.
 
     Args:
@@ -190,9 +191,9 @@ class Imagination(nn.Module):
             terminations=self.termination_fn is None,
             **options,
         )
-        _check_rollout("latent states", latents, (n, horizon, *state.latent.shape[1:]))
+        latents = _checked("latent states", latents, (n, horizon, *state.latent.shape[1:]))
         if self.termination_fn is None:
-            _check_rollout("termination logits", term_logit, (*latents.shape[:-1], 1))
+            term_logit = _checked("termination logits", term_logit, (*latents.shape[:-1], 1))
             term_prob = term_logit.sigmoid()
         else:
             steps = _flat_steps(state, actions, latents)
@@ -245,7 +246,7 @@ class Imagination(nn.Module):
         latent, member, model = state.latent, state.member, self.dynamics
         device, shape = latent.device, latent.shape[:-1]
         noise = order = ends = following = None
-        uniform = partial(torch.rand, device=device)
+        uniform = partial(torch.rand, dtype=torch.float32, device=device)
         if member is None and self.propagation == "random_model":
             order = draw(uniform, shape).flatten(1).argsort(1)
         if not deterministic and self.propagation != "expectation":
@@ -378,9 +379,10 @@ class Imagination(nn.Module):
         return self.dynamics.particles(states, context, action)
 
 
-def _check_rollout(what: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def _checked(what: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if x.shape != shape:
         raise ValueError(f"fast_rollout: expected {what} {[*shape]}, got {list(x.shape)}.")
+    return x.to(torch.float32)
 
 
 def _are_shared(deterministic: bool, draw: Draw) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_finite, check_flag
+from layeredrl_trl.checks import check_finite, check_flag, check_integer
 from layeredrl_trl.modules import DynamicsModel, Encoder, check_parts, space_dim
 
 
@@ -63,9 +63,9 @@ def imagined_specs(
     latent_key, context_key = encoder.out_keys
 
     def free(*shape: int) -> Unbounded:
-        return Unbounded(shape, device=device)
+        return Unbounded(shape, dtype=torch.float32, device=device)
 
-    probability = Bounded(0.0, 1.0, (rows, particles, 1), device=device)
+    probability = Bounded(0.0, 1.0, (rows, particles, 1), dtype=torch.float32, device=device)
     observation: dict[NestedKey, TensorSpec] = {
         latent_key: free(rows, particles, latent_dim),
         context_key: free(dynamics.context_dim),
@@ -204,6 +204,7 @@ def particle_layout(dynamics: DynamicsModel, num_particles: int | None) -> tuple
     n_models = dynamics.n_models
     if num_particles is None:
         return n_models, dynamics.n_particles_per_model
+    check_integer("PredictorEnv: num_particles", num_particles)
     if num_particles < 1 or (num_particles >= n_models and num_particles % n_models):
         raise ValueError(
             f"PredictorEnv: num_particles must be in 1..{n_models - 1} or a multiple of the "

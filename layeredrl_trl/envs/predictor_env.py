@@ -374,7 +374,8 @@ class PredictorEnv(CommonRandomNumbers, ModelBasedEnvBase):
             self._has_warned = True
             warn_of_blind_start()
         shape = (*batch, *self._observed[self.latent_key].shape)
-        latent = torch.randn(*shape[:-3], 1, 1, shape[-1], device=self.device).expand(shape)
+        like = {"dtype": torch.float32, "device": self.device}
+        latent = torch.randn(*shape[:-3], 1, 1, shape[-1], **like).expand(shape)
         n_models = self.world_model.dynamics.n_models
         state = blank_state(self._observed, batch, n_models, self.device)
         state[self.latent_key] = latent.clone()

@@ -143,7 +143,8 @@ class DisagreementReward(Transform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add ``disagreement`` ``[..., 1]``."""
         self._get(observation_spec, self.needed_key)
-        spec = Unbounded((*observation_spec.shape, 1), device=observation_spec.device)
+        like = {"dtype": torch.float32, "device": observation_spec.device}
+        spec = Unbounded((*observation_spec.shape, 1), **like)
         observation_spec[self.disagreement_key] = spec
         return observation_spec
 
@@ -188,7 +189,8 @@ class DisagreementReward(Transform):
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        zeros = torch.zeros(*tensordict_reset.batch_size, 1, device=tensordict_reset.device)
+        like = {"dtype": torch.float32, "device": tensordict_reset.device}
+        zeros = torch.zeros(*tensordict_reset.batch_size, 1, **like)
         return tensordict_reset.set(self.disagreement_key, zeros)
 
     @torch.no_grad()

@@ -42,10 +42,10 @@ def n_step_window(
 ) -> NStepWindow:
     """Find the end of each n-step target: ``n`` steps later, or earlier where something ends it.
 
-    A target ends in the first termination, and does not bootstrap there. One that ends at a truncation or in an
-    unfinished episode bootstraps with the value of the state after the last step. No action is
-    stored for that state, so a Q-function (``next_action``) bootstraps one step earlier, at the
-    last stored pair, and the last step itself has no target.
+    A target ends in the first termination, and does not bootstrap there. One that ends at a
+    truncation or in an unfinished episode bootstraps with the value of the state after the last
+    step. No action is stored for that state, so a Q-function (``next_action``) bootstraps one step
+    earlier, at the last stored pair, and the last step itself has no target.
 
     A target also ends before the first step after its own that was not planned, and bootstraps
     there, so that no target holds rewards of random exploration.
@@ -172,7 +172,7 @@ def add_bootstrap(total: Tensor, discount: Tensor, value: Tensor) -> Tensor:
 
 
 def _steps_before_stop(continues: Tensor, k_steps: int) -> Tensor:
-    """Count the steps, each step's own included, until one after it does not continue; ``[..., k]``.
+    """Count the steps, the own one included, until one after it does not continue; ``[..., k]``.
 
     Where none follows, the number reaches beyond the slice.
     """

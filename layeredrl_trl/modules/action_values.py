@@ -19,6 +19,7 @@ from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, One
 from layeredrl_trl import keys
 from layeredrl_trl.checks import check_count, check_keys
 from layeredrl_trl.modules.heads import LatentFunction, as_value_module, evaluate, reads_action
+from layeredrl_trl.modules.outputs import as_float32, in_dtype_of
 
 _IN_KEYS = (keys.LATENT, keys.CONTEXT, keys.ACTION)
 
@@ -144,7 +145,8 @@ class PolicyValue(ActionValue):
         if isinstance(self.policy, LatentFunction):
             action = self.policy.evaluate(state)
         else:
-            action = self.policy(TensorDict(state, batch_size=batch)).get(self.action_key)
+            own = dict(zip(state, in_dtype_of(self.policy, *state.values()), strict=True))
+            action = self.policy(TensorDict(own, batch_size=batch)).get(self.action_key)
         if not isinstance(action, Tensor) or action.shape[: len(batch)] != batch:
             got = list(action.shape) if isinstance(action, Tensor) else type(action).__name__
             raise ValueError(
@@ -201,7 +203,8 @@ class BestActionValue(ActionValue):
         super().__init__(q, in_keys=in_keys, out_keys=out_keys)
         check_count("BestActionValue: num_samples", num_samples)
         self.num_samples = num_samples
-        self.register_buffer("_actions", _actions(actions, num_samples), persistent=False)
+        tried = as_float32(_actions(actions, num_samples))
+        self.register_buffer("_actions", tried, persistent=False)
 
     def _value(self, state: dict[NestedKey, Tensor], batch: torch.Size) -> Tensor:
         actions = self._actions

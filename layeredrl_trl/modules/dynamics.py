@@ -23,7 +23,12 @@ from layeredrl_trl.functional import (
     zero_where_not,
 )
 from layeredrl_trl.modules.member_scores import score_members
-from layeredrl_trl.modules.outputs import check_output, check_prediction
+from layeredrl_trl.modules.outputs import (
+    as_float32,
+    check_output,
+    check_prediction,
+    in_dtype_of,
+)
 from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.spaces import are_indices
 from layeredrl_trl.modules.transition_weights import check_weight, multiply_weights
@@ -139,7 +144,9 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
         action: Tensor,
         member: Tensor | None = None,
     ) -> ParticlePrediction:
-        """Call :meth:`predict_particles` and check the shapes of what it returns.
+        """Call :meth:`predict_particles`, check the shapes of what it returns, cast to float32.
+
+        It gets tensors of the dtype of the model's parameters.
 
         Everything that imagines or scores goes through here, because tensors of another shape
         would be broadcast, to a wrong number and without an error.
@@ -148,10 +155,10 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
             TypeError: if it does not return a :class:`ParticlePrediction` of tensors.
             ValueError: if the shape of one of them does not fit.
         """
-        out = self.predict_particles(latent, context, action, member)
+        out = self.predict_particles(*in_dtype_of(self, latent, context, action), member)
         sizes = latent.shape[:-1], self.n_modes, self.latent_state_dim
         check_prediction(type(self).__name__, out, *sizes)
-        return out
+        return ParticlePrediction(*map(as_float32, out))
 
     def predict(
         self, latent: Tensor, context: Tensor, action: Tensor, std: Tensor | None = None
@@ -235,7 +242,7 @@ class DynamicsModel(TensorDictModuleBase, abc.ABC):
 
     def regularization(self) -> Tensor:
         """Return a scalar that is added to the loss once per batch; 0 by default."""
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
 
     def advance(self, n_total_env_steps: int, whitening: Tensor | None = None) -> None:
         """Receive the progress of training; does nothing by default.

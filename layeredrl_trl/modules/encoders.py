@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layeredrl_trl import keys
 from layeredrl_trl.checks import check_count, check_keys, check_sizes
-from layeredrl_trl.modules.outputs import check_output
+from layeredrl_trl.modules.outputs import check_output, in_dtype_of
 
 
 class Encoder(TensorDictModuleBase):
@@ -175,7 +175,8 @@ class Encoder(TensorDictModuleBase):
     def encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Encode ``[..., *obs_shape]`` to ``latent`` ``[..., D]`` and ``context`` ``[..., C]``.
 
-        Both are float32, whatever :meth:`embed` returns.
+        Both are float32, whatever :meth:`embed` returns; what it gets is of the dtype of the
+        encoder's parameters, float32 without any.
 
         Raises:
             TypeError: if :meth:`embed` does not return a pair of tensors.
@@ -184,7 +185,7 @@ class Encoder(TensorDictModuleBase):
         """
         observation = as_observations("observation", observation, self.obs_shape)
         batch = observation.shape[: observation.ndim - len(self.obs_shape)]
-        out, name = self.embed(observation), type(self).__name__
+        out, name = self.embed(*in_dtype_of(self, observation)), type(self).__name__
         if not isinstance(out, (tuple, list)) or len(out) != 2:
             method = "_encode" if type(self).embed is Encoder.embed else "embed"
             raise TypeError(f"{name}.{method} must return (latent, context), got {out!r}.")

@@ -22,6 +22,7 @@ from layeredrl_trl.functional import (
     spread_modes,
 )
 from layeredrl_trl.modules.dynamics import DynamicsModel
+from layeredrl_trl.modules.loading import LoadsWhole
 from layeredrl_trl.modules.mlp import EnsembleMLP
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.particles import ParticlePrediction
@@ -38,7 +39,7 @@ _TERMINATION_WIDTH = 64
 """Maximum width of a hidden layer of the default termination network."""
 
 
-class ProbabilisticEnsemble(DynamicsModel):
+class ProbabilisticEnsemble(LoadsWhole, DynamicsModel):
     """``E`` networks, each a mixture of ``M`` diagonal Gaussians over the change of the latent.
 
     Every member also predicts the probability that the step terminates. Inputs are standardised
@@ -166,10 +167,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.input_moments = RunningMoments(n_in, rate=statistics_rate)
         self.target_moments = RunningMoments(dim, rate=statistics_rate)
         # initial means and log standard deviations of the modes, in units of the target scale
-        self.register_buffer("mode_start", torch.zeros(2, n_modes, dim))
+        mode_start = torch.zeros(2, n_modes, dim, dtype=torch.float32)
+        self.register_buffer("mode_start", mode_start)
         self._modes_have_started = False  # the host's copy, so as not to read the device
         self.register_load_state_dict_post_hook(_sync_modes_have_started)
-        bounds = torch.tensor(std_bounds).log()
+        bounds = torch.tensor(std_bounds, dtype=torch.float32).log()
         self.learn_std_bounds = learn_std_bounds
         if learn_std_bounds:
             self.log_std_bounds = nn.Parameter(bounds[:, None].repeat(1, dim))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layeredrl_trl.checks import check_count
+from layeredrl_trl.checks import check_count, check_precision
 from layeredrl_trl.modules.mlp import ConcatMLP
 from layeredrl_trl.modules.normalization import RunningMoments
 from layeredrl_trl.modules.spaces import action_features
@@ -97,3 +98,7 @@ class HeadMLP(ConcatMLP):
             return scale
         square = torch.addcmul(var[-1:], mean[-1:], mean[-1:])
         return torch.cat([scale[:-1], torch.where(square > 0, square.sqrt(), 1.0)])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HeadMLP:
+        check_precision(type(self).__name__, fn)
+        return super()._apply(fn, recurse)

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from layeredrl_trl import keys
 from layeredrl_trl.checks import check_flag, check_keys
 from layeredrl_trl.modules.head_mlp import HeadMLP
+from layeredrl_trl.modules.loading import LoadsWhole
 from layeredrl_trl.modules.mlp import ConcatMLP
+from layeredrl_trl.modules.outputs import as_float32, in_dtype_of
 from layeredrl_trl.modules.spaces import action_features
 
 _IN_KEYS = (keys.LATENT, keys.CONTEXT, keys.ACTION)
 
 
-class LatentFunction(TensorDictModule):
+class LatentFunction(LoadsWhole, TensorDictModule):
     """A plain ``f(latent, context)`` or ``f(latent, context, action)`` as a ``TensorDictModule``.
+
+    What it reads is cast to the dtype of its parameters, and what it returns to float32.
 
     Args:
         module: returns ``[..., 1]``.
@@ -54,7 +58,12 @@ class LatentFunction(TensorDictModule):
 
     def evaluate(self, entries: Mapping[NestedKey, Tensor]) -> Tensor:
         """Evaluate on tensors by name, without a TensorDict in between."""
-        return self.module(*(entries[key] for key in self.in_keys))
+        return self._call_module([entries[key] for key in self.in_keys])
+
+    def _call_module(self, tensors: Sequence[Tensor], **kwargs: Any) -> Any:
+        """Do what ``TensorDictModule`` does, with tensors of the dtype of the module."""
+        out = super()._call_module(in_dtype_of(self.module, *tensors), **kwargs)
+        return as_float32(out) if isinstance(out, Tensor) else out
 
     @property
     def has_statistics(self) -> bool:
@@ -314,8 +323,9 @@ def head_entries(
 def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) -> Tensor:
     """Evaluate a reward or value module, or any that reads a subset of ``entries``.
 
-    These are tensors of one leading shape, the latent state first. Returns the module's first
-    output ``[..., 1]``.
+    These are tensors of one leading shape, the latent state first. They are cast to the dtype of
+    the module's parameters. Returns the module's first output ``[..., 1]``, cast to float32 unless
+    it holds integers or bools.
 
     Raises:
         KeyError: if the module reads an entry that is not there.
@@ -330,7 +340,8 @@ def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) 
     if isinstance(module, LatentFunction):
         out = module.evaluate(entries)
     else:
-        out = module(TensorDict(dict(entries), batch_size=shape)).get(module.out_keys[0])
+        own = dict(zip(entries, in_dtype_of(module, *entries.values()), strict=True))
+        out = module(TensorDict(own, batch_size=shape)).get(module.out_keys[0])
     if not isinstance(out, Tensor):
         raise TypeError(
             f"{name} must return a tensor [..., 1], here {[*shape, 1]}, got {out!r} "
@@ -340,7 +351,7 @@ def evaluate(module: TensorDictModuleBase, entries: Mapping[NestedKey, Tensor]) 
         raise ValueError(
             f"{name} must return [..., 1], here {[*shape, 1]}, got shape {list(out.shape)}."
         )
-    return out
+    return as_float32(out)
 
 
 class _WithoutAction(nn.Module):

@@ -16,6 +16,7 @@ from layeredrl_trl import keys
 from layeredrl_trl.checks import check_count, check_flag
 from layeredrl_trl.modules.encoders import Encoder, as_observations, as_vectors
 from layeredrl_trl.modules.normalization import RunningMoments
+from layeredrl_trl.modules.outputs import in_dtype_of
 
 
 class LearnedEncoder(Encoder):
@@ -137,6 +138,7 @@ class LearnedEncoder(Encoder):
         observation = as_vectors(observation, self.obs_shape)
         if self.moments is not None:
             observation = self.moments.standardize(observation)
+        (observation,) = in_dtype_of(self.latent_net, observation)
         if self.context_net is None:
             return self.latent_net(observation), observation[..., :0]
         changes = self.changes | ~self.seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from tensordict import NestedKey
 from torch import nn
 
@@ -46,7 +47,7 @@ class LinearEncoder(LearnedEncoder):
         in_keys: Sequence[NestedKey] = (keys.OBSERVATION,),
         out_keys: Sequence[NestedKey] = (keys.LATENT, keys.CONTEXT),
     ) -> None:
-        make_net = partial(nn.Linear, bias=False)
+        make_net = partial(nn.Linear, bias=False, dtype=torch.float32)
         super().__init__(
             obs_shape,
             latent_state_dim,

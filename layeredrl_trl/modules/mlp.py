@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layeredrl_trl.acceleration import in_pieces, run_layers
 from layeredrl_trl.checks import check_count, check_counts, check_sizes
+from layeredrl_trl.modules.outputs import dtype_of
 
 
 class ConcatMLP(nn.Module):
@@ -22,7 +24,8 @@ class ConcatMLP(nn.Module):
         activation: class of the nonlinearity between layers.
 
     Raises:
-        TypeError: if a size is no integer, or ``in_dims`` or ``hidden_sizes`` is no sequence.
+        TypeError: if a size is no integer, ``in_dims`` or ``hidden_sizes`` no sequence, or
+            ``activation`` makes no module.
         ValueError: if a size is below 1 (of ``in_dims``: below 0).
     """
 
@@ -42,8 +45,8 @@ class ConcatMLP(nn.Module):
         sizes = [sum(self.in_dims), *hidden_sizes]
         layers: list[nn.Module] = []
         for size_in, size_out in pairwise(sizes):
-            layers += [nn.Linear(size_in, size_out), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
+            layers += [_linear(size_in, size_out), make_activation("activation", activation)]
+        self.layers = nn.Sequential(*layers, _linear(sizes[-1], out_dim))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Map ``[..., in_dims[i]]`` for each input to ``[..., out_dim]``.
@@ -58,7 +61,7 @@ class ConcatMLP(nn.Module):
         return out.reshape(*batch, out.shape[-1])
 
     def _join(self, *inputs: Tensor) -> Tensor:
-        """Check the inputs and concatenate them, float32 ``[..., in]``."""
+        """Check the inputs and concatenate them, ``[..., in]`` of the dtype of the layers."""
         dims = tuple(x.shape[-1] for x in inputs)
         if dims != self.in_dims:
             raise ValueError(f"expected inputs with last dims {self.in_dims}, got {dims}.")
@@ -66,7 +69,8 @@ class ConcatMLP(nn.Module):
         if any(x.shape[:-1] != batch for x in inputs[1:]):
             shapes = [list(x.shape) for x in inputs]
             raise ValueError(f"expected inputs of one leading shape, got {shapes}.")
-        parts = [x.to(torch.float32) for x in inputs]
+        dtype = dtype_of(self)
+        parts = [x.to(dtype) for x in inputs]
         parts = [x for x in parts if x.shape[-1] > 0] or parts[:1]  # a context is often empty
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
@@ -88,7 +92,8 @@ class EnsembleMLP(nn.Module):
         activation: class of the nonlinearity between layers.
 
     Raises:
-        TypeError: if a size is no integer, or ``hidden_sizes`` is no sequence.
+        TypeError: if a size is no integer, ``hidden_sizes`` no sequence, or ``activation`` makes no
+            module.
         ValueError: if a size is below 1.
 
     Example:
@@ -112,9 +117,10 @@ class EnsembleMLP(nn.Module):
         self.biases = nn.ParameterList()
         for size_in, size_out in pairwise(sizes):
             bound = size_in**-0.5
-            self.weights.append(torch.empty(n_members, size_in, size_out).uniform_(-bound, bound))
-            self.biases.append(torch.empty(n_members, 1, size_out).uniform_(-bound, bound))
-        self.activation = activation()
+            for tensors, rows in ((self.weights, size_in), (self.biases, 1)):
+                own = torch.empty(n_members, rows, size_out, dtype=torch.float32)
+                tensors.append(own.uniform_(-bound, bound))
+        self.activation = make_activation("activation", activation)
 
     def forward(self, x: Tensor, member: Tensor | None = None) -> Tensor:
         """Map ``[E, N, in_dim]`` to ``[E, N, out_dim]``, row ``e`` through member ``e``.
@@ -130,3 +136,28 @@ class EnsembleMLP(nn.Module):
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Weight ``[E, in, out]`` and bias ``[E, 1, out]`` of each layer."""
         return list(zip(self.weights, self.biases, strict=True))
+
+
+def make_activation(name: str, activation: Any) -> nn.Module:
+    """Make a nonlinearity in float32 from its class, the argument ``name``.
+
+    Raises:
+        TypeError: if it is no class or function that makes a module without arguments.
+    """
+    expected = f"{name} must be a class of modules, such as torch.nn.SiLU"
+    kind = type(activation).__name__
+    if isinstance(activation, nn.Module):
+        raise TypeError(f"{expected}, got the module {activation}.")
+    if not callable(activation):
+        raise TypeError(f"{expected}, got {activation!r} ({kind}).")
+    try:
+        made = activation()
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {activation!r} ({kind}): {error}") from error
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{expected}, but {activation!r} makes {made!r}.")
+    return made.to(torch.float32)
+
+
+def _linear(size_in: int, size_out: int) -> nn.Linear:
+    return nn.Linear(size_in, size_out, dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_trl.acceleration import is_surely_none, peek
+from layeredrl_trl.checks import check_count, check_finite
 from layeredrl_trl.functional import FAR, ROUNDING, robust_moments
 
 _ROWS_PER_FAULT = 32
@@ -40,6 +41,10 @@ class RunningMoments(nn.Module):
         dim: ``D``, number of dims.
         rate: minimum weight of a new batch, in (0, 1].
 
+    Raises:
+        TypeError: if ``dim`` is no integer or ``rate`` no number.
+        ValueError: if a number is out of its range.
+
     Attributes:
         mean, var: running moments, ``[D]``.
         count: number of batches, a scalar.
@@ -59,16 +64,18 @@ class RunningMoments(nn.Module):
 
     def __init__(self, dim: int, *, rate: float = 1e-3) -> None:
         super().__init__()
+        check_count("RunningMoments: dim", dim)
+        check_finite("RunningMoments: rate", rate)
         if not 0 < rate <= 1:
             raise ValueError(f"RunningMoments: rate must be in (0, 1], got {rate}.")
         self.rate = rate
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float32))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         self.n_far = 0
         self._has_started = False  # the host's copy of ``count > 0``, so as not to read the device
         # of the far rows of late: how many, and at which count; no state that is worth saving
-        self._far_rows = torch.zeros(2, dim)
+        self._far_rows = torch.zeros(2, dim, dtype=torch.float32)
         self.register_load_state_dict_post_hook(_sync_has_started)
 
     @property

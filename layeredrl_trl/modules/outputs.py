@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from layeredrl_trl.modules.particles import ParticlePrediction
 
@@ -56,6 +57,39 @@ def check_prediction(
     for name, x, shape in zip(prediction._fields, prediction, expected, strict=True):
         if not isinstance(x, Tensor) or x.shape != shape:
             check_output(f"{owner}.predict_particles: {name}", x, shape)
+
+
+def dtype_of(module: Any) -> torch.dtype | None:
+    """Return the dtype of a module's first floating-point parameter; ``None`` if there is none."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+
+
+def in_dtype_of(module: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast floating-point tensors to the dtype of a module, which a user may have made."""
+    dtype = dtype_of(module)
+    if dtype is None:
+        return tensors
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """Cast a floating-point output to float32, in which the library computes."""
+    return x.to(torch.float32) if x.is_floating_point() else x
+
+
+def check_std(name: str, std: Tensor, shape: Sequence[int]) -> None:
+    """Check standard deviations that are to be broadcast.
+
+    Raises:
+        ValueError: if they do not broadcast to ``shape``, or one is not positive and finite.
+    """
+    if not broadcasts_to(std.shape, shape):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {list(shape)}, got {list(std.shape)}."
+        )
+    if not ((std > 0) & std.isfinite()).all():
+        raise ValueError(f"{name}: every standard deviation must be positive and finite.")
 
 
 def broadcasts_to(shape: Sequence[int], expected: Sequence[int]) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import vmap
 
 from layeredrl_trl.checks import check_count
+from layeredrl_trl.modules.architecture import differences, tensors_of
+from layeredrl_trl.modules.outputs import in_dtype_of
 
 
 class StackedNetworks(nn.Module):
@@ -19,18 +23,23 @@ class StackedNetworks(nn.Module):
     is kept is one network, :attr:`network`, whose every parameter and buffer has a leading dim of
     members: optimisers, ``state_dict``, ``.to``, ``deepcopy`` and pickling see ordinary tensors.
 
+    Several threads may evaluate it at once. For each evaluation the modules of the network are
+    copied, without their tensors, so attributes that they set then are not kept.
+
     Args:
         n_members: ``E``.
         make_network: returns a new network, which maps ``[N, in]`` to ``[N, out]``, each row on
-            its own. It must not branch on the values of tensors, see ``torch.func.vmap``.
+            its own. It must not branch on the values of tensors, see ``torch.func.vmap``. It is
+            given the dtype of its parameters.
 
     Attributes:
         network: the architecture with stacked tensors; not to be called by itself.
 
     Raises:
         ValueError: if ``n_members`` is below 1, or ``make_network`` returns one network twice or
-            networks of different architecture.
-        TypeError: if ``n_members`` is no integer or ``make_network`` returns no ``nn.Module``.
+            networks that differ in more than the numbers in their tensors.
+        TypeError: if ``n_members`` is no integer, or ``make_network`` returns no ``nn.Module``, or
+            one compiled by ``torch.jit``.
 
     Example:
         >>> import torch
@@ -44,8 +53,7 @@ class StackedNetworks(nn.Module):
         networks = [make_network() for _ in range(n_members)]
         _check_networks(networks)
         self.n_members = n_members
-        self.network = networks[0]
-        _put(self.network, *stack_module_state(networks))
+        self.network = _stacked(networks)
 
     def forward(self, x: Tensor, member: Tensor | None = None) -> Tensor:
         """Map ``[E, N, in]`` to ``[E, N, out]``, row ``e`` through member ``e``.
@@ -56,12 +64,15 @@ class StackedNetworks(nn.Module):
             TypeError: if a network returns no tensor.
             ValueError: if it does not return ``[N, out]``.
         """
-        params, buffers = dict(self.network.named_parameters()), dict(self.network.named_buffers())
+        tensors = dict(tensors_of(self.network, remove_duplicate=False))
         if member is not None:
-            params = {name: p.index_select(0, member) for name, p in params.items()}
-            buffers = {name: b.index_select(0, member) for name, b in buffers.items()}
-        call = partial(functional_call, self.network)
-        out = vmap(call, randomness="different")((params, buffers), (x,))
+            tensors = {name: own.index_select(0, member) for name, own in tensors.items()}
+
+        def call(own: dict[str, Tensor], rows: Tensor) -> Any:
+            return _with_tensors(self.network, own)(rows)
+
+        (inputs,) = in_dtype_of(self.network, x)
+        out = vmap(call, randomness="different")(tensors, inputs)
         name = f"StackedNetworks: the output of {type(self.network).__name__}"
         if not isinstance(out, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(out).__name__}.")
@@ -69,7 +80,30 @@ class StackedNetworks(nn.Module):
             raise ValueError(
                 f"{name} must be [N, out] for {list(x.shape[1:])}, got {list(out.shape[1:])}."
             )
-        return out
+        return out.to(x.dtype)
+
+
+def _with_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: str = "") -> nn.Module:
+    """Copy the modules of a network, with other tensors, given by name.
+
+    ``torch.func.functional_call`` lends the tensors to the network itself, where other threads
+    would see them.
+    """
+    own = object.__new__(type(network))
+    own.__dict__.update(network.__dict__)
+    for name, x in network.__dict__.items():
+        if inspect.ismethod(x) and x.__self__ is network:
+            own.__dict__[name] = partial(x.__func__, own)
+    for kind in ("_parameters", "_buffers"):
+        own.__dict__[kind] = {
+            name: None if x is None else tensors[path + name]
+            for name, x in network.__dict__[kind].items()
+        }
+    own.__dict__["_modules"] = {
+        name: None if x is None else _with_tensors(x, tensors, f"{path}{name}.")
+        for name, x in network._modules.items()
+    }
+    return own
 
 
 def _check_networks(networks: list[nn.Module]) -> None:
@@ -79,31 +113,32 @@ def _check_networks(networks: list[nn.Module]) -> None:
                 "StackedNetworks: expected make_network to return an nn.Module, got "
                 f"{type(network).__name__}."
             )
-    tensors = [id(x) for net in networks for _, x in _tensors_of(net)]
+        if any(isinstance(part, torch.jit.ScriptModule) for part in network.modules()):
+            raise TypeError("StackedNetworks: networks compiled by torch.jit cannot be stacked.")
+    tensors = [id(x) for net in networks for _, x in tensors_of(net)]
     if len(set(map(id, networks))) < len(networks) or len(set(tensors)) < len(tensors):
         raise ValueError(
             "StackedNetworks: members share a network or a tensor; make_network must return a new "
             "one at every call."
         )
-    signatures = {
-        tuple((name, tuple(x.shape), x.dtype, x.requires_grad) for name, x in _tensors_of(net))
-        for net in networks
-    }
-    if len(signatures) > 1 or len(set(map(type, networks))) > 1:
-        raise ValueError("StackedNetworks: expected networks of one architecture.")
+    for network in networks[1:]:
+        if difference := next(differences(networks[0], network), None):
+            raise ValueError(
+                f"StackedNetworks: expected networks of one architecture, but {difference}."
+            )
 
 
-def _tensors_of(network: nn.Module) -> chain[tuple[str, Tensor]]:
-    return chain(network.named_parameters(), network.named_buffers())
-
-
-def _put(network: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-    """Put stacked tensors in the place of a network's own; tied ones stay tied."""
-    stacked = {id(own): buffers[name] for name, own in network.named_buffers()}
-    for name, own in network.named_parameters():
-        stacked[id(own)] = nn.Parameter(params[name].detach(), requires_grad=own.requires_grad)
-    for module in network.modules():
+def _stacked(networks: list[nn.Module]) -> nn.Module:
+    """Put the stacked tensors of all networks into the first one; tied ones stay tied."""
+    tensors = [dict(tensors_of(network)) for network in networks]
+    stacked = {}
+    for name, own in tensors[0].items():
+        each = torch.stack([x[name].detach() for x in tensors]).requires_grad_(own.requires_grad)
+        is_parameter = isinstance(own, nn.Parameter)
+        stacked[id(own)] = nn.Parameter(each, own.requires_grad) if is_parameter else each
+    for module in networks[0].modules():
         for own_tensors in (module._parameters, module._buffers):
             for name, own in own_tensors.items():
                 if own is not None:
                     own_tensors[name] = stacked[id(own)]
+    return networks[0]

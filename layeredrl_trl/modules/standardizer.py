@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from layeredrl_trl.checks import check_count, check_precision
 from layeredrl_trl.functional import whitening_residual
 from layeredrl_trl.modules.normalization import RunningMoments
 
@@ -24,6 +27,10 @@ class DeltaStandardizer(nn.Module):
     Args:
         latent_state_dim: ``D``.
 
+    Raises:
+        TypeError: if ``latent_state_dim`` is no integer.
+        ValueError: if it is below 1.
+
     Example:
         >>> DeltaStandardizer(3).matrix.shape
         torch.Size([3, 3])
@@ -31,7 +38,8 @@ class DeltaStandardizer(nn.Module):
 
     def __init__(self, latent_state_dim: int) -> None:
         super().__init__()
-        self.raw = nn.Parameter(torch.eye(latent_state_dim))
+        check_count("DeltaStandardizer: latent_state_dim", latent_state_dim)
+        self.raw = nn.Parameter(torch.eye(latent_state_dim, dtype=torch.float32))
         self.moments = RunningMoments(latent_state_dim)
 
     @property
@@ -48,8 +56,13 @@ class DeltaStandardizer(nn.Module):
             mask: bool ``[...]``; changes where it is False do not count.
         """
         mask = None if mask is None else mask.reshape(-1)
-        return whitening_residual(self.matrix, delta.flatten(0, -2), mask)
+        delta = delta.to(self.raw.dtype).flatten(0, -2)
+        return whitening_residual(self.matrix, delta, mask)
 
     def update_statistics(self, delta: Tensor, mask: Tensor | None = None) -> None:
         """Update the running moments with changes ``[..., D]`` of real transitions."""
         self.moments.update(delta, mask)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DeltaStandardizer:
+        check_precision(type(self).__name__, fn)
+        return super()._apply(fn, recurse)

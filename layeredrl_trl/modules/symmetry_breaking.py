@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from layeredrl_trl.acceleration import promised
 from layeredrl_trl.checks import check_count, check_finite
 from layeredrl_trl.modules.dynamics import DynamicsModel
+from layeredrl_trl.modules.loading import LoadsWhole
 from layeredrl_trl.modules.particles import ParticlePrediction
 from layeredrl_trl.modules.spaces import action_features
 
 
-class SymmetryBreakingStart(DynamicsModel):
+class SymmetryBreakingStart(LoadsWhole, DynamicsModel):
     """Predict by a fixed random linear map of the action, until the model has learned something.
 
     An untrained model predicts the same for every action, so a skill learner that is rewarded for
@@ -85,11 +86,12 @@ class SymmetryBreakingStart(DynamicsModel):
         self.context_dim = model.context_dim
         self.action_dim = model.action_dim
         self.accepts_indices = model.accepts_indices
-        direction = torch.empty(model.latent_state_dim, model.action_dim)
+        direction = torch.empty(model.latent_state_dim, model.action_dim, dtype=torch.float32)
         torch.nn.init.orthogonal_(direction, gain=factor)
         self.register_buffer("direction", direction)
-        self.register_buffer("unwhiten", torch.eye(model.latent_state_dim))
-        self.register_buffer("_share", torch.zeros(()), persistent=False)
+        eye = torch.eye(model.latent_state_dim, dtype=torch.float32)
+        self.register_buffer("unwhiten", eye)
+        self.register_buffer("_share", torch.zeros((), dtype=torch.float32), persistent=False)
         self.n_total_env_steps = 0
 
     @property
@@ -138,13 +140,14 @@ class SymmetryBreakingStart(DynamicsModel):
         learned = self.model.particles(latent, context, action, member)
         if self._is_over:
             return learned
-        share = self._share.to(learned.mean.dtype)
+        like = learned.mean
+        share, unwhiten, latent = self._share.to(like), self.unwhiten.to(like), latent.to(like)
         features = action_features(
             action, latent.shape[:-3], self.action_dim, indices=self.accepts_indices
         )
-        change = features @ (self.unwhiten @ self.direction).mT
+        change = features.to(like) @ (unwhiten @ self.direction.to(like)).mT
         mean = latent.unsqueeze(-2) + change[..., None, None, None, :]
-        std = self.std * self.unwhiten.square().sum(-1).sqrt()
+        std = self.std * unwhiten.square().sum(-1).sqrt()
         weights = share * learned.log_weights.exp() + (1 - share) / self.n_modes
         term_prob = share * learned.term_logit.sigmoid()
         return ParticlePrediction(
@@ -179,8 +182,21 @@ class SymmetryBreakingStart(DynamicsModel):
         """Return the progress of the start."""
         return {"n_total_env_steps": self.n_total_env_steps}
 
+    def check_extra_state(self, state: Any) -> None:
+        """Check that :meth:`set_extra_state` can restore a state.
+
+        Raises:
+            TypeError, ValueError: if it does not hold a number of steps.
+        """
+        if not isinstance(state, Mapping) or "n_total_env_steps" not in state:
+            raise ValueError(
+                f"state_dict: expected n_total_env_steps of a SymmetryBreakingStart, got {state!r}."
+            )
+        check_count("state_dict: n_total_env_steps", state["n_total_env_steps"], least=0)
+
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Restore the progress from :meth:`get_extra_state`."""
+        self.check_extra_state(state)
         self.n_total_env_steps = state["n_total_env_steps"]
 
 

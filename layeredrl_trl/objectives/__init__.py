@@ -13,7 +13,7 @@ Learning reads top to bottom in four files:
   gradient leaves everything unchanged.
 """
 
-from layeredrl_trl.objectives.batch import SliceKeys, Slices
+from layeredrl_trl.objectives.batch import SliceKeys, Slices, check_single_steps
 from layeredrl_trl.objectives.reward_predictor import RewardPredictorLoss
 from layeredrl_trl.objectives.update import ForeachSoftUpdate, Update, total_loss
 
@@ -23,5 +23,6 @@ __all__ = [
     "SliceKeys",
     "Slices",
     "Update",
+    "check_single_steps",
     "total_loss",
 ]

@@ -123,7 +123,7 @@ class Slices(NamedTuple):
         check_keys(tensordict, (names.observation, names.action, names.next_observation))
         there = tensordict.keys(True)
         if keys.STEPS_TO_NEXT in there:
-            _check_single_steps(tensordict.get(keys.STEPS_TO_NEXT))
+            check_single_steps(tensordict.get(keys.STEPS_TO_NEXT))
         return cls(
             observation=tensordict.get(names.observation),
             action=tensordict.get(names.action),
@@ -253,7 +253,12 @@ def _as_float(reward: Tensor) -> Tensor:
     return reward if reward.dtype is torch.float64 else reward.to(torch.float32)
 
 
-def _check_single_steps(steps: Tensor) -> None:
+def check_single_steps(steps: Tensor) -> None:
+    """Check that ``steps_to_next_obs`` is 1 everywhere (on a CPU).
+
+    Raises:
+        ValueError: if it is not.
+    """
     check_values(
         steps == 1,
         lambda: ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_counts, check_flag
+from layeredrl_trl.checks import check_counts, check_flag, check_fraction
 from layeredrl_trl.modules import (
     DynamicsModel,
     Encoder,
@@ -25,6 +25,7 @@ from layeredrl_trl.modules import (
     head_entries,
     reads_action,
 )
+from layeredrl_trl.modules.loading import LoadsWhole
 from layeredrl_trl.objectives.batch import SliceKeys, Slices, all_of, as_slices
 from layeredrl_trl.objectives.targets import n_step_returns, value_target
 
@@ -32,7 +33,7 @@ HAS_TARGET = "has_target"
 """Name, within a loss, of the flag of steps that have a value target; all have if it is missing."""
 
 
-class SliceLoss(LossModule):
+class SliceLoss(LoadsWhole, LossModule):
     """Base class of losses on slices: encode them, and compute value targets by a target network.
 
     Args:
@@ -388,8 +389,7 @@ def _without_moments(value: TensorDictModuleBase) -> Iterator[None]:
 
 
 def _check_options(gamma: float, k_steps: int, n_steps: int, reduction: str) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
+    check_fraction("gamma", gamma)
     if k_steps < 1 or n_steps < 1:
         raise ValueError(f"k_steps and n_steps must be at least 1, got {k_steps} and {n_steps}.")
     check_counts(k_steps=k_steps, n_steps=n_steps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-from layeredrl_trl.checks import check_count
+from layeredrl_trl.checks import check_count, check_number
 from layeredrl_trl.objectives.saved_buffers import SavedBuffers, statistics_of
 
 LossTerms = Mapping[str, Tensor] | TensorDictBase
@@ -95,8 +95,10 @@ class Update:
         warm_up: int = 0,
         warm_up_params: list[nn.Parameter] | None = None,
     ) -> None:
-        if clip_grad_max_norm is not None and not clip_grad_max_norm > 0:
-            raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
+        if clip_grad_max_norm is not None:
+            check_number("clip_grad_max_norm", clip_grad_max_norm)
+            if not clip_grad_max_norm > 0:
+                raise ValueError(f"clip_grad_max_norm must be positive, got {clip_grad_max_norm}.")
         check_count("warm_up", warm_up, least=0)
         self.loss_module = loss_module
         self.compute: Callable[..., LossTerms] = loss_module

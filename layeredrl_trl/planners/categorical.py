@@ -122,7 +122,7 @@ class CategoricalCrossEntropyPlanner(SamplingPlanner):
             raise ValueError(f"{planner} knows of no masked actions, got {spec}.")
         self._action_dtype = spec.dtype
         self.register_buffer("_labels", torch.arange(n, device=spec.device), persistent=False)
-        return torch.full((n,), 1 / n, device=spec.device)
+        return torch.full((n,), 1 / n, device=spec.device, dtype=torch.float32)
 
     def to_actions(self, samples: Tensor) -> Tensor:
         """Turn indices ``[..., 1]`` into actions in the form and dtype of the spec."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.checks import check_finite
+from layeredrl_trl.checks import check_finite, check_number
 from layeredrl_trl.functional import colour, colouring_matrix, weighted_moments
 from layeredrl_trl.planners.base import SamplingPlanner
 
@@ -106,6 +106,7 @@ class GaussianPlanner(SamplingPlanner):
     ) -> None:
         check_finite("std", std, above=0)
         check_finite("warm_std", warm_std, above=0)
+        check_number("noise_beta", noise_beta)
         super().__init__(env, **options)
         self.std = std
         self.warm_std = warm_std
@@ -142,7 +143,8 @@ class GaussianPlanner(SamplingPlanner):
         """Start from the middle of the range or the previous plan, with the first width."""
         mean, is_warm = self.initial_plan(carried)
         cold_std = self.std * self.half_range
-        return GaussianBelief(self.clip(mean), torch.where(is_warm, self.warm_std, 1.0) * cold_std)
+        std = torch.where(is_warm, self.warm_std * cold_std, cold_std)
+        return GaussianBelief(self.clip(mean), std)
 
     def round_size(self, number: int) -> int:
         """Return how many candidates to draw in round ``number``, at most ``num_candidates``."""

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.checks import check_finite, check_key
+from layeredrl_trl.checks import check_finite, check_fraction, check_key
 from layeredrl_trl.planners.base import ReturnAction
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
 from layeredrl_trl.planners.gaussian import GaussianBelief
@@ -108,8 +108,7 @@ class ICEMPlanner(CrossEntropyPlanner):
         elites_key: NestedKey = "elites",
         **options,
     ) -> None:
-        if not 0.0 <= keep_elites <= 1.0:
-            raise ValueError(f"keep_elites must be in [0, 1], got {keep_elites}.")
+        check_fraction("keep_elites", keep_elites)
         check_key("elites_key", elites_key)
         check_finite("population_decay", population_decay)
         if not population_decay >= 1.0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from layeredrl_trl.checks import check_flag
+from layeredrl_trl.checks import check_flag, check_number
 from layeredrl_trl.functional import softmax_weights
 from layeredrl_trl.planners.base import SamplingPlanner
 from layeredrl_trl.planners.gaussian import GaussianBelief, GaussianPlanner
@@ -78,6 +78,8 @@ class PathIntegralPlanner(GaussianPlanner):
         **options,
     ) -> None:
         check_flag("normalize", normalize)
+        check_number("temperature", temperature)
+        check_number("std_decay", std_decay)
         if not temperature > 0.0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if not 0.0 < std_decay <= 1.0:

@@ -19,6 +19,7 @@ from layeredrl_trl.acceleration import promised
 from layeredrl_trl.checks import check_finite, check_key, check_keys
 from layeredrl_trl.functional import disagreement as member_disagreement
 from layeredrl_trl.functional import zero_if_dead
+from layeredrl_trl.modules.outputs import in_dtype_of
 
 _Steps = TensorDictBase | dict[NestedKey, Tensor]
 
@@ -319,6 +320,7 @@ class CandidateReturn(nn.Module):
             value = _first(candidates, key, batch) if value is None else value
             for _ in range(len(batch_size) + 1 - value.ndim):  # context: the same in all particles
                 value = value.unsqueeze(time)
+            (value,) = in_dtype_of(module, value)
             state.set(key, value.expand(*batch_size, *value.shape[len(batch_size) :]))
         value = module(state).get(self.value_key)
         if value is None or value.shape != (*batch_size, 1):

@@ -51,9 +51,22 @@ class LearningRates:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the rates from :meth:`state_dict`; the others stay unchanged."""
-        for name, rate in state.items():
-            rate = Schedule.from_state_dict(rate) if isinstance(rate, dict) else rate
-            self._rates[name] = _checked(name, rate)
+        self._rates |= self.read(state)
+
+    def read(self, state: dict[str, Any]) -> dict[str, LearningRate]:
+        """Return the rates that a state from :meth:`state_dict` holds.
+
+        Raises:
+            ValueError: if one is neither a finite number of at least 0 nor a schedule, or of an
+                unknown part.
+        """
+        if not isinstance(state, dict) or (unknown := sorted(state.keys() - self._rates.keys())):
+            got = unknown if isinstance(state, dict) else state
+            raise ValueError(f"state_dict: expected rates of {[*self._rates]}, got {got}.")
+        return {
+            name: _checked(name, Schedule.from_state_dict(x) if isinstance(x, dict) else x)
+            for name, x in state.items()
+        }
 
 
 def _checked(name: str, rate: Any) -> LearningRate:

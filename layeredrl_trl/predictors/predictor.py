@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, TensorDictReplayBuffer, TensorSpec, Unbounded
 
-from layeredrl_trl.checks import check_count, check_counts, check_flag
+from layeredrl_trl.checks import (
+    check_count,
+    check_counts,
+    check_device,
+    check_flag,
+    check_precision,
+)
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer, slice_sampler
 from layeredrl_trl.data.positions import flat_position
 from layeredrl_trl.envs import PredictorEnv
@@ -27,11 +33,18 @@ from layeredrl_trl.modules import (
     head_entries,
     reads_action,
 )
+from layeredrl_trl.modules.loading import LoadsWhole
+from layeredrl_trl.modules.parts import check_counts_of, check_precision_of
 from layeredrl_trl.predictors.logging import check_writer
 
 
-class Predictor(nn.Module, abc.ABC):
+class Predictor(LoadsWhole, abc.ABC):
     """Predict next latent state, reward, termination and value.
+
+    It computes in float32, whatever torch's default dtype is; inputs of any dtype are cast. What a
+    network reads is cast to the dtype of its parameters, float64 for networks of yours made so or
+    after :meth:`double`; states, rewards and values stay float32. :meth:`half` and other
+    conversions are refused.
 
     Args:
         model: the dynamics model.
@@ -51,8 +64,10 @@ class Predictor(nn.Module, abc.ABC):
         model, val_func, rew_func, encoder: the parts, each a ``TensorDictModule``.
 
     Raises:
-        ValueError: if sizes of the parts differ from ``latent_state_dim`` and ``context_dim``.
-        TypeError: if ``writer`` or a part is of an unknown kind, or ``log_interval`` no integer.
+        ValueError: if sizes of the parts differ from ``latent_state_dim`` and ``context_dim``, or
+            ``device`` names none.
+        TypeError: if ``writer`` or a part is of an unknown kind, a part of the library is of
+            half precision, or a number no integer.
     """
 
     def __init__(
@@ -69,7 +84,11 @@ class Predictor(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        check_device(f"{owner}: device", device)
         check_kinds(owner, model=(model, DynamicsModel), encoder=(encoder, Encoder))
+        check_counts_of(owner, model)
+        check_count(f"{owner}: latent_state_dim", latent_state_dim)
+        check_count(f"{owner}: context_dim", context_dim, least=0)
         _check_dims(model, encoder, latent_state_dim, context_dim)
         check_count("log_interval", log_interval)
         self.writer = check_writer(writer)
@@ -78,6 +97,7 @@ class Predictor(nn.Module, abc.ABC):
         self.context_dim = context_dim
         self.encoder = encoder
         self.model = model
+        check_precision_of(owner, model=model)
         names = (*encoder.out_keys, model.in_keys[2])
         self.rew_func = as_reward_module(rew_func, names, argument="rew_func")
         self.val_func = as_value_module(val_func, names, argument="val_func")
@@ -234,6 +254,28 @@ class Predictor(nn.Module, abc.ABC):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take ``n_steps`` optimisation steps on data from ``buffer``."""
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state; an error, or an interruption, changes nothing.
+
+        Args:
+            state_dict: from ``state_dict()`` of a predictor of the same architecture.
+            strict: whether it must have the entries of this predictor and no others.
+            assign: must be False: optimiser and loss hold the tensors that there are.
+
+        Raises:
+            RuntimeError: if an entry is missing, unexpected, or of another shape or kind.
+            ValueError, TypeError: if the state of the optimiser or of a schedule does not fit, or
+                ``assign`` is True.
+        """
+        if assign:
+            raise ValueError(
+                "load_state_dict: assign=True would part the optimiser and the loss from what they "
+                "learn; load with assign=False."
+            )
+        return super().load_state_dict(state_dict, strict)
+
     @staticmethod
     def sample_partial_trajectories(
         buffer: TensorDictReplayBuffer,
@@ -258,10 +300,11 @@ class Predictor(nn.Module, abc.ABC):
 
         Raises:
             TypeError: if ``buffer`` is no replay buffer or a number no integer.
-            ValueError: if the buffer is empty or a number is below 1.
+            ValueError: if the buffer is empty, a number is below 1, or ``device`` names none.
         """
         check_buffer(buffer)
         check_counts(batch_size=batch_size, n_steps=n_steps)
+        check_device("device", device)
         storage = buffer.storage
         sampler = slice_sampler(buffer, TransitionSliceSampler(slice_len=n_steps))
         index, mask = sampler.sample_slices(storage, batch_size, n_steps)
@@ -274,6 +317,7 @@ class Predictor(nn.Module, abc.ABC):
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Predictor:
+        check_precision(type(self).__name__, fn)
         self.__dict__.pop("_envs", None)
         return super()._apply(fn, recurse)
 
@@ -283,7 +327,7 @@ class Predictor(nn.Module, abc.ABC):
         env = envs.get((deterministic, discrete))
         if env is None or not self._is_of_my_parts(env):
             n = self.model.action_dim
-            spec = Categorical(n) if discrete else Unbounded((n,))
+            spec = Categorical(n) if discrete else Unbounded((n,), dtype=torch.float32)
             env = envs[deterministic, discrete] = self.env(spec, deterministic=deterministic)
         return env
 

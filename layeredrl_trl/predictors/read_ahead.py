@@ -110,9 +110,10 @@ class ReadAhead(NamedTuple):
         needed += [names.next_reward] if loss.reward is not None or loss.has_value else []
         length = 1 if has_plain_columns(buffer) else loss.slice_len
         sampler = slice_sampler(buffer, self.sampler)
-        index, _ = sampler.slices_from(buffer.storage, index, length)
+        # backwards, so that consecutive positions do not look like one slice
+        index, _ = sampler.slices_from(buffer.storage, tuple(i.flip(0) for i in index), length)
         read = read_transitions(buffer, index, needed, [keys.WEIGHT, names.mask])
-        return {key: x for key, x in read[:, 0].items(True, True)}
+        return {key: x.flip(0) for key, x in read[:, 0].items(True, True)}
 
     def _draw(
         self,

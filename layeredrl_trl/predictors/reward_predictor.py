@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from torchrl.data import TensorDictReplayBuffer
 
 from layeredrl_trl import keys
-from layeredrl_trl.checks import check_count, check_counts, check_flags
+from layeredrl_trl.checks import check_count, check_counts, check_flags, check_fraction
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
-from layeredrl_trl.modules.outputs import broadcasts_to
+from layeredrl_trl.modules.outputs import check_std
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
 from layeredrl_trl.predictors.faults import count_far, explained, warn_of_far
 from layeredrl_trl.predictors.logging import log_scalars, mean_of_taken
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
-from layeredrl_trl.predictors.part_updates import load_update_state, make_update, update_state
+from layeredrl_trl.predictors.part_updates import (
+    check_update_state,
+    load_update_state,
+    make_update,
+    update_state,
+)
 from layeredrl_trl.predictors.predictor import Predictor
 from layeredrl_trl.predictors.read_ahead import ReadAhead
 
@@ -79,15 +84,9 @@ class RewardPredictor(Predictor):
     Example:
         >>> from torchrl.data import LazyTensorStorage
         >>> from layeredrl_trl import IdentityEncoder, ProbabilisticEnsemble, RewardNet, ValueNet
-        >>> predictor = RewardPredictor(
-        ...     ProbabilisticEnsemble(3, 0, 1, n_models=5),
-        ...     ValueNet(3, 0),
-        ...     RewardNet(3, 0, 1),
-        ...     IdentityEncoder(3),
-        ...     latent_state_dim=3,
-        ...     context_dim=0,
-        ...     n_steps=3,
-        ... )
+        >>> model, value = ProbabilisticEnsemble(3, 0, 1, n_models=5), ValueNet(3, 0)
+        >>> parts = model, value, RewardNet(3, 0, 1), IdentityEncoder(3)
+        >>> predictor = RewardPredictor(*parts, latent_state_dim=3, context_dim=0, n_steps=3)
         >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
         >>> flags = {key: torch.zeros(100, 1).bool() for key in ("terminated", "truncated", "done")}
         >>> following = {"observation": torch.randn(100, 3), "reward": torch.randn(100, 1), **flags}
@@ -135,10 +134,9 @@ class RewardPredictor(Predictor):
     ) -> None:
         check_flags(learn_encoder=learn_encoder, delta_standardizer=delta_standardizer)
         check_flags(compile=compile, cudagraphs=cudagraphs)
-        dims = latent_state_dim, context_dim
-        super().__init__(model, val_func, rew_func, encoder, *dims, device, writer, log_interval)
-        if not 0 <= tau <= 1:
-            raise ValueError(f"tau must be in [0, 1], got {tau}.")
+        parts = model, val_func, rew_func, encoder, latent_state_dim, context_dim
+        super().__init__(*parts, device, writer, log_interval)
+        check_fraction("tau", tau)
         self.standardizer = DeltaStandardizer(latent_state_dim) if delta_standardizer else None
         self.to(device)
         loss_module = RewardPredictorLoss(
@@ -376,15 +374,9 @@ class RewardPredictor(Predictor):
             self._tensor(x) for x in (state, context, action, next_state, fixed_std)
         )
         each = (*state.shape[:-1], self.model.n_models, self.model.n_modes, state.shape[-1])
-        if not broadcasts_to(fixed_std.shape, each):
-            raise ValueError(
-                f"fixed_std: expected a shape that broadcasts to {list(each)}, got "
-                f"{list(fixed_std.shape)}."
-            )
-        if not ((fixed_std > 0) & fixed_std.isfinite()).all():
-            raise ValueError("fixed_std: every standard deviation must be positive and finite.")
+        check_std("fixed_std", fixed_std, each)
         matrix = torch.eye(self.latent_state_dim, device=state.device)
-        matrix = matrix if self.standardizer is None else self.standardizer.matrix
+        matrix = (matrix if self.standardizer is None else self.standardizer.matrix).to(state)
         log_prob, term_prob = self.model.log_prob(
             state, context, action, next_state, std=fixed_std, transform=matrix
         )
@@ -406,12 +398,18 @@ class RewardPredictor(Predictor):
         """Restore the state from :meth:`get_extra_state`.
 
         Raises:
-            ValueError: if it is of a predictor with other parts or layers; :meth:`load_state_dict`
-                raises this before it changes anything.
+            TypeError, ValueError: if it is of other parts or layers, or an entry is missing or out
+                of its range; nothing is changed then.
         """
+        self.check_extra_state(state)
         load_update_state(self.update, state)
         self.n_learn_calls = state["n_learn_calls"]
         self._rates.load_state_dict(state["rates"])
+
+    def check_extra_state(self, state: Any) -> None:
+        """Raise what :meth:`set_extra_state` would; a load asks this before it changes anything."""
+        check_update_state(self.update, state, ("n_learn_calls", "rates"))
+        self._rates.read(state["rates"])
 
     def train(self, mode: bool = True) -> RewardPredictor:
         """Set training or evaluation mode; in the latter :meth:`loss` changes no statistics."""

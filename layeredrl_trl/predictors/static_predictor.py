@@ -42,7 +42,7 @@ class StaticPredictor(Predictor):
             A scalar of its own that wants a gradient, so that ``backward`` works and reaches
             nothing; and an empty dictionary.
         """
-        return torch.zeros((), device=self.device, requires_grad=True), {}
+        return torch.zeros((), dtype=torch.float32, device=self.device, requires_grad=True), {}
 
     def learn(
         self,
@@ -59,4 +59,4 @@ class StaticPredictor(Predictor):
         Returns:
             The scalar 0 and an empty dictionary.
         """
-        return torch.zeros((), device=self.device), {}
+        return torch.zeros((), dtype=torch.float32, device=self.device), {}

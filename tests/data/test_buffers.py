@@ -18,6 +18,7 @@ from torchrl.envs import transforms
 from torchrl.envs.transforms import Transform
 
 from layeredrl_trl.data import TransitionSliceSampler, check_buffer
+from layeredrl_trl.diagnostics import model_report
 from tests.small_predictors import learn, small_predictor, snapshot
 from tests.torchrl_parts import (
     BUFFERS,
@@ -28,6 +29,7 @@ from tests.torchrl_parts import (
     TRANSFORMS,
     UNITS,
     WRITERS,
+    Doubled,
     episodes,
     filled,
 )
@@ -137,6 +139,15 @@ def test_a_slice_sampler_of_ones_own_draws_the_slices():
     assert transitions.index.tolist() == [0] * 8
 
 
+def test_a_slice_sampler_that_overrides_sample_was_passed_by():
+    class Recent(TransitionSliceSampler):
+        def sample(self, storage, batch_size):
+            return super().sample(storage, batch_size)
+
+    with pytest.raises(TypeError, match=r"Recent overrides sample, .* override sample_slices"):
+        learn(small_predictor(), filled(sampler=Recent(slice_len=1)))
+
+
 @pytest.mark.parametrize("sampler", [TransitionSliceSampler, SliceSampler])
 def test_keys_of_the_buffers_sampler_tell_where_episodes_end(sampler):
     data = episodes(length=100)  # no end is marked
@@ -232,6 +243,21 @@ class Noise(Transform):
         return tensordict
 
 
+def test_a_transform_made_for_slices_of_another_length_cut_them_into_pieces():
+    predictor = small_predictor(k_steps=3, n_steps=2)
+    for length, fits in ((2, False), (4, True), (8, False), (None, True)):
+        transform = Doubled()
+        transform.slice_len = length
+        buffer = filled()
+        buffer.append_transform(transform)
+        if fits:
+            learn(predictor, buffer)
+        else:
+            text = f"Doubled is made for slices of slice_len={length} steps, but slices of 4 are"
+            with pytest.raises(ValueError, match=text):
+                learn(predictor, buffer)
+
+
 def test_a_transform_saw_a_batch_several_times_and_gave_reward_and_observation_other_numbers():
     noise = Noise()
     buffer = filled()
@@ -285,6 +311,20 @@ def test_transitions_of_several_steps_are_not_learned_as_of_one():
     slices = TensorDictReplayBuffer(storage=buffer.storage, sampler=sampler).sample(60)
     with pytest.raises(ValueError, match="pass n_steps"):
         predictor.loss_module(slices)
+    with pytest.raises(ValueError, match="pass n_steps"):
+        model_report(predictor, buffer, 3)
+
+
+def test_a_gradient_that_was_stored_is_not_followed():
+    """Imagined steps may be stored with the graph that made them."""
+    data = episodes()
+    weight = torch.ones(3, requires_grad=True)
+    data["observation"] = data["observation"] * weight
+    for transform in (None, lambda td: td):
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(60), transform=transform)
+        buffer.extend(data)
+        learn(small_predictor(**STEPS), buffer, n_steps=3)
+        assert weight.grad is None
 
 
 def test_the_error_of_a_refused_transform_names_it_inside_a_composition():

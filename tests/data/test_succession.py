@@ -118,6 +118,37 @@ def test_a_few_unmarked_ends_are_found():
     assert text.startswith(f"{JOINED}: in 2 of 149 looked at") and "set_truncated" in text
 
 
+@pytest.mark.parametrize(("length", "n_rows"), [(2, 8192), (8, 8192), (16, 16384), (4, 32768)])
+def test_batches_of_a_regular_length_hid_their_joints(length, n_rows):
+    """Rows that were looked at in even steps always fell on the same step of a batch."""
+    batches = [
+        torch.cat([episode(1e5 * env + i * length, length) for env in range(4)])
+        for i in range(n_rows // (4 * length))
+    ]
+    assert gaps(buffer_of(torch.cat(batches), size=n_rows)).startswith(JOINED)
+
+
+def test_all_envs_of_a_storage_of_two_dims_are_looked_at():
+    data = envs(4, 4096)
+    data[3]["observation"][:] = data[3]["observation"].roll(1, 0)
+    assert gaps(buffer_of(data, size=4 * 4096, ndim=2)).startswith(JOINED)
+
+
+def test_an_observation_that_transforms_make_is_looked_at_by_its_parts():
+    """A goal that never changes tells nothing, a part that fits by chance too little."""
+    in_turn = torch.cat([*envs(4, 20).unbind(1)])
+    for data, expected in ((episode(0), ""), (in_turn, JOINED)):
+        data.rename_key_("observation", "position").rename_key_(NEXT, ("next", "position"))
+        data["desired_goal"] = data["next", "desired_goal"] = torch.zeros(len(data), 2)
+        assert gaps(buffer_of(data)).startswith(expected)
+        assert bool(gaps(buffer_of(data))) is bool(expected)
+
+
+def test_single_steps_are_found_without_any_observation():
+    data = collected(20, 20).storage[:].exclude("observation", NEXT)
+    assert gaps(buffer_of(data)).startswith(SINGLE)
+
+
 def test_shuffled_rows_are_found():
     text = gaps(buffer_of(episode(0)[torch.randperm(50)]))
     assert text.startswith(JOINED) and "further on" not in text
@@ -166,8 +197,6 @@ def test_entries_of_another_name_are_looked_at():
     data.rename_key_(NEXT, ("next", "state"))
     buffer = buffer_of(data, data.clone())
     sampler = TransitionSliceSampler(slice_len=1)
-    warn_of_gaps(buffer, sampler, "observation", NEXT)  # not stored: nothing to compare
-    buffer = buffer_of(data, data.clone())
     with pytest.warns(UserWarning, match=r"\('next', 'state'\)' is not 'state'|is not 'state'"):
         warn_of_gaps(buffer, sampler, "state", ("next", "state"))
 

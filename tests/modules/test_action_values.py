@@ -252,3 +252,30 @@ def test_each_module_is_there_once():
     assert list(best.state_dict()) == [f"q.{key}" for key in q.state_dict()]
     again, td = copy.deepcopy(value), states(4)
     assert torch.equal(again(td.clone())["state_value"], value(td)["state_value"])
+
+
+class Policy(nn.Linear):
+    def forward(self, latent, context):
+        return super().forward(latent).tanh()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_policy_of_float64_gets_and_gives_what_the_q_function_reads(wrapped):
+    policy = Policy(3, 2, dtype=torch.float64)
+    module = TensorDictModule(policy, ["latent", "context"], ["action"]) if wrapped else policy
+    q = ValueNet(3, 0, action_dim=2)
+    latent, context = torch.randn(4, 3), torch.zeros(4, 0)
+    state = TensorDict(latent=latent, context=context, batch_size=[4])
+    found = PolicyValue(q, module)(state)["state_value"]
+    expected = q.module(latent, context, policy(latent.double(), context).float())
+    torch.testing.assert_close(found, expected)
+
+
+def test_actions_of_float64_are_tried_in_float32():
+    actions = torch.randn(5, 2, dtype=torch.float64)
+    given = BestActionValue(ValueNet(3, 0, action_dim=2), actions)
+    spec = Bounded(-1, 1, (2,), dtype=torch.float64)
+    for value in (given, BestActionValue(given.q, spec)):
+        assert all(x.dtype is torch.float32 for x in value.buffers())
+        state = TensorDict(latent=torch.randn(4, 3), context=torch.zeros(4, 0), batch_size=[4])
+        assert value(state)["state_value"].dtype is torch.float32

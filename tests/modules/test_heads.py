@@ -335,3 +335,42 @@ def test_indices_of_discrete_actions_are_counted_as_one_hot():
         net.update_statistics(data | {"action": action}, torch.randn(9, 1).sign())
     for a, b in zip(*(net.module.moments.mean[:-1] for net in nets), strict=True):
         assert torch.equal(a, b)
+
+
+class Sum(nn.Linear):
+    """A layer over all that it is given."""
+
+    def __init__(self, dim, dtype):
+        super().__init__(dim, 1, dtype=dtype)
+
+    def forward(self, *inputs):
+        return super().forward(torch.cat(inputs, -1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-6), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_network_of_another_dtype_failed_in_a_matrix_product(dtype, error, wrapped):
+    net = Sum(5, dtype)
+    inputs = {"latent": torch.randn(4, 3), "context": torch.randn(4, 1)}
+    inputs["action"] = torch.randn(4, 1)
+    module = TensorDictModule(net, [*inputs], ["reward"]) if wrapped else as_reward_module(net)
+    row = torch.cat([*inputs.values()], -1).double()
+    expected = row @ net.weight.double().mT + net.bias.double()
+    found = evaluate(module, inputs)
+    found.sum().backward()
+    assert found.dtype is torch.float32 and net.weight.grad.dtype is dtype
+    torch.testing.assert_close(found.double(), expected, rtol=error, atol=error)
+    if not wrapped:
+        out = module(TensorDict(inputs, batch_size=[4]))["reward"]
+        assert out.dtype is torch.float32 and torch.equal(out, found)
+
+
+def test_a_function_that_returns_float64_is_cast_but_bools_stay():
+    inputs = {key: torch.ones(4, 1) for key in ("latent", "context", "action")}
+    wide = as_reward_module(lambda latent, context, action: latent.double())
+    assert evaluate(wide, inputs).dtype is torch.float32
+    inputs["next", "latent"] = inputs["latent"]
+    ends = as_termination_module(lambda latent, context, action, following: following > 0)
+    assert evaluate(ends, inputs).dtype is torch.bool

@@ -6,7 +6,14 @@ from tensordict import TensorDict
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from layeredrl_trl.modules import ConcatMLP, EnsembleMLP
+from layeredrl_trl.modules import (
+    ConcatMLP,
+    EnsembleMLP,
+    MLPEncoder,
+    ProbabilisticEnsemble,
+    RewardNet,
+)
+from tests.default_dtype import default_dtype
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
@@ -20,6 +27,52 @@ def test_concat_shapes(batch, hidden_sizes):
 def test_concat_casts_to_float32():
     out = ConcatMLP((2, 1), 1)(torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1).long())
     assert out.dtype == torch.float32
+
+
+MAKES = [
+    lambda activation: ConcatMLP((3,), 2, (8,), activation),
+    lambda activation: EnsembleMLP(2, 3, 2, (8,), activation),
+    lambda activation: RewardNet(3, 0, 1, hidden_sizes=(8,), activation=activation),
+    lambda activation: ProbabilisticEnsemble(3, 0, 1, hidden_sizes=(8,), activation=activation),
+    lambda activation: MLPEncoder(3, 2, 0, hidden_sizes=(8,), activation=activation),
+]
+
+
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize(
+    ("activation", "text"),
+    [
+        ("relu", r"got 'relu' \(str\)"),
+        (nn.ReLU(), r"got the module ReLU\(\)"),
+        (torch.relu, r"got <built-in .*relu"),
+        (None, r"got None \(NoneType\)"),
+        (dict, r"makes \{\}"),
+    ],
+)
+def test_an_activation_that_is_no_class_of_modules(make, activation, text):
+    with pytest.raises(TypeError, match=f"activation must be a class of modules, .*{text}"):
+        make(activation)
+
+
+def test_a_function_that_makes_an_activation_is_taken():
+    assert ConcatMLP((3,), 2, (8,), lambda: nn.LeakyReLU(0.3)).layers[1].negative_slope == 0.3
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_float32_whatever_the_default_dtype_is(make):
+    torch.manual_seed(0)
+    expected = make(nn.PReLU).state_dict()
+    torch.manual_seed(0)
+    with default_dtype(torch.float64):
+        found = make(nn.PReLU).state_dict()
+    for name, x in expected.items():
+        assert found[name].dtype is x.dtype
+        assert torch.equal(found[name], x)
+
+
+def test_layers_of_another_dtype_read_what_they_are_given():
+    net = ConcatMLP((2, 1), 1).double()
+    assert net(torch.zeros(3, 2), torch.zeros(3, 1).long()).dtype is torch.float64
 
 
 @pytest.mark.parametrize("first", [nn.Linear(3, 3), nn.Identity(), nn.SiLU()], ids=repr)

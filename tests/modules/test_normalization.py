@@ -158,6 +158,20 @@ def test_rate_out_of_range(rate):
         RunningMoments(2, rate=rate)
 
 
+@pytest.mark.parametrize("rate", [True, "0.1", None, float("nan")])
+def test_a_rate_that_is_no_number(rate):
+    error = ValueError if isinstance(rate, float) else TypeError
+    with pytest.raises(error, match="RunningMoments: rate must be"):
+        RunningMoments(2, rate=rate)
+
+
+@pytest.mark.parametrize("dim", [True, 2.0, 0])
+def test_a_number_of_dims_that_is_none(dim):
+    error = TypeError if type(dim) is not int else ValueError
+    with pytest.raises(error, match="RunningMoments: dim must be"):
+        RunningMoments(dim)
+
+
 @pytest.mark.parametrize(
     ("samples", "mask", "message"),
     [

@@ -8,7 +8,9 @@ from torchrl.data import Bounded
 from layeredrl_trl.envs import PredictorEnv
 from layeredrl_trl.modules import (
     DeltaStandardizer,
+    DynamicsModel,
     IdentityEncoder,
+    LinearEncoder,
     ProbabilisticEnsemble,
     RewardNet,
     SelectEncoder,
@@ -126,3 +128,80 @@ def test_integers_of_a_continuous_action_were_taken_for_indices():
                 call(torch.zeros(4, 3), action)
         with pytest.raises(ValueError, match=r"actions: expected shape \[4, H, 1\]"):
             predictor.rollout(torch.zeros(4, 3), torch.zeros(4, 5, dtype=torch.long))
+
+
+class Own(DynamicsModel):
+    """A model that sets the numbers it is given, and predicts nothing."""
+
+    def __init__(self, **numbers):
+        super().__init__()
+        for name, number in numbers.items():
+            setattr(self, name, number)
+
+    def predict_particles(self, latent, context, action, member=None):
+        raise AssertionError
+
+
+NUMBERS = {"latent_state_dim": 3, "context_dim": 1, "action_dim": 2}
+NUMBERS |= {"n_models": 1, "n_modes": 1, "n_particles_per_model": 1}
+
+
+@every_owner
+@pytest.mark.parametrize(
+    ("name", "number", "error", "text"),
+    [
+        ("n_models", 1.0, TypeError, "must be an integer, got 1.0"),
+        ("n_modes", True, TypeError, "must be an integer, got True"),
+        ("n_particles_per_model", 0, ValueError, "must be at least 1, got 0"),
+        ("action_dim", 2.0, TypeError, "must be an integer, got 2.0"),
+        ("context_dim", True, TypeError, "must be an integer, got True"),
+    ],
+)
+def test_a_number_of_a_users_model_that_is_none(make, name, number, error, text):
+    given = parts() | {"reward": None, "value": None}
+    make(**given | {"dynamics": Own(**NUMBERS)})
+    with pytest.raises(error, match=f"{name} of Own {text}"):
+        make(**given | {"dynamics": Own(**NUMBERS | {name: number})})
+
+
+@every_owner
+def test_a_number_that_a_users_model_lacks_is_named(make):
+    numbers = {name: number for name, number in NUMBERS.items() if name != "n_modes"}
+    with pytest.raises(TypeError, match=r"Own must set n_modes, see layeredrl_trl.DynamicsModel"):
+        make(**parts() | {"dynamics": Own(**numbers)})
+
+
+@every_owner
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_part_of_half_precision_failed_in_a_matrix_product(make, dtype):
+    dynamics = parts()["dynamics"].to(dtype)
+    with pytest.raises(
+        TypeError, match=rf"(dynamics|model) must be of float32 or float64, .* of {dtype}"
+    ):
+        make(**parts() | {"dynamics": dynamics})
+    encoder = LinearEncoder(4, 3, 1).to(dtype)
+    with pytest.raises(
+        TypeError, match=r"encoder must be of float32 or float64, but moments.mean is of"
+    ):
+        make(**parts() | {"encoder": encoder})
+    make(**parts() | {"dynamics": dynamics.float(), "encoder": encoder.float()})
+
+
+@every_owner
+def test_a_network_of_the_user_may_be_of_another_dtype(make):
+    def network(n_in, n_out):
+        return nn.Linear(n_in, n_out, dtype=torch.float64)
+
+    make(**parts() | {"dynamics": ProbabilisticEnsemble(3, 1, 2, network=network)})
+
+
+@pytest.mark.parametrize("make", [RewardNet, ValueNet])
+def test_heads_and_standardizer_refuse_half_precision(make):
+    for part in (make(3, 1, action_dim=2), DeltaStandardizer(3)):
+        before = {name: x.clone() for name, x in part.state_dict().items()}
+        for convert in ("half", "bfloat16"):
+            with pytest.raises(TypeError, match="computes in float32"):
+                getattr(part, convert)()
+        for name, x in part.state_dict().items():
+            assert x.dtype is torch.float32 and torch.equal(x, before[name])
+        assert part.double().float() is part and part.to("cpu") is part

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -114,6 +115,106 @@ def test_running_statistics_are_each_members_own():
     torch.testing.assert_close(stack.network.running_mean, torch.tensor([[1.0], [12.0]]))
 
 
+class Chosen(nn.Module):
+    """Keeps a method of its own as an attribute, and a layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.again = nn.Sequential(self.layer)
+        self.run = self.twice
+
+    def twice(self, x):
+        return self.layer(x) + self.again(x)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_method_that_is_kept_as_an_attribute_reads_the_members_tensors(compiled):
+    stack, x = StackedNetworks(2, Chosen), torch.randn(2, 5, 3)
+    call = torch.compile(stack, fullgraph=True, backend="eager") if compiled else stack
+    weight, bias = stack.network.layer.weight, stack.network.layer.bias
+    expected = 2 * (x @ weight.mT + bias.unsqueeze(1))
+    torch.testing.assert_close(call(x), expected)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-6), (torch.bfloat16, 0.02)])
+def test_networks_of_another_dtype_take_and_give_that_of_the_input(dtype, error):
+    stack = StackedNetworks(2, lambda: nn.Linear(3, 2, dtype=dtype))
+    x = torch.randn(2, 5, 3)
+    out = stack(x)
+    out.sum().backward()
+    assert out.dtype is torch.float32 and stack.network.weight.grad.dtype is dtype
+    weight, bias = stack.network.weight.double(), stack.network.bias.double()
+    expected = torch.baddbmm(bias.unsqueeze(1), x.double(), weight.mT)
+    torch.testing.assert_close(out.double(), expected, rtol=error, atol=error)
+
+
+# --- threads
+
+
+class Meeting(nn.Module):
+    """Waits in the middle of an evaluation until another thread is there, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.barrier = None
+
+    def forward(self, x):
+        out = self.layer(x)
+        if self.barrier is not None:
+            self.barrier.wait(timeout=20)
+        return self.layer(x) + out
+
+
+def in_threads(works):
+    """Do all works at once, and return what they return, or the errors that they raise."""
+    found = [None] * len(works)
+
+    def run(i):
+        try:
+            found[i] = works[i]()
+        except Exception as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_two_threads_that_evaluated_it_at_once_saw_each_others_tensors_for_ever():
+    stack = StackedNetworks(3, Meeting)
+    xs = torch.randn(2, 3, 5, 3)
+    members = [None, torch.tensor([2, 0, 1])]
+    expected = [stack(x, member) for x, member in zip(xs, members, strict=True)]
+    own = {name: id(p) for name, p in stack.named_parameters()}
+    stack.network.barrier = threading.Barrier(2)
+    found = in_threads([lambda i=i: stack(xs[i], members[i]) for i in range(2)])
+    for x, y in zip(found, expected, strict=True):
+        assert isinstance(x, torch.Tensor), x
+        assert torch.equal(x, y)
+    assert {name: id(p) for name, p in stack.named_parameters()} == own
+    stack.network.barrier = None
+    assert torch.equal(stack(xs[0]), expected[0])
+
+
+def test_an_evaluation_that_fails_leaves_the_network_as_it_was():
+    stack, x = StackedNetworks(2, Meeting), torch.randn(2, 5, 3)
+    expected = stack(x)
+    stack.network.barrier = threading.Barrier(1)
+    stack.network.barrier.abort()
+    with pytest.raises(threading.BrokenBarrierError):
+        stack(x)
+    stack.network.barrier = None
+    assert torch.equal(stack(x), expected)
+
+
 # --- errors
 
 
@@ -129,6 +230,7 @@ class Recorder(nn.Linear):
         ([nn.Linear(3, 2), Recorder(3, 2)], ValueError, "networks of one architecture"),
         ([nn.Linear(3, 2), nn.Linear(3, 2, bias=False)], ValueError, "of one architecture"),
         ([nn.Linear(3, 2), 5], TypeError, "return an nn.Module, got int"),
+        ([torch.jit.script(nn.Linear(3, 2))], TypeError, "torch.jit cannot be stacked"),
         ([nn.Linear(3, 2)] * 2, ValueError, "return a new one at every call"),
         ([nn.Tanh()] * 2, ValueError, "return a new one at every call"),
     ],

@@ -112,3 +112,16 @@ def test_state_dict_round_trip():
     standardizer.update_statistics(torch.randn(9, 2))
     other.load_state_dict(standardizer.state_dict())
     assert torch.equal(standardizer.matrix, other.matrix)
+
+
+def test_float64_changes_are_cast():
+    standardizer, delta = DeltaStandardizer(3), torch.randn(9, 3)
+    assert torch.equal(standardizer.residual(delta.double()), standardizer.residual(delta))
+
+
+@pytest.mark.parametrize(
+    ("dim", "error"), [(True, TypeError), (3.0, TypeError), ("3", TypeError), (0, ValueError)]
+)
+def test_a_number_of_dims_that_is_none(dim, error):
+    with pytest.raises(error, match="DeltaStandardizer: latent_state_dim must be"):
+        DeltaStandardizer(dim)

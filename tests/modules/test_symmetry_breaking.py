@@ -206,3 +206,30 @@ def test_a_state_dict_restores_where_the_start_is():
     entries = inputs(model, 5)
     for got, want in zip(other.predict(*entries), model.predict(*entries), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", [0, 75])
+def test_float64_states_are_cast_to_the_dtype_of_the_model(steps):
+    model = SymmetryBreakingStart(ProbabilisticEnsemble(3, 0, 2, n_models=2), 100)
+    model.advance(steps)
+    inputs = torch.randn(4, 3), torch.zeros(4, 0), torch.randn(4, 2)
+    wide = model.predict(*(x.double() for x in inputs))
+    for found, expected in zip(wide, model.predict(*inputs), strict=True):
+        assert found.dtype is torch.float32
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [({}, ValueError), (None, ValueError), ({"n_total_env_steps": 1.5}, TypeError)],
+)
+def test_a_progress_that_is_none_changes_nothing(state, error):
+    model = SymmetryBreakingStart(ProbabilisticEnsemble(3, 0, 2), 100)
+    before = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
+    before = {name: x.clone() for name, x in before.items()}
+    other = SymmetryBreakingStart(ProbabilisticEnsemble(3, 0, 2), 100)
+    with pytest.raises(error, match=r"state_dict: .*n_total_env_steps"):
+        model.load_state_dict(other.state_dict() | {"_extra_state": state})
+    after = model.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert model.n_total_env_steps == 0

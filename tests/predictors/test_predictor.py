@@ -341,6 +341,22 @@ def test_partial_trajectories_of_no_steps(options, text):
         )
 
 
+@pytest.mark.parametrize(
+    ("dims", "name"), [((1.0, 0), "latent_state_dim"), ((1, False), "context")]
+)
+def test_numbers_of_dims_that_are_none(dims, name):
+    """They were compared with the dims of the parts, and 1.0 is 1."""
+    with pytest.raises(TypeError, match=f"FixedPredictor: {name}.* must be an integer, got"):
+        FixedPredictor(ProbabilisticEnsemble(1, 0, 1), None, None, IdentityEncoder(1), *dims)
+
+
+def test_a_device_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"FixedPredictor: device must be a torch\.device .*'cud'"):
+        make(device="cud")
+    with pytest.raises(ValueError, match=r"device must be a torch\.device .* got 'cud'"):
+        Predictor.sample_partial_trajectories(filled_buffer().buffer, 4, 3, device="cud")
+
+
 def test_partial_trajectories_of_an_empty_buffer():
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
     with pytest.raises(ValueError, match="empty"):

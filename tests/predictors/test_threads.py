@@ -6,7 +6,7 @@ import time
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_trl.data import TransitionSliceSampler
 from layeredrl_trl.predictors import RewardPredictor
@@ -81,6 +81,36 @@ def test_slices_that_were_drawn_while_a_collector_wrote_joined_unrelated_steps()
             assert bool(follows.all())
             moved += int(number.max() > 100)
         assert moved  # the other thread did write
+
+
+def test_a_transform_looked_at_rows_that_were_written_over_since_the_batch_was_read():
+    """A goal in hindsight is one of the storage: it must still be of the same episode."""
+    ends = []
+
+    def look(rows):
+        time.sleep(0.005)
+        index = rows["index"].flatten()
+        ends.append(torch.equal(buffer.storage.get(index)["observation"], rows["observation"]))
+        return rows
+
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), transform=look)
+    buffer.extend(steps(0, 100))
+    predictor = small_predictor(k_steps=4)
+    filling(buffer, lambda: [learn(predictor, buffer) for _ in range(10)])
+    assert len(ends) >= 10 and all(ends)
+
+
+def test_an_env_that_was_made_meanwhile_moved_parameters_of_a_backward_pass():
+    """TorchRL's envs move their model: each parameter's memory was set anew, which crashed."""
+    predictor = small_predictor()
+    tensors = [*predictor.parameters(), *predictor.buffers()]
+    before = [(x.data_ptr(), x._version) for x in tensors]
+    moved = []
+    for part in predictor.modules():
+        part._apply = lambda fn, recurse=True: moved.append(fn)  # type: ignore[method-assign]
+    env = predictor.env(Bounded(-1.0, 1.0, (1,)))
+    env.rollout(2)
+    assert not moved and [(x.data_ptr(), x._version) for x in tensors] == before
 
 
 def test_a_second_buffer_of_the_same_storage_waits_too():
