@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
+from layeredrl_trl.recipes.errors import RecipeError
 
-class RecipeError(ValueError):
-    """An error that the user can correct; its text says how, in one line."""
+
+class Range(NamedTuple):
+    """The values that an option of numbers may have, ``low`` and ``high`` among them.
+
+    The upper ends are far beyond what is of use. They are there so that a slip of the finger is
+    told at once, and neither fills the memory nor runs for ever.
+    """
+
+    low: float
+    high: float
+
+    def fault(self, value: float) -> str:
+        """Say what a value must be that is not in the range, nothing if it is."""
+        if self.low <= value <= self.high:
+            return ""
+        if (self.low, self.high) == (0, 1):
+            return "be in [0, 1]"
+        if value < self.low:
+            return "be positive" if self.low > 0 else "not be negative"
+        return f"be at most {self.high:,}" if self.high < 10**12 else f"be at most {self.high:g}"
+
+
+_ABOVE_0 = math.nextafter(0.0, 1.0)
+_Frames = Annotated[int, Range(1, 10**9)]
+_SomeFrames = Annotated[int, Range(0, 10**9)]
+_Thousand = Annotated[int, Range(1, 1000)]
+# dm_control takes seeds of 32 bits, and the seed of an evaluation is that of the run and 10,000.
+_Seed = Annotated[int, Range(0, 2**31 - 1)]
+_Threads = Annotated[int, Range(1, 256)]
+_Fraction = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -20,24 +49,26 @@ class TrainConfig:
     """Learn a world model of an environment and act by planning in it."""
 
     env: str = "Pendulum-v1"
-    """Id of a Gymnasium environment, or dm_control/DOMAIN-TASK. Observations are vectors (several
-    are joined); an action is a vector or one discrete choice."""
-    seed: int = 0
-    """Seed of environment, exploration, networks and planner."""
-    total_frames: int = 3000
-    """Number of environment steps in all, random exploration included."""
-    action_repeat: int = 1
+    """Id of a Gymnasium environment (MODULE:ID imports a module first, which registers it), or
+    dm_control/DOMAIN-TASK. Observations are vectors (several are joined); an action is a vector or
+    one discrete choice."""
+    seed: _Seed = 0
+    """Seed of environment, exploration, networks and planner, below 2**31."""
+    total_frames: _Frames = 3000
+    """Number of environment steps in all, random exploration included, rounded up to whole
+    batches of frames-per-batch. All of them are kept in memory."""
+    action_repeat: _Thousand = 1
     """Environment steps per action. All options count environment steps, not actions."""
-    init_random_frames: int = 400
+    init_random_frames: _Frames = 400
     """Environment steps with random actions at the beginning."""
-    planned_frames: int = 0
+    planned_frames: _SomeFrames = 0
     """Environment steps of planning between two later phases of random actions; 0 means no later
     random phases."""
-    random_frames: int = 0
+    random_frames: _SomeFrames = 0
     """Environment steps in each later phase of random actions."""
     device: str = "cpu"
     """Device of model and planner: cpu or cuda. The environment runs on the CPU."""
-    num_threads: int = 1
+    num_threads: _Threads = 1
     """Threads of torch on the CPU. The tensors are small: a second thread gains little, and loses
     much on a busy machine."""
     logdir: Path = Path("runs")
@@ -46,30 +77,30 @@ class TrainConfig:
     """A checkpoint.pt to go on from, in its folder. Only total-frames and device are then read from
     the command line; all other options are those of the checkpoint. Episodes and actions are drawn
     with a seed made from the run's seed and the steps already taken."""
-    checkpoint_interval: int = 1000
+    checkpoint_interval: _Frames = 1000
     """Environment steps between two checkpoints; one more is written at the end."""
-    eval_episodes: int = 10
-    """Number of episodes in the final evaluation."""
-    frames_per_batch: int = 20
-    """Environment steps between two phases of learning."""
-    updates_per_frame: float = 2.0
-    """Optimisation steps per environment step."""
-    batch_size: int = 256
+    eval_episodes: _Thousand = 10
+    """Number of episodes in the final evaluation, run side by side, at most 1000."""
+    frames_per_batch: _Frames = 20
+    """Environment steps between two phases of learning, at most total-frames."""
+    updates_per_frame: Annotated[float, Range(0, 1000)] = 2.0
+    """Optimisation steps per environment step, at most 1000."""
+    batch_size: Annotated[int, Range(1, 10**6)] = 256
     """Slices (for reward and value) and transitions (for the dynamics) in a batch."""
-    n_models: int = 5
+    n_models: _Thousand = 5
     """Number of ensemble members."""
-    hidden_size: int = 128
+    hidden_size: Annotated[int, Range(1, 2**16)] = 128
     """Width of the two hidden layers of each network."""
-    learning_rate: float = 1e-3
-    """Learning rate of every part."""
-    clip_grad_max_norm: float = 1000.0
+    learning_rate: Annotated[float, Range(_ABOVE_0, 1)] = 1e-3
+    """Learning rate of every part, at most 1."""
+    clip_grad_max_norm: Annotated[float, Range(_ABOVE_0, 1e30)] = 1000.0
     """Largest norm of the gradients of each part. Once the standard deviations of the dynamics are
     small, their gradients have a norm of some hundreds."""
-    gamma: float = 0.97
+    gamma: _Fraction = 0.97
     """Discount of the value and of the planner."""
-    n_steps: int = 3
+    n_steps: _Thousand = 3
     """Largest number of rewards in a value target."""
-    tau: float = 0.02
+    tau: _Fraction = 0.02
     """Fraction by which the target value network moves after each optimisation step."""
     planner: Literal["icem", "cem", "mppi"] = "icem"
     """Planner for continuous actions; discrete ones always use categorical cross-entropy."""
@@ -77,16 +108,16 @@ class TrainConfig:
     """Act by the best candidate or by the mean of the best candidates. The best one commits to one
     of several ways; the mean is steadier where a candidate's return depends on which member
     imagined it."""
-    planning_horizon: int = 15
+    planning_horizon: _Thousand = 15
     """Number of steps that the planner looks ahead."""
-    num_candidates: int = 128
+    num_candidates: Annotated[int, Range(1, 10**6)] = 128
     """Action sequences that the planner tries in its first iteration (icem: fewer later on)."""
-    top_k: int = 16
+    top_k: Annotated[int, Range(1, 10**6)] = 16
     """Number of best candidates to which icem and cem fit the next iteration."""
-    num_particles: int = 1
+    num_particles: Annotated[int, Range(1, 10**5)] = 1
     """Particles per candidate: fewer than n-models (candidates are spread over the members), or a
     multiple of n-models."""
-    optim_steps: int = 4
+    optim_steps: _Thousand = 4
     """Iterations of the planner per environment step."""
     terminal_value: bool = True
     """Whether the planner adds the learned value of the last state of a plan."""
@@ -98,12 +129,7 @@ class TrainConfig:
             RecipeError: naming the option, what is expected and what came.
         """
         _require_kinds(self)
-        fractions, phases = ("gamma", "tau"), ("planned_frames", "random_frames")
-        _require_positive(self, but=("seed", "updates_per_frame", *fractions, *phases))
-        for name in fractions:
-            _require(self, name, 0 <= getattr(self, name) <= 1, "be in [0, 1]")
-        for name in ("updates_per_frame", *phases):
-            _require(self, name, getattr(self, name) >= 0, "not be negative")
+        phases = ("planned_frames", "random_frames")
         if bool(self.planned_frames) != bool(self.random_frames):
             raise RecipeError(
                 "planned_frames and random_frames must both be 0 or both be positive, got "
@@ -117,9 +143,9 @@ class TrainConfig:
         _require(self, "num_particles", even, expected)
         expected = f"not exceed num_candidates={self.num_candidates}"
         _require(self, "top_k", self.top_k <= self.num_candidates, expected)
-        fits = self.resume is not None or self.init_random_frames <= self.total_frames
-        expected = f"not exceed total_frames={self.total_frames}"
-        _require(self, "init_random_frames", fits, expected)
+        for name in ("init_random_frames", "frames_per_batch"):
+            fits = self.resume is not None or getattr(self, name) <= self.total_frames
+            _require(self, name, fits, f"not exceed total_frames={self.total_frames}")
         check_device(self.device)
 
 
@@ -130,15 +156,15 @@ def check_device(device: str) -> None:
         RecipeError: if the name is unknown or torch sees no such device.
     """
     try:
-        kind = torch.device(device).type
+        parsed = torch.device(device)
     except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
+        parsed = None
+    kind, index = (parsed.type, parsed.index) if parsed is not None else (None, None)
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and index is not None):
         raise RecipeError(f"device must be cpu, cuda or cuda:N, got {device!r}.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(
-            f"device is {device!r}, but torch {torch.__version__} sees no CUDA device."
-        )
+    if kind == "cuda" and (index or 0) >= (count := torch.cuda.device_count()):
+        seen = f"only {count} CUDA devices, counted from 0" if count else "no CUDA device"
+        raise RecipeError(f"device is {device!r}, but torch {torch.__version__} sees {seen}.")
 
 
 @dataclass(frozen=True)
@@ -147,48 +173,52 @@ class EvaluateConfig:
 
     checkpoint: Path
     """A checkpoint.pt that training has written."""
-    episodes: int = 10
-    """Number of episodes, run side by side."""
-    seed: int = 10_000
-    """Seed of environment and planner."""
+    episodes: _Thousand = 10
+    """Number of episodes, run side by side, at most 1000."""
+    seed: _Seed = 10_000
+    """Seed of environment and planner, below 2**31."""
     device: str = "cpu"
     """Device of model and planner: cpu or cuda."""
-    num_threads: int = 1
+    num_threads: _Threads = 1
     """Threads of torch on the CPU."""
 
     def __post_init__(self) -> None:
         """Check kinds and ranges, as in :class:`TrainConfig`."""
         _require_kinds(self)
-        _require_positive(self, but=("seed",))
         check_device(self.device)
 
 
 def _require_kinds(config: TrainConfig | EvaluateConfig) -> None:
-    """Check that options are of the kind that is declared for them, and numbers finite."""
-    for name, kind in get_type_hints(type(config)).items():
+    """Check that options are of the kind and within the range that is declared for them."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        kind, *ranges = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         value = getattr(config, name)
         if kind is bool:
             _require(config, name, isinstance(value, bool), "be True or False")
         elif kind is int:
             _require(config, name, _is_number(value, Integral), "be an integer")
         elif kind is float:
-            legal = _is_number(value, Real) and math.isfinite(value)
+            legal = _is_number(value, Real) and abs(value) < math.inf
             _require(config, name, legal, "be a finite number")
+        elif kind is str:
+            _require(config, name, isinstance(value, str), "be a string")
         elif choices := [x for x in get_args(kind) if isinstance(x, str)]:
             _require(config, name, value in choices, f"be one of {choices}")
+        else:
+            kinds = get_args(kind) or (kind,)
+            _require(config, name, isinstance(value, kinds), "be a pathlib.Path")
+        for values in ranges:
+            _require(config, name, not (fault := values.fault(value)), fault)
 
 
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _require_positive(config: TrainConfig | EvaluateConfig, but: tuple[str, ...]) -> None:
-    """Check that every option that is a number is positive, but for those named."""
-    for field in fields(config):
-        if field.type in ("int", "float") and field.name not in but:
-            _require(config, field.name, getattr(config, field.name) > 0, "be positive")
-
-
 def _require(config: TrainConfig | EvaluateConfig, name: str, legal: bool, expected: str) -> None:
     if not legal:
-        raise RecipeError(f"{name} must {expected}, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        # Python refuses to write an integer of many thousand digits.
+        vast = isinstance(value, int) and value.bit_length() > 128
+        got = f"an integer of {value.bit_length()} bits" if vast else value
+        raise RecipeError(f"{name} must {expected}, got {got}.")

@@ -181,7 +181,8 @@ def _draw_disagreement(
         ylabel="epistemic std / std of a step",
         title="The members agree on what they saw and part elsewhere",
         xlim=(0, 4),
-        yscale="log",
+        # one member, or a model whose parameters are not finite, has nothing to draw in a log scale
+        yscale="log" if (median > 0).any() else "linear",
     )
 
 

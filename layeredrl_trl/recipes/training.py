@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase
 from torchrl.record.loggers.tensorboard import TensorboardLogger
 from tqdm import tqdm
 
@@ -26,9 +25,18 @@ from layeredrl_trl.planners import SamplingPlanner
 from layeredrl_trl.predictors import RewardPredictor
 from layeredrl_trl.recipes.agent import Explorer, make_policy, make_predictor
 from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
-from layeredrl_trl.recipes.config import RecipeError, TrainConfig
+from layeredrl_trl.recipes.config import TrainConfig
 from layeredrl_trl.recipes.environments import make_env
+from layeredrl_trl.recipes.errors import RecipeError, describe, quote
 from layeredrl_trl.recipes.evaluation import as_buffer, episode_returns, run_episodes
+from layeredrl_trl.recipes.files import (
+    check_writable,
+    make_folder,
+    replacing,
+    write_csv,
+    write_json,
+)
+from layeredrl_trl.recipes.memory import check_memory
 from layeredrl_trl.recipes.pictures import (
     ImaginationScore,
     draw_imagination,
@@ -37,7 +45,10 @@ from layeredrl_trl.recipes.pictures import (
 )
 
 _STORED = (keys.OBSERVATION, keys.ACTION, keys.PLANNED, keys.TRAJ_IDS)
-_STORED_NEXT = (keys.OBSERVATION, keys.REWARD, keys.TERMINATED, keys.TRUNCATED, keys.DONE)
+_STORED_NEXT = tuple(
+    ("next", key)
+    for key in (keys.OBSERVATION, keys.REWARD, keys.TERMINATED, keys.TRUNCATED, keys.DONE)
+)
 
 
 @dataclass
@@ -70,45 +81,56 @@ class Run:
         return self.folder / "checkpoint.pt"
 
 
-def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
+def train(
+    config: TrainConfig,
+    *,
+    say: Callable[[str], None] = print,
+    given: Collection[str] | None = None,
+) -> Run:
     """Learn a world model of ``config.env`` and act by planning in it.
 
-    Ctrl-C ends the run early: the checkpoint is written, evaluation and pictures are left out.
-    A resumed run draws its episodes, actions and batches with a new seed, see :func:`seed_after`;
-    its final evaluation uses the same episodes as that of an uninterrupted run.
+    Ctrl-C ends the run early: the checkpoint is written, evaluation and pictures are left out. So
+    does an error, say of the environment, but that is raised. A resumed run draws its episodes,
+    actions and batches with a new seed, see :func:`seed_after`; its final evaluation uses the same
+    episodes as that of an uninterrupted run.
 
     Args:
         config: options of the run.
         say: is called with every line for the user.
+        given: names of the options that the user chose; by default those that differ from their
+            defaults. A resumed run tells which of them it leaves as they are in the checkpoint.
 
     Returns:
         What the run has done; its files lie in ``run.folder``.
 
     Raises:
-        RecipeError: if the environment is not supported, the folder is not writable, or the run
-            cannot go on from ``config.resume``; no file has been written then.
+        RecipeError: if the environment is not supported, the run does not fit into memory, the
+            folder is not writable, or the run cannot go on from ``config.resume``; no file has
+            been written then. Or if the run fails later on; its checkpoint has been written then.
     """
     resumed, seed = None, config.seed
     if config.resume is not None:
         resumed = Checkpoint.load(config.resume, config.device)
-        config = _resumed_config(config, resumed)
+        check_writable(config.resume.parent)
+        config = _resumed_config(config, resumed, say, given)
         seed = seed_after(config.seed, resumed.frames)
     torch.manual_seed(seed)
     repeat = config.action_repeat
     env = make_env(config.env, seed=seed, action_repeat=repeat)
+    check_memory(config, env)
     predictor = make_predictor(config, env)
     policy, planner = make_policy(config, predictor, env.action_spec)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames // repeat))
+    frames_before = resumed.frames if resumed else 0
+    n_batches = math.ceil((config.total_frames - frames_before) / config.frames_per_batch)
+    new_frames = n_batches * config.frames_per_batch
+    total_frames = frames_before + new_frames
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(total_frames // repeat))
     if resumed is None:
-        run = Run(_make_folder(config))
+        run = Run(make_folder(config.logdir, config.env, config.seed))
     else:
         restore(predictor, resumed.predictor, config.resume)
-        run = Run(config.resume.parent, frames=resumed.frames, episodes=resumed.episodes)
-        if resumed.frames:
-            transitions = TensorDict(resumed.transitions, batch_size=[resumed.frames // repeat])
-            for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
-                transitions.get(key)[-1] = True
-            buffer.extend(transitions)
+        _refill(buffer, resumed, config.resume, env)
+        run = Run(config.resume.parent, frames=frames_before, episodes=resumed.episodes)
     predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
     job = _Job(config, predictor, planner, buffer, logger, run)
     env.append_transform(planner.make_tensordict_primer())
@@ -124,16 +146,16 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
         env,
         explorer,
         frames_per_batch=config.frames_per_batch // repeat,
-        total_frames=(config.total_frames - run.frames) // repeat,
+        total_frames=new_frames // repeat,
         auto_register_policy_transforms=False,
     )
     explorer.steps = run.frames // repeat  # the collector has called the policy once to try it
     layout = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}
-    bar = tqdm(desc=config.env, total=config.total_frames, initial=run.frames, **layout)
+    bar = tqdm(desc=config.env, total=total_frames, initial=run.frames, **layout)
     started = time.perf_counter()
     try:
         for batch in collector:
-            stored = batch.select(*_STORED, *(("next", key) for key in _STORED_NEXT))
+            stored = batch.select(*_STORED, *_STORED_NEXT)
             buffer.extend(stored.reshape(-1))
             new_frames = batch.numel() * repeat
             _note_episodes(job, batch)
@@ -145,19 +167,27 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> Run:
                 _save(job)
     except KeyboardInterrupt:
         run.interrupted = True
+    except Exception as error:
+        raise _failed(job, error) from error
     finally:
         bar.close()
         collector.shutdown()
     run.seconds = time.perf_counter() - started
-    _save(job)
+    try:
+        _save(job)
+    except OSError as error:
+        raise _failed(job, error) from error
     if run.interrupted:
         say(f"Interrupted after {run.frames} steps. Checkpoint: {run.checkpoint}")
-        say(
-            f"  to go on: {_program('python')} -m layeredrl_trl train --resume {run.checkpoint} "
-            f"--total-frames {config.total_frames}"
-        )
+        say(f"  to go on: {_resume_command(job)}")
         return run
-    _evaluate(job)
+    try:
+        _evaluate(job)
+    except Exception as error:
+        raise RecipeError(
+            f"the run is over and its checkpoint written, but not all of its results: "
+            f"{describe(error)}. To evaluate it: {_evaluate_command(run)}"
+        ) from error
     for line in _summary(config, run):
         say(line)
     return run
@@ -175,14 +205,55 @@ def seed_after(seed: int, frames: int) -> int:
     return int(np.random.SeedSequence([seed, frames]).generate_state(1)[0]) >> 1
 
 
-def _resumed_config(config: TrainConfig, resumed: Checkpoint) -> TrainConfig:
+def _resumed_config(
+    config: TrainConfig,
+    resumed: Checkpoint,
+    say: Callable[[str], None],
+    given: Collection[str] | None,
+) -> TrainConfig:
     """Return the checkpoint's options, but with ``total_frames`` and ``resume`` of ``config``."""
     if config.total_frames <= resumed.frames:
         raise RecipeError(
             f"resume: the run has taken {resumed.frames} steps already; raise total_frames, "
             f"which is {config.total_frames}."
         )
-    return replace(resumed.config, total_frames=config.total_frames, resume=config.resume)
+    for option in fields(TrainConfig):
+        name, value = option.name, getattr(config, option.name)
+        there = getattr(resumed.config, name)
+        chosen = value != option.default if given is None else name in given
+        if name in ("total_frames", "resume", "device", "num_threads") or not chosen:
+            continue
+        if name == "env" and value != there:
+            raise RecipeError(
+                f"resume: {quote(config.resume)} is a checkpoint of the environment {there}, not "
+                f"of {quote(value)}; leave out --env, or give a checkpoint of that environment."
+            )
+        if value != there:
+            say(f"{name} stays {there}, as it was in the run that is resumed, not {value}.")
+    # without resume, so that lengths are checked against total_frames
+    longer = replace(resumed.config, total_frames=config.total_frames)
+    return replace(longer, resume=config.resume)
+
+
+def _refill(buffer: TensorDictReplayBuffer, resumed: Checkpoint, path: Path, env: EnvBase) -> None:
+    """Put the transitions of a checkpoint into an empty buffer, and end their last episode."""
+    n_rows = resumed.frames // resumed.config.action_repeat
+    if not n_rows:
+        return
+    like = env.fake_tensordict()
+    try:
+        transitions = TensorDict(resumed.transitions, batch_size=[n_rows])
+        transitions = transitions.select(*_STORED, *_STORED_NEXT)
+        for key in (keys.ACTION, keys.OBSERVATION, *_STORED_NEXT):
+            transitions.get(key).view(n_rows, *like.get(key).shape)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecipeError(
+            f"checkpoint: {quote(path)} cannot be resumed, as it does not hold the {n_rows} "
+            f"transitions of its {resumed.frames} steps ({type(error).__name__})."
+        ) from error
+    for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
+        transitions.get(key)[-1] = True
+    buffer.extend(transitions)
 
 
 class _Job(NamedTuple):
@@ -199,11 +270,26 @@ class _Job(NamedTuple):
 def _save(job: _Job) -> None:
     """Write the checkpoint and the table of episodes."""
     config, run = replace(job.config, resume=None), job.run
-    transitions = job.buffer[:].exclude(keys.INDEX).to_dict() if len(job.buffer) else {}
+    transitions = {}
+    if run.frames:  # Ctrl-C may have come between storing a batch and counting it
+        stored = job.buffer[: run.frames // config.action_repeat]
+        transitions = stored.exclude(keys.INDEX).to_dict()
     state = job.predictor.state_dict()
     Checkpoint(config, run.frames, run.episodes, state, transitions).save(run.checkpoint)
-    with (run.folder / "episodes.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("env_steps", "return"), *run.episodes])
+    write_csv(run.folder / "episodes.csv", [("env_steps", "return"), *run.episodes])
+
+
+def _failed(job: _Job, error: Exception) -> RecipeError:
+    """Write a checkpoint after an error in the middle of a run, and make the error to raise."""
+    text = f"the run has stopped after {job.run.frames} steps: {describe(error)}."
+    try:
+        _save(job)
+    except Exception as second:
+        older = "; an older checkpoint is there" if job.run.checkpoint.exists() else ""
+        text += f" No checkpoint could be written then ({describe(second)}){older}."
+    if job.run.checkpoint.exists():
+        text += f" To go on: {_resume_command(job)}"
+    return RecipeError(text)
 
 
 def _learn(job: _Job, new_frames: int) -> dict[str, float]:
@@ -233,7 +319,8 @@ def _evaluate(job: _Job) -> None:
     job.logger.log_scalar("eval/imagined_return_correlation", correlation, run.frames)
     make_report = ModelReportHook(predictor, as_buffer(rollout), horizon, writer=job.logger)
     run.report = make_report(run.frames)
-    (folder / "model_report.md").write_text(run.report.markdown() + "\n")
+    with replacing(folder / "model_report.md") as file:
+        file.write(run.report.markdown() + "\n")
     run.report.figure().savefig(folder / "model_report.png", dpi=130)
     draw_learning_curve(folder / "learning_curve.png", config, run.episodes, run.eval_returns)
     draw_imagination(folder / "imagination.png", predictor, job.buffer, rollout, run.imagination)
@@ -244,23 +331,7 @@ def _evaluate(job: _Job) -> None:
         "eval_returns": run.eval_returns,
         "imagined_return_correlation": correlation,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def _make_folder(config: TrainConfig) -> Path:
-    """Make a new folder for the run's files."""
-    name = f"{config.env.replace('/', '_')}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = config.logdir / name, 1
-    while folder.exists():
-        number += 1
-        folder = config.logdir / f"{name}-{number}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise RecipeError(
-            f"logdir: cannot write to {str(config.logdir)!r}: {error.strerror}."
-        ) from error
-    return folder
+    write_json(folder / "summary.json", summary)
 
 
 def _note_episodes(job: _Job, batch: TensorDictBase) -> None:
@@ -307,10 +378,20 @@ def _summary(config: TrainConfig, run: Run) -> list[str]:
         f"  imagination      {run.folder / 'imagination.png'}",
         f"  model report     {run.folder / 'model_report.md'} (and .png)",
         f"  checkpoint       {run.checkpoint}",
-        f"  act with it      {_program('python')} -m layeredrl_trl evaluate "
-        f"--checkpoint {run.checkpoint}",
+        f"  act with it      {_evaluate_command(run)}",
         f"  all the scalars  {_program('tensorboard')} --logdir {run.folder}",
     ]
+
+
+def _resume_command(job: _Job) -> str:
+    return (
+        f"{_program('python')} -m layeredrl_trl train --resume {job.run.checkpoint} "
+        f"--total-frames {job.config.total_frames}"
+    )
+
+
+def _evaluate_command(run: Run) -> str:
+    return f"{_program('python')} -m layeredrl_trl evaluate --checkpoint {run.checkpoint}"
 
 
 def _program(name: str) -> str:

@@ -1,14 +1,16 @@
 """Real environments by id: entries, types, action repeat, and what bad ids get."""
 
-import re
-
+import gymnasium
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.data import Bounded, OneHot
+from torchrl.envs import check_env_specs
 
-from layeredrl_trl.recipes import RecipeError, make_env
+from layeredrl_trl.recipes import RecipeError, environments, make_env
 from layeredrl_trl.recipes.environments import max_episode_steps
 from tests.extras import needs_dm_control, needs_gymnasium_robotics
+from tests.recipes.odd_envs import ACTIONS, NO_VECTORS, VECTORS, odd
 
 SWINGUP = "dm_control/cartpole-swingup"
 MAZE = "gymnasium_robotics:PointMaze_UMaze-v3"
@@ -84,21 +86,63 @@ def test_max_episode_steps():
     assert max_episode_steps(SWINGUP) == 1000
 
 
+@pytest.mark.parametrize("name", ACTIONS)
+def test_action_spaces(name):
+    """Several choices, bits and integers were refused in the middle of a run, or never."""
+    text = "unbounded" if "ound" in name else "supports one discrete choice .* or a vector of float"
+    if name in ("Choice", "Doubles"):
+        assert make_env(odd(f"{name}Action")).rollout(3)["action"].shape[0] == 3
+    else:
+        with pytest.raises(RecipeError, match=text):
+            make_env(odd(f"{name}Action"))
+
+
+@pytest.mark.parametrize("name", NO_VECTORS)
+def test_observation_spaces_that_are_no_vectors(name):
+    text = {
+        "Empty": "an observation without any number",
+        "RewardInDict": "cannot be made .*reward",
+    }.get(name, "no observation made of vectors")
+    with pytest.raises(RecipeError, match=text):
+        make_env(odd(f"{name}Observation"))
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_observation_spaces_that_are_vectors(name):
+    """Integers and floats in one dictionary were joined to a vector that no collector could write.
+
+    The vector is that of Gymnasium's own FlattenObservation, and within its spec.
+    """
+    env = make_env(odd(f"{name}Observation"), seed=3)
+    space = VECTORS[name]
+    check_env_specs(env, seed=None)
+    rollout = TensorDict(env.rollout(5).to_dict(), batch_size=[5])
+    stacked = torch.stack([env.fake_tensordict() for _ in range(5)])
+    stacked.update_(rollout.select(*stacked.keys(True, True)))  # as a collector writes it
+    assert stacked["observation"].shape == (5, gymnasium.spaces.flatdim(space))
+    assert env.observation_spec["observation"].is_in(stacked["observation"][0])
+
+
 @pytest.mark.parametrize(
-    ("env_id", "text"),
+    ("name", "text"),
     [
-        ("Pendlum-v1", "no environment 'Pendlum-v1'.*similar: Pendulum-v1"),
-        pytest.param(
-            "dm_control/cartpole-swngup",
-            "no task.*similar: dm_control/cartpole-swingup",
-            marks=needs_dm_control,
-        ),
-        ("Blackjack-v1", "no observation made of vectors"),
+        ("NanReward", "not finite .* as .'next', 'reward'."),
+        ("HugeReward", "not finite .in float32. as .'next', 'reward'."),
+        ("VectorReward", "fails in its first steps"),
+        ("TextReward", "fails in its first steps"),
+        ("BadReset", "fails in its first steps .RuntimeError at odd_envs.py:.*two lines"),
+        ("BadStep", "fails in its first steps .RuntimeError at odd_envs.py:.*two lines"),
     ],
 )
-def test_an_id_that_will_not_do(env_id, text):
-    with pytest.raises(RecipeError, match=re.compile(text, re.S)):
-        make_env(env_id)
+def test_an_env_that_fails_at_once(name, text):
+    with pytest.raises(RecipeError, match=text):
+        make_env(odd(name))
+
+
+def test_trying_an_env_takes_no_random_numbers():
+    before = torch.random.get_rng_state()
+    environments._try_steps("Pendulum-v1", 1, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("env_id", [SWINGUP, "dm_control/cart"])

@@ -1,41 +1,24 @@
 """The main job on a few steps: what it writes, that it goes on, and what bad input gets."""
 
 import csv
+import errno
 import json
 import math
-import re
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layeredrl_trl.__main__ import main
-from layeredrl_trl.recipes import RecipeError, TrainConfig, make_env, train, training
-from layeredrl_trl.recipes.agent import make_predictor
-from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
+from layeredrl_trl.recipes import RecipeError, TrainConfig, train, training
+from layeredrl_trl.recipes.checkpoint import Checkpoint
 from tests.extras import needs_dm_control
-
-TINY = TrainConfig(
-    total_frames=60,
-    init_random_frames=40,
-    frames_per_batch=20,
-    updates_per_frame=0.1,
-    batch_size=16,
-    hidden_size=16,
-    planning_horizon=3,
-    num_candidates=8,
-    top_k=2,
-    optim_steps=1,
-    eval_episodes=2,
-)
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch) -> TrainConfig:
-    monkeypatch.setattr("layeredrl_trl.recipes.evaluation.max_episode_steps", lambda _: 12)
-    return replace(TINY, logdir=tmp_path / "runs")
+from tests.recipes.odd_envs import EPISODE_LENGTH, odd
 
 
 def test_a_run_leaves_all_its_files(tiny):
@@ -69,20 +52,20 @@ def test_what_the_planner_thinks_of_its_plans_is_logged(tiny):
     assert "model/one_step/nll" in events.Tags()["scalars"]
 
 
-def test_random_steps_are_marked_as_not_planned(tiny):
+def test_random_steps_are_marked_as_not_planned(tiny, unevaluated):
     run = train(tiny, say=lambda _: None)
     planned = Checkpoint.load(run.checkpoint).transitions["planned"].squeeze(-1)
     assert planned.tolist() == [False] * 40 + [True] * 20
 
 
-def test_phases_of_random_actions_later_on(tiny):
+def test_phases_of_random_actions_later_on(tiny, unevaluated):
     config = replace(tiny, total_frames=100, planned_frames=25, random_frames=15)
     run = train(config, say=lambda _: None)
     planned = Checkpoint.load(run.checkpoint).transitions["planned"].squeeze(-1)
     assert planned.tolist() == [False] * 40 + [True] * 25 + [False] * 15 + [True] * 20
 
 
-def test_repeated_steps_count_as_steps(tiny):
+def test_repeated_steps_count_as_steps(tiny, unevaluated):
     config = replace(tiny, total_frames=120, init_random_frames=80, action_repeat=2)
     run = train(config, say=lambda _: None)
     assert run.frames == 120
@@ -115,7 +98,7 @@ def test_the_same_seed_gives_the_same_run(tiny):
     assert first.folder != second.folder
 
 
-def test_ctrl_c_saves_a_checkpoint_that_can_be_gone_on_from(tiny, monkeypatch):
+def test_ctrl_c_saves_a_checkpoint_that_can_be_gone_on_from(tiny, unevaluated, monkeypatch):
     learn, calls = training._learn, []
 
     def interrupted_learn(*args, **kwargs):
@@ -143,7 +126,7 @@ def test_ctrl_c_saves_a_checkpoint_that_can_be_gone_on_from(tiny, monkeypatch):
     assert ends.tolist() == [39]  # no slice may go from the interrupted episode into the next
 
 
-def test_a_resumed_run_began_with_the_same_episodes_again(tiny):
+def test_a_resumed_run_began_with_the_same_episodes_again(tiny, unevaluated):
     tiny = replace(tiny, updates_per_frame=0.0)
     run = train(tiny, say=lambda _: None)
     first, saved = Checkpoint.load(run.checkpoint), run.checkpoint.read_bytes()
@@ -166,109 +149,19 @@ def test_seeds_to_go_on_with():
     assert training.seed_after(0, 1000) == training.seed_after(0, 1000)
 
 
-def test_a_finished_run_is_not_resumed(tiny):
+def test_a_finished_run_is_not_resumed(tiny, unevaluated):
     run = train(tiny, say=lambda _: None)
     with pytest.raises(RecipeError, match="has taken 60 steps already; raise total_frames"):
         train(replace(tiny, resume=run.checkpoint))
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(tiny, monkeypatch):
-    run = train(tiny, say=lambda _: None)
-    before = run.checkpoint.read_bytes()
-
-    def full(*_args, **_kwargs):
-        raise RuntimeError("PytorchStreamWriter failed writing file: no space left")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
-        Checkpoint.save(
-            Checkpoint(config=tiny, frames=1, episodes=[], predictor={}, transitions={}),
-            run.checkpoint,
-        )
-    assert run.checkpoint.read_bytes() == before
-    assert not run.checkpoint.with_suffix(".partial").exists()
-
-
-def test_a_checkpoint_restores_every_number(tiny):
-    run = train(tiny, say=lambda _: None)
-    checkpoint = Checkpoint.load(run.checkpoint)
-    assert checkpoint.config == tiny
-    predictor = make_predictor(tiny, make_env(tiny.env))
-    restore(predictor, checkpoint.predictor, run.checkpoint)
-    for key, value in predictor.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(value, checkpoint.predictor[key], rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_another_architecture(tiny):
-    run = train(tiny, say=lambda _: None)
-    checkpoint = Checkpoint.load(run.checkpoint)
-    predictor = make_predictor(replace(tiny, hidden_size=8), make_env(tiny.env))
-    before = {k: v for k, v in predictor.state_dict().items() if isinstance(v, torch.Tensor)}
-    before = {key: value.clone() for key, value in before.items()}
-    with pytest.raises(RecipeError, match=r"another architecture.*here \[.*in the file \["):
-        restore(predictor, checkpoint.predictor, run.checkpoint)
-    after = predictor.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
-
-
-def test_evaluate_prints_every_episode(tiny, capsys):
-    run = train(tiny, say=lambda _: None)
-    assert main(["evaluate", "--checkpoint", str(run.checkpoint), "--episodes", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "episode   2: return" in out and "mean return" in out
-
-
-def test_episodes_csv_holds_every_finished_episode(tiny):
+def test_episodes_csv_holds_every_finished_episode(tiny, unevaluated):
     run = train(replace(tiny, total_frames=220), say=lambda _: None)
     rows = list(csv.reader((run.folder / "episodes.csv").read_text().splitlines()))
     assert rows[0] == ["env_steps", "return"] and [row[0] for row in rows[1:]] == ["200"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["train", "--env", "Pendulm-v1"], "no environment 'Pendulm-v1'.*Pendulum-v1"),
-        (["train", "--env", "Blackjack-v1"], "no observation made of vectors"),
-        pytest.param(
-            ["train", "--env", "dm_control/cart"],
-            "no task 'dm_control/cart'",
-            marks=needs_dm_control,
-        ),
-        (["train", "--resume", "nowhere.pt"], "no file 'nowhere.pt'"),
-        (["evaluate", "--checkpoint", "nowhere.pt"], "no file 'nowhere.pt'"),
-        (["evaluate", "--checkpoint", __file__], "cannot be read"),
-    ],
-)
-def test_a_wrong_option_gets_one_line_and_writes_nothing(
-    arguments, text, capsys, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ")
-    assert re.search(text, error)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_option_that_the_planner_refuses_gets_one_line_too(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "--num-candidates", "2", "--top-k", "2"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "no room" in error and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_in_the_final_evaluation_is_no_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "run_episodes", interrupt)
-    options = "--total-frames 40 --init-random-frames 40 --updates-per-frame 0"
-    arguments = ["train", "--logdir", str(tmp_path), *options.split()]
-    assert main(arguments) == 130
-    assert "Interrupted" in capsys.readouterr().err
-    assert list(tmp_path.glob("*/checkpoint.pt"))
-
-
-def test_a_run_interrupted_at_once_can_be_gone_on_from(tiny, monkeypatch):
+def test_a_run_interrupted_at_once_can_be_gone_on_from(tiny, unevaluated, monkeypatch):
     lines = []
     with monkeypatch.context() as patch:
         patch.setattr(training, "_note_episodes", interrupt)
@@ -283,57 +176,146 @@ def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_an_unwritable_log_folder(tmp_path, capsys):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert main(["train", "--logdir", str(blocked / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert "logdir: cannot write to" in error and error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train", "--seed", "x"], ["train", "--foo"]])
-def test_an_unknown_choice_names_the_choices(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    printed = capsys.readouterr()
-    text = printed.out + printed.err
-    assert any(word in text for word in ("train, evaluate", "--seed INT", "options: --foo"))
+def test_ctrl_c_between_storing_a_batch_and_counting_it(tiny, unevaluated, monkeypatch):
+    """The checkpoint held more transitions than steps, and could not be resumed."""
+    note, calls = training._note_episodes, []
+
+    def interrupted_note(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        note(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_note_episodes", interrupted_note)
+        run = train(tiny, say=lambda _: None)
+    assert run.interrupted and run.frames == 20
+    resumed = train(TrainConfig(resume=run.checkpoint, total_frames=60), say=lambda _: None)
+    assert resumed.frames == 60
+
+
+@pytest.mark.parametrize(("total_frames", "expected"), [(50, 60), (60, 60), (61, 80)])
+def test_a_run_takes_whole_batches(tiny, unevaluated, total_frames, expected):
+    """The buffer was too small for the last batch, which took the place of the first steps."""
+    run = train(replace(tiny, total_frames=total_frames), say=lambda _: None)
+    saved = Checkpoint.load(run.checkpoint)
+    assert run.frames == saved.frames == len(saved.transitions["action"]) == expected
+    assert not saved.transitions["planned"][:40].any()
+    config = TrainConfig(resume=run.checkpoint, total_frames=expected + 5)
+    assert train(config, say=lambda _: None).frames == expected + 20
+
+
+def test_a_resumed_run_shorter_than_its_first_phase(tiny, unevaluated, monkeypatch):
+    """It was trained, and then could not be saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_note_episodes", interrupt)
+        run = train(tiny, say=lambda _: None)
+    before = sorted(run.folder.rglob("*"))
+    with pytest.raises(RecipeError, match="init_random_frames must not exceed total_frames=20"):
+        train(TrainConfig(resume=run.checkpoint, total_frames=20), say=lambda _: None)
+    assert sorted(run.folder.rglob("*")) == before
+
+
+def test_a_resumed_run_whose_folder_takes_no_file(checkpoint, monkeypatch):
+    """It was trained, and then could not be saved."""
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecipeError, match=r"resume: cannot write to .*No space left on device"):
+        train(TrainConfig(resume=checkpoint, total_frames=80), say=lambda _: None)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("options", "given", "text"),
     [
-        ({"total_frames": 0}, "total_frames must be positive"),
-        ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
-        ({"gamma": float("nan")}, "gamma must be a finite number, got nan"),
-        ({"learning_rate": float("inf")}, "learning_rate must be a finite number, got inf"),
-        ({"updates_per_frame": float("inf")}, "updates_per_frame must be a finite number"),
-        ({"clip_grad_max_norm": float("nan")}, "clip_grad_max_norm must be a finite number"),
-        ({"seed": float("nan")}, "seed must be an integer, got nan"),
-        ({"batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
-        ({"n_models": True}, "n_models must be an integer, got True"),
-        ({"learning_rate": "x"}, "learning_rate must be a finite number, got x"),
-        ({"terminal_value": "no"}, "terminal_value must be True or False, got no"),
-        ({"planner": "cme"}, r"planner must be one of \['icem', 'cem', 'mppi'\], got cme"),
-        ({"top_k": 200}, "top_k must not exceed num_candidates=128"),
-        ({"init_random_frames": 9999}, "init_random_frames must not exceed"),
-        ({"device": "tpu"}, "device must be cpu"),
-        ({"updates_per_frame": -1.0}, "must not be negative"),
-        ({"planned_frames": -1}, "planned_frames must not be negative"),
-        ({"planned_frames": 5}, "planned_frames and random_frames must both"),
-        ({"num_particles": 7}, "num_particles must be below n_models=5 or a multiple"),
-        (
-            {"action_repeat": 2, "planned_frames": 7, "random_frames": 2},
-            "planned_frames must be a multiple of action_repeat=2, got 7",
-        ),
-        ({"action_repeat": 7}, "total_frames must be a multiple of action_repeat=7, got 3000"),
+        ({"env": "CartPole-v1"}, None, "is a checkpoint of the environment tests.*:Good-v0, not"),
+        ({}, {"env"}, "is a checkpoint of the environment tests.*:Good-v0, not of 'Pendulum-v1'"),
     ],
 )
-def test_options_out_of_range(change, text):
+def test_a_checkpoint_of_another_env_is_not_resumed(options, given, text, checkpoint):
+    """The env that the user named was silently left out."""
+    config = TrainConfig(resume=checkpoint, total_frames=80, **options)
     with pytest.raises(RecipeError, match=text):
-        TrainConfig(**change)
+        train(config, say=lambda _: None, given=given)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize("given", [None, {"learning_rate", "env", "total_frames"}])
+def test_options_that_a_resumed_run_does_not_take_are_told(given, checkpoint, unevaluated):
+    options = {"learning_rate": 0.5, "env": odd("Good")}
+    config, lines = TrainConfig(resume=checkpoint, total_frames=80, **options), []
+    train(config, say=lines.append, given=given)
+    told = [line for line in lines if "stays" in line]
+    assert told == ["learning_rate stays 0.001, as it was in the run that is resumed, not 0.5."]
+    assert Checkpoint.load(checkpoint).config.learning_rate == 0.001
+
+
+def test_an_env_that_fails_in_the_middle_of_a_run(tiny):
+    """Everything since the last checkpoint was lost."""
+    with pytest.raises(RecipeError, match=r"stopped after 0 steps: RuntimeError at odd_envs") as e:
+        train(replace(tiny, env=odd("BadStepLater")), say=lambda _: None)
+    (folder,) = tiny.logdir.iterdir()
+    assert Checkpoint.load(folder / "checkpoint.pt").frames == 0
+    assert f"--resume {folder / 'checkpoint.pt'} --total-frames 60" in str(e.value)
+    assert isinstance(e.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("interval", [20, 1000])
+def test_a_disk_that_fills_up_in_the_middle_of_a_run(tiny, interval, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full_soon(file):
+        calls.append(file)
+        if len(calls) > (3 if interval == 20 else 1):  # a test of the disk, checkpoint, table
+            full()
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full_soon)
+    text = (
+        "after 40 .*No space .*; an older checkpoint is" if interval == 20 else "after 60 .*No sp"
+    )
+    with pytest.raises(RecipeError, match=text):
+        train(replace(tiny, checkpoint_interval=interval), say=lambda _: None)
+    (folder,) = tiny.logdir.iterdir()
+    if interval == 20:
+        assert Checkpoint.load(folder / "checkpoint.pt").frames == 20
+    assert not list(folder.glob("*.partial"))
+
+
+def test_an_evaluation_that_fails(tiny, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(training, "draw_imagination", broken)
+    with pytest.raises(RecipeError, match=r"checkpoint written, but not .*: no picture.*evaluate"):
+        train(tiny, say=lambda _: None)
+    (folder,) = tiny.logdir.iterdir()
+    assert Checkpoint.load(folder / "checkpoint.pt").frames == 60
+
+
+def test_an_id_with_a_module_from_beginning_to_end(tiny, monkeypatch, capsys):
+    """Gymnasium's spec() knew no such ids, and the run died after its training."""
+    monkeypatch.undo()
+    config = replace(tiny, env="tests.recipes.odd_envs:odd/Good-v3")
+    run = train(config, say=lambda _: None)
+    assert run.folder.name.startswith("tests.recipes.odd_envs_odd_Good-v3_seed0_")
+    assert run.eval_returns == [EPISODE_LENGTH] * 2
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["imagined_return_correlation"] is None  # every return is the same
+    monkeypatch.delitem(sys.modules, "tests.recipes.odd_envs")  # as in a fresh process
+    monkeypatch.delitem(gymnasium.registry, "odd/Good-v3")
+    monkeypatch.delitem(gymnasium.registry, "Good-v0")
+    assert main(["evaluate", "--checkpoint", str(run.checkpoint), "--episodes", "1"]) == 0
+    assert "odd/Good-v3: mean return 12.0 of 1 episodes" in capsys.readouterr().out
+
+
+def test_observations_of_integers_beside_floats(tiny):
+    """They stopped the run at its first step."""
+    run = train(replace(tiny, env=odd("ChoiceInDictObservation")), say=lambda _: None)
+    assert run.frames == 60
 
 
 def test_recipe_uses_only_the_public_api():
