@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import (
     LazyTensorStorage,
     ListStorage,
@@ -36,6 +35,7 @@ from tests.data.goal_episodes import (
     steps_of,
     stored_rows,
 )
+from tests.largest_tensor import LargestNewTensor
 from tests.toy_envs import GoalEnv
 
 # --- contract
@@ -320,23 +320,6 @@ def test_a_generator_of_its_own():
 # --- cost
 
 
-class _LargestNewTensor(TorchDispatchMode):
-    """Note the number of elements of the largest tensor that is computed, views aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            is_tensor = isinstance(tensor, torch.Tensor)
-            if is_tensor and tensor.untyped_storage().data_ptr() not in inputs:
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_cost_does_not_depend_on_the_size_of_the_buffer(ndim):
     sizes = []
@@ -345,7 +328,7 @@ def test_cost_does_not_depend_on_the_size_of_the_buffer(ndim):
         options = {"n_env": 2, "ndim": ndim, "her_ratio": 1.0}
         buffer = make_buffer(2, capacity=capacity, chunks=chunks, **options)
         rows = buffer.storage[:][(torch.arange(8), torch.zeros(8).long())[:ndim]]
-        with _LargestNewTensor() as largest:
+        with LargestNewTensor() as largest:
             buffer.transform[0](rows)
         sizes.append(largest.numel)
     assert sizes[0] == sizes[1] < 8 * 100

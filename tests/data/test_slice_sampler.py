@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
 from torchrl.data import (
     LazyMemmapStorage,
@@ -24,6 +23,7 @@ from torchrl.data import (
 from torchrl.envs import GymEnv, InitTracker, SerialEnv, TransformedEnv
 
 from layeredrl_trl.data import TransitionSliceSampler
+from tests.largest_tensor import LargestNewTensor
 
 MASK = ("collector", "mask")
 TRAJ = ("collector", "traj_ids")
@@ -381,28 +381,11 @@ def test_each_signal_alone_is_a_boundary(changed):
     assert mask.sum(-1).tolist() == [3, 2, 1, 3, 2, 1]
 
 
-class _LargestNewTensor(TorchDispatchMode):
-    """Note the size of the largest tensor that is computed, views aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            is_tensor = isinstance(tensor, torch.Tensor)
-            if is_tensor and tensor.untyped_storage().data_ptr() not in inputs:
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("ndim", [1, 2])
 @pytest.mark.parametrize("chunks", [[600], [600, 600]], ids=["not full", "wrapped"])
 def test_cost_does_not_depend_on_the_size_of_the_buffer(ndim, chunks):
     buffer = filled_buffer(Stream(2, [9]), 2000, chunks, ndim=ndim)
-    with _LargestNewTensor() as largest:
+    with LargestNewTensor() as largest:
         buffer.sampler.sample_slices(buffer.storage, 8, 4)
     assert 0 < largest.numel <= 8 * 4
 
