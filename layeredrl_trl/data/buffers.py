@@ -44,6 +44,8 @@ _BUFFERS = {
 }
 """What to do instead, for buffers of TorchRL."""
 
+_DATASET = "BaseDatasetExperienceReplay"
+
 _UNIFORM = (RandomSampler, SamplerWithoutReplacement)
 _SLICES = (SliceSampler, SliceSamplerWithoutReplacement)
 
@@ -71,7 +73,8 @@ def check_buffer(buffer: object) -> None:
     """Check that the argument ``buffer`` is a replay buffer that can be learned from.
 
     Raises:
-        TypeError: if it is no replay buffer of TorchRL; if its class, its sampler or its
+        TypeError: if it is no replay buffer of TorchRL, or one of TorchRL's dataset classes, for
+            which :func:`~layeredrl_trl.data.read_dataset` is; if its class, its sampler or its
             ``sample_unit`` give other batches than uniform ones of single steps; or if one of its
             transforms looks along time. What storages and writers do is checked when slices are
             drawn, by :class:`~layeredrl_trl.data.TransitionSliceSampler`.
@@ -89,6 +92,13 @@ def check_buffer(buffer: object) -> None:
             raise TypeError(
                 f"buffer: {name} draws or changes its batches in a way of its own, which learning "
                 f"would pass by. {_way_out(type(buffer))}"
+            )
+    for known in type(buffer).__mro__:
+        if known.__name__ == _DATASET and known.__module__.startswith("torchrl."):
+            raise TypeError(
+                f"buffer: {name} is a dataset of TorchRL, in which observations may be nested, "
+                "lie in padded rows, or be filled up with zeros at the ends of episodes. Pass "
+                "read_dataset(buffer).buffer, which brings it to one form and checks it."
             )
     sampler = buffer.sampler
     is_known = type(sampler) in (*_UNIFORM, *_SLICES)

@@ -176,7 +176,7 @@ def _entries(
 ) -> TensorDict:
     """Make a TensorDict ``[*S]`` of what :func:`_stored` read."""
     plain = isinstance(rows, dict)
-    source = buffer.storage._storage if plain else _transformed(buffer, rows, shape)
+    source = buffer.storage._storage if plain else transformed(buffer, rows, shape)
     entries = rows if plain else {key: source.get(key, None) for key in names}
     missing = [key for key in keys if entries[key] is None]
     if missing:
@@ -188,7 +188,7 @@ def _entries(
     return TensorDict(entries, batch_size=shape)
 
 
-def _transformed(buffer: ReplayBuffer, rows: Any, shape: torch.Size) -> TensorDictBase:
+def transformed(buffer: ReplayBuffer, rows: Any, shape: torch.Size) -> TensorDictBase:
     """Do with rows what ``buffer.sample()`` does with those that its sampler has drawn."""
     data = buffer._collate_fn(rows)
     if not is_tensor_collection(data):
