@@ -21,13 +21,13 @@ TESTS = Path(__file__).parent
 # The floors from the ground up. Places on one floor are neighbours and do not import each other.
 # The command line stands on the recipes it runs, and the package's own names on everything.
 FLOORS = (
-    ("checks", "functional", "keys", "schedules", "signatures"),
+    ("checks", "functional", "keys", "ranks", "schedules", "signatures"),
     ("acceleration",),
     ("modules", "data"),
     ("objectives",),
     ("envs",),
     ("predictors",),
-    ("planners", "diagnostics"),
+    ("planners", "diagnostics", "checkpoints", "bridges"),
     ("trainers",),
     ("recipes",),
     ("__main__",),

@@ -40,6 +40,7 @@ entry           meaning
 from layeredrl_trl.planners.base import SamplingPlanner
 from layeredrl_trl.planners.categorical import CategoricalCrossEntropyPlanner
 from layeredrl_trl.planners.cem import CrossEntropyPlanner
+from layeredrl_trl.planners.explorer import Explorer
 from layeredrl_trl.planners.gaussian import GaussianBelief, GaussianPlanner
 from layeredrl_trl.planners.icem import ICEMPlanner
 from layeredrl_trl.planners.path_integral import PathIntegralPlanner
@@ -49,6 +50,7 @@ __all__ = [
     "CandidateReturn",
     "CategoricalCrossEntropyPlanner",
     "CrossEntropyPlanner",
+    "Explorer",
     "GaussianBelief",
     "GaussianPlanner",
     "ICEMPlanner",

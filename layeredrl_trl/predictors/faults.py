@@ -43,6 +43,22 @@ def explained(update: Any, reader: ReadAhead, buffer: TensorDictReplayBuffer) ->
         update.explain = before
 
 
+@contextmanager
+def watched(update: Any, reader: ReadAhead, buffer: TensorDictReplayBuffer) -> Iterator[None]:
+    """Warn of what is wrong with the data while optimisation steps are taken on them.
+
+    Args:
+        update: takes the steps, an ``Update`` or its twin on a GPU.
+        reader: reads the buffer as learning does.
+        buffer: the replay buffer.
+    """
+    reader.warn_of_gaps(buffer)
+    n_far = count_far(reader.loss)
+    with explained(update, reader, buffer):
+        yield
+    warn_of_far(reader, buffer, n_far)
+
+
 def warn_of_far(reader: ReadAhead, buffer: TensorDictReplayBuffer, n_before: int) -> None:
     """Warn of the first values that running moments have found far from all others.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.record.loggers.common import Logger
 
@@ -23,16 +25,18 @@ def check_writer(writer: Any) -> Any:
     )
 
 
-def mean_of_taken(names: Sequence[str], steps: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Average the outputs ``[n_steps, n]`` of steps, without those that were skipped.
+def mean_of_taken(steps: Sequence[TensorDictBase]) -> tuple[Tensor, dict[str, float]]:
+    """Average the outputs of steps, without those that were skipped.
 
     A skipped step has a ``grad_norm`` that is not finite.
 
     Returns:
         The mean ``loss``, NaN if no step was taken; and all means by name, empty then.
     """
-    taken = steps[:, names.index("grad_norm")].isfinite()
-    means = steps[taken].mean(0)
+    names = [str(name) for name in steps[0].keys()]
+    values = torch.stack([torch.stack([*step.values()]) for step in steps])
+    taken = values[:, names.index("grad_norm")].isfinite()
+    means = values[taken].mean(0)
     info = dict(zip(names, means.tolist(), strict=True)) if taken.any() else {}
     return means[names.index("loss")], info
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, cast
 
+from torch.optim import Optimizer
+
 from layeredrl_trl.schedules import Schedule
 
 LearningRate = float | Callable[[int], float]
@@ -40,6 +42,18 @@ class LearningRates:
                 rate = _evaluated(name, rate(n_total_env_steps), n_total_env_steps)
             out[name] = rate
         return out
+
+    def set(self, optimizer: Optimizer, n_total_env_steps: int) -> dict[str, float]:
+        """Set the rates of an optimiser whose groups are named as the parts, and return them.
+
+        Raises:
+            TypeError, ValueError: as :meth:`at`; none is set then.
+        """
+        groups = optimizer.param_groups
+        rates = self.at(n_total_env_steps, [group["name"] for group in groups])
+        for group in groups:
+            group["lr"] = rates[group["name"]]
+        return rates
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values, without rates that are functions but no ``Schedule``."""

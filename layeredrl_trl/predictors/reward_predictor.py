@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from layeredrl_trl.data import TransitionSliceSampler, check_buffer
 from layeredrl_trl.modules import DeltaStandardizer, DynamicsModel, Encoder
 from layeredrl_trl.modules.outputs import check_std
 from layeredrl_trl.objectives import RewardPredictorLoss, total_loss
-from layeredrl_trl.predictors.faults import count_far, explained, warn_of_far
+from layeredrl_trl.predictors.faults import watched
 from layeredrl_trl.predictors.logging import log_scalars, mean_of_taken
 from layeredrl_trl.predictors.modes import in_training_mode
 from layeredrl_trl.predictors.part_rates import LearningRate, LearningRates
@@ -299,32 +300,34 @@ class RewardPredictor(Predictor):
         check_buffer(buffer)
         check_counts(n_steps=n_steps, batch_size=batch_size, model_batch_size=model_batch_size)
         check_count("n_total_env_steps", n_total_env_steps, least=0)
-        groups = self.update.optimizer.param_groups
-        rates = self._rates.at(n_total_env_steps, [group["name"] for group in groups])
-        for group in groups:
-            group["lr"] = rates[group["name"]]
-        self._reader.warn_of_gaps(buffer)
-        n_far = count_far(self.loss_module)
+        rates = self.set_learning_rates(n_total_env_steps)
         batches = self._reader.batches(buffer, n_steps, batch_size, model_batch_size)
-        steps = []
-        with explained(self.update, self._reader, buffer):
-            for slices, transitions in batches:
-                terms = self.update(slices, transitions)
-                steps.append(torch.stack([*terms.values()]))
-            skipped = float(self.update.skipped)
-        warn_of_far(self._reader, buffer, n_far)
-        whitening = None if self.standardizer is None else self.standardizer.matrix
-        self.model.advance(n_total_env_steps, whitening)
-        mean_loss, info = mean_of_taken([str(name) for name in terms.keys()], torch.stack(steps))
+        with self.watch(buffer):
+            steps = [self.update(slices, transitions) for slices, transitions in batches]
+        self.advance(n_total_env_steps)
+        mean_loss, info = mean_of_taken(steps)
         info |= {f"lr_{name}": rate for name, rate in rates.items()}
         if hasattr(self.model, "target_scale"):
             info["target_scale"] = float(self.model.target_scale.mean())
-        info["skipped"] = skipped
+        info["skipped"] = float(self.update.skipped)
         if self.n_learn_calls % self.log_interval == 0:
             scalars = {f"predictor/{name}": value for name, value in info.items()}
             log_scalars(self.writer, scalars, n_total_env_steps)
         self.n_learn_calls += 1
         return mean_loss, info
+
+    def set_learning_rates(self, n_total_env_steps: int) -> dict[str, float]:
+        """Set and return the rates after so many env steps, for steps of your own on ``update``."""
+        return self._rates.set(self.update.optimizer, n_total_env_steps)
+
+    def advance(self, n_total_env_steps: int) -> None:
+        """Tell the model the progress of training, after steps of your own on ``update``."""
+        whitening = None if self.standardizer is None else self.standardizer.matrix
+        self.model.advance(n_total_env_steps, whitening)
+
+    def watch(self, buffer: TensorDictReplayBuffer) -> AbstractContextManager[None]:
+        """Warn of what is wrong with ``buffer`` while your own loop calls ``update``."""
+        return watched(self.update, self._reader, buffer)
 
     def set_keys(self, **names: NestedKey) -> None:
         """Rename the entries that are read from buffers.

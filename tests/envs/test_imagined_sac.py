@@ -12,10 +12,10 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 
 from layeredrl_trl import IdentityEncoder, ProbabilisticEnsemble, RewardNet, RewardPredictor
+from layeredrl_trl.trainers.imagined_buffer import ImaginedBuffer
 from tests.problems import DOUBLE_INTEGRATOR, LQREnv, riccati
 
 EPISODE = 25
-BRANCH = 5
 BOUND = 2.0
 
 
@@ -86,25 +86,18 @@ def make_agent(env):
     return actor, loss
 
 
-def train_in(imagined, actor, loss, n_updates=500, n_envs=60):
-    """SAC as it is, but that its transitions are imagined: short branches from real states."""
-    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(10_000), batch_size=128)
+def train_in(imagined, loss, n_updates=500):
+    """SAC as it is, but that its batches are imagined: short branches from real states."""
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-3, foreach=True)
     targets = SoftUpdate(loss, tau=0.02)
     for update in range(n_updates):
         if update % 10 == 0:
-            start = imagined.reset(TensorDict(batch_size=[n_envs]))
-            with torch.no_grad():
-                branches = imagined.rollout(
-                    BRANCH, actor, tensordict=start, auto_reset=False, break_when_any_done=False
-                )
-            replay.extend(branches.reshape(-1))
-        terms = loss(replay.sample())
+            imagined.refill()
+        terms = loss(imagined.sample(128))
         optimizer.zero_grad()
         sum(x for name, x in terms.items() if name.startswith("loss_")).backward()
         optimizer.step()
         targets.step()
-    return replay
 
 
 @pytest.mark.slow
@@ -113,23 +106,25 @@ def test_sac_learns_in_the_model_and_is_good_in_the_real_env(seed):
     torch.manual_seed(seed)
     env = real_env()
     predictor, real_data = learned_model(env)
-    observations = real_data[:]["observation"]
-    imagined = predictor.env(
+    model = predictor.env(
         env.action_spec_unbatched,
         num_particles=1,
         propagation="random_model",
         termination="sample",  # a policy does not see what is left alive
-        start=observations,
     )
-    imagined = TransformedEnv(imagined, RewardScaling(0.0, 0.1))
     actor, loss = make_agent(env)
+    imagined = ImaginedBuffer(
+        TransformedEnv(model, RewardScaling(0.0, 0.1)),
+        actor,
+        real_data,
+        num_starts=60,
+        length=5,
+        retain=33,
+        real_ratio=0.0,  # in the model alone
+    )
     before = real_return(actor)
-    replay = train_in(imagined, actor, loss)
+    train_in(imagined, loss)
     after = real_return(actor)
-
-    branches = replay[:].reshape(-1, BRANCH)
-    seen = (branches["observation"][:100, :, None] == observations).all(-1).any(-1)
-    assert seen[:, 0].all() and seen[:, 1:].float().mean() < 0.05  # they start there, and leave
     at_random, best = real_return(None), best_return()
     assert (after - at_random) / (best - at_random) > 0.75
     assert after > before / 2
