@@ -331,7 +331,7 @@ class ProbabilisticEnsemble(LoadsWhole, DynamicsModel):
         """Run the networks on ``[..., E, P, in]``, or with ``member`` on ``[..., 1, P, in]``."""
         flat = inputs.reshape(-1, *inputs.shape[-3:])
         member = None if member is None else member.reshape(-1, 1)
-        groups = MemberGroups(len(flat), flat.shape[2], self.n_models, member)
+        groups = MemberGroups(flat.shape[0], flat.shape[2], self.n_models, member)
         outputs = self._run(groups.gather(flat), groups.group_member)
         raw, term_logit = (
             x.reshape(*inputs.shape[:-1], x.shape[-1]) for x in map(groups.scatter, outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -57,7 +58,7 @@ class ConcatMLP(nn.Module):
         x = self._join(*inputs)
         batch = x.shape[:-1]
         # as rows [N, in], because otherwise every layer flattens and restores them
-        out = in_pieces(self._run, x.reshape(batch.numel(), x.shape[-1]))
+        out = in_pieces(self._run, x.reshape(math.prod(batch), x.shape[-1]))
         return out.reshape(*batch, out.shape[-1])
 
     def _join(self, *inputs: Tensor) -> Tensor:

@@ -192,8 +192,7 @@ class PredictorTrainer(Trainer):
             feed.register(self)
         if planner is not None:
             self.register_op("post_steps", self.send_weights)
-        if self.progress_bar:
-            self.register_op("setup", self._prepare_bar)
+        self.register_op("setup", self._prepare_bar)
         for hook in hooks:
             hook.register(self)
 
@@ -316,6 +315,8 @@ class PredictorTrainer(Trainer):
 
     def _prepare_bar(self) -> None:
         """Let the bar of progress begin where the run does, and be drawn twice a second at most."""
+        if not self.progress_bar:
+            return
         bar = self._pbar
         bar.unit, bar.mininterval, bar.miniters, bar.dynamic_miniters = "step", 0.5, 1, False
         bar.initial = bar.n = bar.last_print_n = self.collected_frames
