@@ -23,6 +23,10 @@ class LoadsWhole(nn.Module):
     compared before the first one is loaded, and what fails then, or is interrupted, is undone. A
     part with extra state may bring ``check_extra_state(state)``, which raises an error for a state
     that ``set_extra_state`` would refuse.
+
+    Numbers must be finite. A buffer, such as a mask, may be infinite or NaN where that of the
+    module is. A part may name further buffers of its own, such as a minimum so far, in a class
+    attribute ``may_be_non_finite``.
     """
 
     def load_state_dict(
@@ -31,7 +35,7 @@ class LoadsWhole(nn.Module):
         """Load a state as from ``state_dict()``; an error changes nothing.
 
         Args:
-            state_dict: the state; numbers of another precision are cast.
+            state_dict: the state; float32 and float64 are cast to another precision.
             strict: whether it must have the entries of this module and no others.
             assign: take the tensors of the state instead of their numbers; of the same dtype.
 
@@ -39,8 +43,8 @@ class LoadsWhole(nn.Module):
             The names of missing and of unexpected entries, as ``nn.Module.load_state_dict`` does.
 
         Raises:
-            RuntimeError: if an entry is missing or unexpected (if ``strict``), no tensor, or of
-                another shape or kind.
+            RuntimeError: if an entry is missing or unexpected (if ``strict``), no tensor, of
+                another shape or dtype, or not finite.
             ValueError, TypeError: if an extra state does not fit, or ``state_dict`` is no mapping.
         """
         if isinstance(state_dict, Mapping):  # torch refuses anything else
@@ -80,11 +84,12 @@ def check_state(
         RuntimeError: as :meth:`LoadsWhole.load_state_dict`.
         ValueError, TypeError: from ``check_extra_state`` of a part.
     """
-    own, ignored = module.state_dict(), []
+    own, ignored, free = module.state_dict(keep_vars=True), [], set()
     for path, part in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if _adapts(part):
             ignored.append(prefix)
+        free |= {prefix + name for name in getattr(part, "may_be_non_finite", ())}
         check, key = getattr(part, "check_extra_state", None), f"{prefix}_extra_state"
         if check is not None and key in state:
             check(state[key])
@@ -98,7 +103,7 @@ def check_state(
         "different": [
             f"{name} ({text})"
             for name, x in expected.items()
-            if name in given and (text := _difference(x, given[name], assign))
+            if name in given and (text := _difference(x, given[name], assign, name in free))
         ],
     }
     if any(faults.values()):
@@ -116,7 +121,20 @@ def _adapts(part: nn.Module) -> bool:
     return own not in plain or bool(part._load_state_dict_pre_hooks)
 
 
-def _difference(own: Any, given: Any, assign: bool) -> str | None:
+def is_castable(given: torch.dtype, own: torch.dtype) -> bool:
+    """Whether saved numbers may be loaded as those of dtype ``own``.
+
+    A predictor may have been saved in float32 and be loaded in float64, or the other way round.
+    Half precision that was not asked for, like integers in place of floats, is a fault.
+    """
+    if given is own:
+        return True
+    if not own.is_floating_point:
+        return own.is_complex and given in (torch.complex64, torch.complex128)
+    return given in (torch.float32, torch.float64)
+
+
+def _difference(own: Any, given: Any, assign: bool, is_free: bool) -> str | None:
     """Say why an entry cannot be loaded in the place of another one."""
     if not isinstance(own, Tensor) or is_lazy(own):
         return None
@@ -124,13 +142,15 @@ def _difference(own: Any, given: Any, assign: bool) -> str | None:
         return f"expected a tensor, got {type(given).__name__}"
     if own.shape != given.shape:
         return f"expected shape {list(own.shape)}, got {list(given.shape)}"
-    if own.dtype is not given.dtype and (assign or _kind(own) != _kind(given)):
+    if given.dtype is not own.dtype and (assign or not is_castable(given.dtype, own.dtype)):
         return f"expected {own.dtype}, got {given.dtype}"
-    return None
-
-
-def _kind(x: Tensor) -> tuple[bool, bool, bool]:
-    return x.is_floating_point(), x.is_complex(), x.dtype is torch.bool
+    if is_free or given.is_meta:
+        return None
+    is_finite = given.to(own.dtype).isfinite()  # float64 may be too large for float32
+    if not isinstance(own, nn.Parameter) and not own.is_meta:
+        is_finite = is_finite | ~own.isfinite().to(is_finite.device)
+    n_wrong = int((~is_finite).sum())
+    return f"expected finite numbers, got {n_wrong} that are not" if n_wrong else None
 
 
 def _listed(names: list[str]) -> str:

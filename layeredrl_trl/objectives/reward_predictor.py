@@ -26,7 +26,9 @@ from layeredrl_trl.modules import (
     evaluate,
 )
 from layeredrl_trl.objectives.batch import Slices, all_of, check_keys, flag, per_step
+from layeredrl_trl.objectives.joined_batch import Changes, Steps, with_all_ranks
 from layeredrl_trl.objectives.slice_loss import HAS_TARGET, SliceLoss, next_key
+from layeredrl_trl.ranks import gather_rows
 
 Entries = Mapping[NestedKey, Tensor] | TensorDictBase
 """Tensors of one batch by name."""
@@ -50,6 +52,11 @@ class RewardPredictorLoss(SliceLoss):
     A terminated step adds no bootstrap value; a truncated or unfinished end adds the value of the
     state after it. A target ends before the first later step that was not ``planned``, with the
     value of the state there. Padded steps are ignored.
+
+    In a process group of several ranks (:mod:`layeredrl_trl.ranks`), running statistics are made of
+    the batches of all of them, unless nothing learns. The mean over ranks of each loss term, and of
+    its gradients, is that of the joined batch; with ``reduction="none"`` errors are those of the
+    rank's own steps. So ``DistributedDataParallel(loss)`` learns what one process would.
 
     Args:
         encoder: encoder of observations.
@@ -212,8 +219,7 @@ class RewardPredictorLoss(SliceLoss):
         )
         if slices.returns is None:
             slices = self.with_returns(slices)
-        terms = self._reward_and_value_terms(self._targets(slices, learns=True))
-        return TensorDict(terms | self._dynamics_terms(self._encode(single)), batch_size=[])
+        return self._terms(self._targets(slices, learns=True), self._encode(single))
 
     def terms(self, targets: TensorDictBase, transitions: TensorDictBase) -> TensorDict:
         """Compute every loss term, like :meth:`forward`, of encoded batches.
@@ -251,72 +257,94 @@ class RewardPredictorLoss(SliceLoss):
             observations = (encoded.get(k) for k in (names.observation, names.next_observation))
             flags = (encoded.get(k) for k in (keys.MASK, keys.WEIGHT))
             self._update_encoder_statistics(*observations, *flags)
-        return TensorDict(
-            self._reward_and_value_terms(real) | self._dynamics_terms(encoded), batch_size=[]
+        return self._terms(real, encoded)
+
+    def _terms(self, targets: Entries, transitions: Entries) -> TensorDict:
+        """Update the running statistics of all parts, then compute every loss term."""
+        steps, changes = all_steps, all_changes = self._steps(targets), self._changes(transitions)
+        if self._n_joined > 1:
+            (steps, changes), (all_steps, all_changes) = with_all_ranks(steps, changes)
+        self._update_head_statistics(all_steps)
+        self._update_dynamics_statistics(all_changes)
+        target = targets.get(keys.VALUE_TARGET, None)
+        terms = self._reward_and_value_terms(steps, all_steps, target)
+        terminated = transitions[self.tensor_keys.next_terminated]
+        terms |= self._dynamics_terms(changes, all_changes, terminated)
+        return TensorDict(terms, batch_size=[])
+
+    def _steps(self, targets: Entries) -> Steps:
+        """What reward and value learn from."""
+        names, (latent, context) = self.tensor_keys, self.encoder.out_keys
+        valid = targets.get(names.mask, None)  # None: all are
+        flags = (targets.get(key, None) for key in (names.planned, HAS_TARGET))
+        return Steps(
+            latent=targets[latent],
+            context=targets[context],
+            action=targets[names.action],
+            reward=targets.get(names.next_reward, None),
+            valid=valid,
+            counts=all_of(valid, *flags),
         )
 
-    def _reward_and_value_terms(self, targets: Entries) -> dict[str, Tensor]:
-        """Loss terms of reward and value."""
+    def _changes(self, transitions: Entries) -> Changes:
+        """What dynamics and standardizer learn from, without gradient."""
         names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
-        latent, context, action = (targets[key] for key in (latent_key, context_key, names.action))
-        valid, terms = targets.get(names.mask, None), {}  # None: all are
+        entries = latent_key, context_key, names.action, next_key(latent_key)
+        tensors = [transitions[key].detach() for key in entries]
+        mask, weight, index = (
+            transitions.get(key, None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
+        )
+        batch = tensors[0].shape[:-1]
+        weight = self.dynamics.joint_weight(batch, mask=mask, weight=weight, index=index)
+        counts = None if weight is None else (weight > 0).any(-1)
+        if counts is not None:  # before the networks: a gradient of 0 times NaN is NaN
+            tensors = [zero_where_not(counts, x) for x in tensors]
+        return Changes(*tensors, counts=counts, weight=weight)
+
+    def _reward_and_value_terms(
+        self, steps: Steps, all_steps: Steps, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Loss terms of reward and value; means are over the number of ``all_steps``."""
+        latent, context, action, reward, valid, counts = steps
+        terms = {}
         if self.reward is not None:
             if not self.learn_encoder:
                 latent, context = latent.detach(), context.detach()
             entries = self._head_entries(latent, context, action)
-            rewards = targets[names.next_reward]
-            self._update_unit(self.reward, entries, rewards, valid)
-            error = self._error(self.reward, entries, rewards, valid)
+            error = self._error(self.reward, entries, reward, valid, all_steps.valid)
             terms["loss_reward"] = self.rew_loss_weight * error
         if self.has_value:
             entries = self._head_entries(latent.detach(), context.detach(), action)
-            target = targets[keys.VALUE_TARGET]
-            flags = (targets.get(key, None) for key in (names.planned, HAS_TARGET))
-            counts = all_of(valid, *flags)
-            rewards = self._sum_unit * targets[names.next_reward]
-            self._update_unit(self.value_network, entries, rewards, valid)
-            error = self._error(self.value_network, entries, target, counts)
+            error = self._error(self.value_network, entries, target, counts, all_steps.counts)
             terms["loss_value"] = self.value_loss_weight * error
-            terms["value_target_mean"] = self._reduce_where(target.detach(), counts, "mean")
+            mean = self._reduce_where(target.detach(), counts, all_steps.counts, "mean")
+            terms["value_target_mean"] = mean
         return terms
 
-    def _dynamics_terms(self, transitions: Entries) -> dict[str, Tensor]:
-        """Loss terms of dynamics and standardizer."""
-        dynamics, standardizer = self.dynamics, self.standardizer
-        names, (latent_key, context_key) = self.tensor_keys, self.encoder.out_keys
-        entries = latent_key, context_key, names.action, next_key(latent_key)
-        latent, context, action, next_latent = (transitions[key].detach() for key in entries)
-        mask, weight, index = (
-            transitions.get(key, None) for key in (keys.MASK, keys.WEIGHT, keys.INDEX)
-        )
-        weight = dynamics.joint_weight(latent.shape[:-1], mask=mask, weight=weight, index=index)
-        counts = None if weight is None else (weight > 0).any(-1)
-        if counts is not None:  # before the networks: a gradient of 0 times NaN is NaN
-            latent, context, action, next_latent = (
-                zero_where_not(counts, x) for x in (latent, context, action, next_latent)
-            )
-        if self._learns(dynamics):
-            dynamics.update_statistics(latent, context, action, next_latent, counts)
-        nll, bce = dynamics.negative_log_likelihood(
-            latent, context, action, next_latent, transitions[names.next_terminated], weight
-        )
+    def _dynamics_terms(
+        self, changes: Changes, all_changes: Changes, terminated: Tensor
+    ) -> dict[str, Tensor]:
+        """Loss terms of dynamics and standardizer; means are over the sum of all weights."""
+        *entries, _, weight = changes
+        dynamics = self.dynamics
+        nll, bce = dynamics.negative_log_likelihood(*entries, terminated, weight)
         share = None if weight is None else weight.mean()
+        if self._n_joined > 1:  # mean of the sums of weights of all ranks, per own transition
+            share = all_changes.weight.sum() / (self._n_joined * len(weight))
         if share is not None:
             share = torch.where(share > 0, share, 1.0)
         means = [x.mean() if share is None else x.mean() / share for x in (nll, bce)]
         consistency = means[0] + means[1]
         if self.reduction != "mean":
-            consistency = self._reduce_loss(nll + bce)
+            consistency = self._times_ranks(self._reduce_loss(nll + bce))
         terms = {
             "loss_consistency": self.consistency_loss_weight * (consistency + dynamics.penalty()),
             "nll": means[0].detach(),
             "term_bce": means[1].detach(),
         }
-        if standardizer is not None:
-            delta = next_latent - latent
-            if self._learns(standardizer):
-                standardizer.update_statistics(delta, counts)
-            terms["loss_standardizer"] = standardizer.residual(delta, counts)
+        if self.standardizer is not None:
+            delta = all_changes.next_latent - all_changes.latent
+            terms["loss_standardizer"] = self.standardizer.residual(delta, all_changes.counts)
         return terms
 
     def _update_encoder_statistics(
@@ -332,18 +360,28 @@ class RewardPredictorLoss(SliceLoss):
             return
         counts = all_of(mask, None if weight is None else (weight > 0).any(-1, keepdim=True))
         counts = None if counts is None else counts.squeeze(-1)
+        if self._n_joined > 1:
+            if counts is None:
+                counts = observation.new_ones(len(observation), dtype=torch.bool)
+            observation, following, counts = gather_rows(observation, following, counts)
         encoder.update_statistics(observation, following, counts)
 
-    def _update_unit(
-        self,
-        head: TensorDictModuleBase,
-        entries: dict[NestedKey, Tensor],
-        reward: Tensor,
-        valid: Tensor | None,
-    ) -> None:
-        """Update the running statistics of reward or value, if it has any and learns."""
-        if isinstance(head, LatentFunction) and head.has_statistics and self._learns(head):
-            head.update_statistics(entries, reward, valid)
+    def _update_head_statistics(self, steps: Steps) -> None:
+        """Update the running statistics of reward and value, if they have any and learn."""
+        heads = (self.reward, self.value_network if self.has_value else None)
+        for head in heads:
+            if isinstance(head, LatentFunction) and head.has_statistics and self._learns(head):
+                entries = self._head_entries(steps.latent, steps.context, steps.action)
+                reward = steps.reward if head is self.reward else self._sum_unit * steps.reward
+                head.update_statistics(entries, reward, steps.valid)
+
+    def _update_dynamics_statistics(self, changes: Changes) -> None:
+        """Update the running statistics of dynamics and standardizer, if they learn."""
+        latent, context, action, next_latent, counts, _ = changes
+        if self._learns(self.dynamics):
+            self.dynamics.update_statistics(latent, context, action, next_latent, counts)
+        if self.standardizer is not None and self._learns(self.standardizer):
+            self.standardizer.update_statistics(next_latent - latent, counts)
 
     def _error(
         self,
@@ -351,8 +389,9 @@ class RewardPredictorLoss(SliceLoss):
         entries: dict[NestedKey, Tensor],
         target: Tensor,
         counts: Tensor | None,
+        all_counts: Tensor | None,
     ) -> Tensor:
-        """Reduce the squared errors ``[B, k, 1]`` where ``counts`` is True (``None``: all)."""
+        """Reduce the squared errors ``[B, k, 1]`` as :meth:`_reduce_where` does."""
         if counts is not None:  # before the square, too: a gradient of 0 times NaN is NaN
             target = torch.where(counts, target, 0.0)
         predicted = evaluate(head, entries)
@@ -364,20 +403,25 @@ class RewardPredictorLoss(SliceLoss):
             predicted, target = predicted / scale, target / scale
         if counts is None:
             return mse_loss(predicted, target, reduction=self.reduction)
-        return self._reduce_where(mse_loss(predicted, target, reduction="none"), counts)
+        error = mse_loss(predicted, target, reduction="none")
+        return self._reduce_where(error, counts, all_counts, self.reduction)
 
     def _reduce_where(
-        self, x: Tensor, counts: Tensor | None, reduction: str | None = None
+        self, x: Tensor, counts: Tensor | None, all_counts: Tensor | None, reduction: str
     ) -> Tensor:
         """Reduce ``x`` ``[B, k, 1]`` where ``counts`` is True; with "none", set the rest to 0.
 
-        The mean over nothing is 0: an entire batch may be unplanned.
+        The mean over nothing is 0: an entire batch may be unplanned. ``all_counts`` are the flags
+        of all ranks, whose number a mean is over.
         """
-        reduction = reduction or self.reduction
         if counts is None:
             return self._reduce_loss(x, reduction=reduction)
         if reduction == "none":
             # _reduce_loss would drop masked entries and so lose the shape
             return torch.where(counts, x, 0.0)
-        total = self._reduce_loss(x, mask=counts, reduction="sum")
-        return total / counts.sum().clamp_min(1) if reduction == "mean" else total
+        total = self._times_ranks(self._reduce_loss(x, mask=counts, reduction="sum"))
+        return total / all_counts.sum().clamp_min(1) if reduction == "mean" else total
+
+    def _times_ranks(self, x: Tensor) -> Tensor:
+        """Multiply the sum over a rank's batch so that the mean over ranks is the sum over all."""
+        return x if self._n_joined == 1 or x.ndim else self._n_joined * x

@@ -28,6 +28,7 @@ from layeredrl_trl.modules import (
 from layeredrl_trl.modules.loading import LoadsWhole
 from layeredrl_trl.objectives.batch import SliceKeys, Slices, all_of, as_slices
 from layeredrl_trl.objectives.targets import n_step_returns, value_target
+from layeredrl_trl.ranks import gather_rows, n_ranks
 
 HAS_TARGET = "has_target"
 """Name, within a loss, of the flag of steps that have a value target; all have if it is missing."""
@@ -278,9 +279,12 @@ class SliceLoss(LoadsWhole, LossModule):
         moments = self.value_moments
         if moments is not None and not moments.has_started:
             is_first = (moments.count == 0).expand_as(slices.reward)
-            counts = all_of(is_first, slices.mask)
-            entries = self._head_entries(latent, context, slices.action)
-            self.value_network.update_statistics(entries, self._sum_unit * slices.reward, counts)
+            rows = latent, context, slices.action, slices.reward, all_of(is_first, slices.mask)
+            if self._n_joined > 1:
+                rows = gather_rows(*(x.detach() for x in rows))
+            *inputs, reward, counts = rows
+            entries = self._head_entries(*inputs)
+            self.value_network.update_statistics(entries, self._sum_unit * reward, counts)
 
     @property
     def _sum_unit(self) -> float:
@@ -290,6 +294,15 @@ class SliceLoss(LoadsWhole, LossModule):
     def _learns(self, part: nn.Module) -> bool:
         # Parts are shared, so their mode may be set without setting that of the loss.
         return self.training or part.training
+
+    @property
+    def _n_joined(self) -> int:
+        """Number of ranks whose batches count as one; 1 if nothing learns, as in evaluation."""
+        n = n_ranks()
+        if n == 1:
+            return 1
+        parts = [*self.modules(), *([self.value_network] if self.has_value else [])]
+        return n if any(map(self._learns, parts)) else 1
 
     @torch.no_grad()
     def _target_value(self, observation: Tensor, context: Tensor, action: Tensor | None) -> Tensor:

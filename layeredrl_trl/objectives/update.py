@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from layeredrl_trl.checks import check_count, check_number
+from layeredrl_trl.objectives.optimizer_state import check_optimizer_state, parameter_shapes
 from layeredrl_trl.objectives.saved_buffers import SavedBuffers, statistics_of
+from layeredrl_trl.ranks import mean_over_ranks, n_ranks, of_first_rank
 
 LossTerms = Mapping[str, Tensor] | TensorDictBase
 """Outputs of a loss by name; those that begin with ``loss_`` are minimised."""
@@ -60,6 +63,11 @@ class Update:
     A batch with non-finite gradients changes no parameter, target or running statistic; it is
     counted in :attr:`skipped`. The first one causes a warning, and so does the 10th, 100th, ... in
     a row: then nothing is learned any more. A step that raises changes nothing either.
+
+    In a process group of several ranks (:mod:`layeredrl_trl.ranks`), each passes batches of its own
+    and all take the same step: that of the joined batch. Before the first one, all get parameters,
+    statistics and the state of the update from rank 0. One rank's batch with non-finite gradients
+    makes all skip it. All must take the same number of steps, with the same learning rates.
 
     Args:
         loss_module: every output whose key begins with ``loss_`` is minimised.
@@ -110,6 +118,7 @@ class Update:
         self.skipped = 0
         self.explain: Callable[[], str] | None = None
         self._skipped_in_a_row = 0
+        self._has_joined = False  # whether it got the state of rank 0
         self._warm_up_params = {id(p) for p in warm_up_params or ()}
         self._statistics = statistics_of(loss_module)
 
@@ -124,6 +133,8 @@ class Update:
             norm of the gradients before clipping as ``grad_norm``, non-finite if the step was
             skipped.
         """
+        if n_ranks() > 1 and not self._has_joined:
+            self._join()
         step = self.compute_gradients(*batches)
         is_taken = math.isfinite(step.whole_norm.item())
         if is_taken:
@@ -148,6 +159,9 @@ class Update:
             terms = self.compute(*batches)
             total = total_loss(terms)
             total.backward()
+            if n_ranks() > 1:
+                terms = _average_over_ranks(self.optimizer, terms)
+                total = total_loss(terms)
         except BaseException:
             before.restore()
             raise
@@ -191,6 +205,64 @@ class Update:
         look = "Look for non-finite observations or rewards."
         warnings.warn(f"{text} {self.explain() if self.explain else look}", stacklevel=4)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimiser, and counters."""
+        optimizer = self.optimizer.state_dict()
+        return {
+            "optimizer": optimizer,
+            "parameters": parameter_shapes(self.optimizer),
+            "n_states": len(optimizer["state"]),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state from :meth:`state_dict`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`check_state_dict`; nothing is changed then.
+        """
+        self.check_state_dict(state)
+        # copied, because the optimiser would share the tensors of the state
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
+
+    def check_state_dict(self, state: Any, more: Sequence[str] = ()) -> None:
+        """Check that a state from :meth:`state_dict`, with ``more`` entries, can be loaded.
+
+        Raises:
+            TypeError: if a number is none.
+            ValueError: if an entry is missing, the state is of other parts or layers, or a number
+                is out of its range or not finite.
+        """
+        needed = ["optimizer", "steps", "skipped", *more]
+        if not isinstance(state, Mapping) or {*needed} - state.keys():
+            given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"state_dict: expected the state of an optimiser with the entries {needed}, got "
+                f"{given}."
+            )
+        _check_parameters(parameter_shapes(self.optimizer), state.get("parameters"))
+        check_optimizer_state(self.optimizer, state["optimizer"])
+        for name in ("steps", "skipped", "skipped_in_a_row", "n_states"):
+            if name in state:
+                check_count(f"state_dict: {name}", state[name], least=0)
+        n_states = len(state["optimizer"]["state"])
+        if state.get("n_states", n_states) != n_states:
+            raise ValueError(
+                f"state_dict: expected the optimiser's state of {state['n_states']} parameters, "
+                f"got it of {n_states}."
+            )
+
+    def _join(self) -> None:
+        """Start as rank 0, which ``DistributedDataParallel`` does for parameters and buffers."""
+        state = of_first_rank({"loss": self.loss_module.state_dict(), "update": self.state_dict()})
+        self.loss_module.load_state_dict(state["loss"])
+        self.load_state_dict(state["update"])
+        self._has_joined = True
+
     def _clip(self, step: Gradients) -> None:
         max_norm = self.clip_grad_max_norm
         if max_norm is None:
@@ -222,6 +294,49 @@ class ForeachSoftUpdate(SoftUpdate):
                 targets.append(moved[path])
                 sources.append(source)
         torch._foreach_lerp_(targets, sources, 1 - self.eps)
+
+
+def _average_over_ranks(optimizer: torch.optim.Optimizer, terms: LossTerms) -> dict[str, Tensor]:
+    """Average gradients, and outputs that are numbers, over all ranks; return the outputs.
+
+    One collective of all numbers, here and not inside of the backward pass as by
+    ``DistributedDataParallel``: the loss stays the module that it is, compiled or not, and the
+    parameters without gradient need not be known before.
+
+    Raises:
+        ValueError: if the learning rates differ between ranks, which would part their parameters.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = torch.tensor([float(group["lr"]) for group in optimizer.param_groups])
+    has_grad = torch.tensor([float(p.grad is not None) for p in params])
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    numbers = {key: x.detach() for key, x in terms.items() if not x.ndim}
+    on_host = (x.to(grads[0].device) for x in (rates, has_grad))
+    means = mean_over_ranks([*grads, *on_host, *numbers.values()])
+    (*grads, mean_rates, share), outputs = means[: len(params) + 2], means[len(params) + 2 :]
+    if not torch.allclose(mean_rates.cpu(), rates, rtol=1e-5, atol=0.0):
+        raise ValueError(
+            f"ranks: expected the same learning rates on all ranks, got {rates.tolist()} here and "
+            f"{mean_rates.tolist()} in the mean. Pass all the same number of env steps."
+        )
+    for p, grad, n in zip(params, grads, share.tolist(), strict=True):
+        p.grad = grad if n else None
+    return dict(terms.items()) | dict(zip(numbers, outputs, strict=True))
+
+
+def _check_parameters(own: dict[str, Any], given: dict[str, Any] | None) -> None:
+    if given is None or given == own:  # None: saved by an earlier version
+        return
+    parts = [*given] if isinstance(given, Mapping) else given
+    if parts != [*own]:
+        raise ValueError(
+            f"state_dict: it is of a predictor whose parts {parts} learn; here {[*own]} do."
+        )
+    name = next(name for name, shapes in own.items() if shapes != given[name])
+    raise ValueError(
+        f"state_dict: expected parameters of {name!r} of the shapes {own[name]}, got "
+        f"{given[name]}: it is of a predictor of another architecture."
+    )
 
 
 def _grads(groups: list[list[nn.Parameter]]) -> list[list[Tensor]]:

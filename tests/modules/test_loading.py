@@ -114,6 +114,19 @@ FAULTS = {
     "no tensor": (lambda s: s | {last(s): [1.0]}, r"{last} \(expected a tensor, got list\)"),
     "bool": (lambda s: s | {last(s): ~s[last(s)].bool()}, r"{last} \(expected .*, got torch.bool"),
     "complex": (lambda s: s | {last(s): s[last(s)] + 0j}, r"{last} \(expected .*, got torch.comp"),
+    "half precision": (lambda s: s | {last(s): s[last(s)].half()}, r"{last} \(expected .*float16"),
+    "nan": (
+        lambda s: s | {last(s): torch.full_like(s[last(s)], torch.nan)},
+        r"{last} \(expected finite numbers, got \d+ that are not\)",
+    ),
+    "infinite": (
+        lambda s: s | {last(s): torch.full_like(s[last(s)], -torch.inf)},
+        r"{last} \(expected finite numbers, got \d+ that are not\)",
+    ),
+    "too large": (
+        lambda s: s | {last(s): torch.full_like(s[last(s)], 1e300, dtype=torch.float64)},
+        r"{last} \(expected finite numbers, got \d+ that are not\)",
+    ),
     "integer": (
         lambda s: s | {last(s): s[last(s)].long()},
         r"{last} \(expected .*, got torch.int64",
@@ -130,6 +143,38 @@ def test_a_state_that_does_not_fit_changed_what_came_before(make, fault):
     with pytest.raises(RuntimeError, match=f"load_state_dict: .*{text.format(last=name)}"):
         module.load_state_dict(change(dict(state)))
     assert is_the_same(module, before)
+
+
+class Masked(LoadsWhole):
+    """Buffers that are infinite or NaN on purpose."""
+
+    may_be_non_finite = frozenset({"least"})
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("least", torch.tensor(torch.inf))
+
+
+def test_buffers_that_are_not_finite_on_purpose():
+    module, saved = Masked(), Masked()
+    module.least.fill_(3.0)
+    module.load_state_dict(saved.state_dict())
+    assert module.least == torch.inf and torch.equal(module.mask, saved.mask)
+    outer, state = nn.Sequential(module), nn.Sequential(saved).state_dict()
+    check_state(outer, state)
+    with pytest.raises(RuntimeError, match=r"0.mask \(expected finite numbers, got 1 that"):
+        check_state(outer, state | {"0.mask": torch.full((2,), -torch.inf)})
+
+
+def test_a_module_that_diverged_takes_no_nan_but_finite_numbers():
+    module, good = Net(), Net().state_dict()
+    nn.init.constant_(module.first.weight, torch.nan)
+    with pytest.raises(RuntimeError, match=r"first.weight .expected finite numbers, got 6 that"):
+        module.load_state_dict(module.state_dict())
+    module.load_state_dict(good)
+    assert torch.equal(module.first.weight, good["first.weight"])
 
 
 def test_without_strict_names_may_differ_but_not_shapes():

@@ -406,6 +406,193 @@ def test_an_error_changes_nothing():
     assert update.steps == 0
 
 
+# --- state
+
+
+def make_learned(seed=0, n=4, **options):
+    """An Update of parts in groups of their own, after some steps."""
+    torch.manual_seed(seed)
+    update, loss = make(**options)
+    parts = {"reward": loss.reward, "encoder": loss.encoder}
+    groups = [{"params": [*part.parameters()], "name": name} for name, part in parts.items()]
+    update.optimizer = torch.optim.Adam(groups, 1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(n):
+            update(poisoned() if i == n - 1 else make_slices())
+    return update, loss
+
+
+def test_a_loaded_update_goes_on_as_the_saved_one():
+    update, loss = make_learned()
+    other, other_loss = make_learned(seed=1, n=1)
+    other_loss.load_state_dict(loss.state_dict())
+    saved = copy.deepcopy(update.state_dict())
+    other.load_state_dict(saved)
+    assert (other.steps, other.skipped) == (4, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in (poisoned(), make_slices(), make_slices()):
+            update(batch)
+            other(batch)
+    assert not changed(snapshot(update), snapshot(other))
+    assert update.state_dict()["skipped"] == other.state_dict()["skipped"] == 2
+    assert not same_moments(saved, update.state_dict())  # the saved one is no part of the update
+
+
+def same_moments(one, other) -> bool:
+    pairs = zip(
+        one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True
+    )
+    return all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in pairs)
+
+
+def test_the_number_skipped_in_a_row_is_kept():
+    """A run that is resumed all the time had never warned that nothing is learned any more."""
+    update, _ = make_learned()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(8):
+            update(poisoned())
+    other, _ = make_learned(n=1)
+    other.load_state_dict(update.state_dict())
+    with pytest.warns(UserWarning, match="the last 10 batches"):
+        other(poisoned())
+
+
+def test_a_state_of_an_earlier_version_is_loaded():
+    update, _ = make_learned()
+    state = copy.deepcopy(update.state_dict())
+    for name in ("parameters", "n_states", "skipped_in_a_row"):
+        del state[name]
+    other, _ = make_learned(n=1)
+    other.load_state_dict(state)
+    assert same_moments(state, other.state_dict()) and other.steps == 4
+
+
+def test_an_update_that_has_not_learned_has_a_state():
+    update, _ = make()
+    other, _ = make_learned(n=1)
+    other.optimizer = torch.optim.Adam(other.loss_module.parameters(), 1e-2)
+    other.load_state_dict(update.state_dict())
+    assert other.steps == 0 and other.optimizer.state_dict()["state"] == {}
+
+
+def moment(state) -> dict:
+    return state["optimizer"]["state"][2]
+
+
+def group(state) -> dict:
+    return state["optimizer"]["param_groups"][1]
+
+
+FAULTS = {
+    "half precision": (
+        lambda s: moment(s).update(exp_avg=moment(s)["exp_avg"].half()),
+        ValueError,
+        "expected 'exp_avg' .* of torch.float32, got torch.float16",
+    ),
+    "integers": (
+        lambda s: moment(s).update(exp_avg=moment(s)["exp_avg"].int()),
+        ValueError,
+        "int32",
+    ),
+    "nan": (lambda s: moment(s)["exp_avg"].fill_(torch.nan), ValueError, "'exp_avg' .* is finite"),
+    "inf": (lambda s: moment(s)["exp_avg_sq"][:1].fill_(torch.inf), ValueError, "is finite"),
+    "negative square": (
+        lambda s: moment(s)["exp_avg_sq"].sub_(1),
+        ValueError,
+        "'exp_avg_sq' .* finite and at least 0",
+    ),
+    "negative step": (lambda s: moment(s)["step"].fill_(-1), ValueError, "'step' .* at least 0"),
+    "step of another kind": (lambda s: moment(s).update(step="x"), TypeError, "'step' .* a number"),
+    "no moment": (lambda s: moment(s).pop("exp_avg"), ValueError, r"has no \['exp_avg'\]"),
+    "no state": (
+        lambda s: s["optimizer"]["state"].pop(2),
+        ValueError,
+        "optimiser's state of 6 parameters, got it of 5",
+    ),
+    "state of nobody": (
+        lambda s: s["optimizer"]["state"].update({99: moment(s)}),
+        ValueError,
+        "of the parameters 0 to 5",
+    ),
+    "no numbers": (lambda s: group(s).pop("params"), ValueError, "numbers of parameters"),
+    "one number twice": (
+        lambda s: group(s)["params"].__setitem__(0, group(s)["params"][1]),
+        ValueError,
+        "numbers of parameters",
+    ),
+    "no entries": (
+        lambda s: s["optimizer"]["state"].update({2: 0.5}),
+        ValueError,
+        "entries by name",
+    ),
+    "rate": (lambda s: group(s).update(lr="x"), TypeError, "lr of .* 'encoder' must be a number"),
+    "infinite rate": (lambda s: group(s).update(lr=torch.inf), ValueError, "lr .* must be finite"),
+    "negative rate": (lambda s: group(s).update(lr=-1.0), ValueError, "lr .* at least 0, got -1"),
+    "no rate": (lambda s: group(s).pop("lr"), ValueError, "lr of .* is missing"),
+    "beta": (lambda s: group(s).update(betas=(0.9, "x")), TypeError, "betas .* a number, got 'x'"),
+    "betas": (lambda s: group(s).update(betas=(0.9,)), ValueError, "betas .* must be 2 numbers"),
+    "beta of 1": (lambda s: group(s).update(betas=(0.9, 1.0)), ValueError, r"betas .* \[0, 1\)"),
+    "eps": (lambda s: group(s).update(eps=torch.nan), ValueError, "eps .* must be finite"),
+    "flag": (lambda s: group(s).update(amsgrad="x"), TypeError, "amsgrad .* True, False or None"),
+    "name": (lambda s: group(s).update(name="x"), ValueError, "name .* must be 'encoder', got 'x'"),
+    "steps": (lambda s: s.update(steps=-1), ValueError, "steps must be at least 0, got -1"),
+    "in a row": (
+        lambda s: s.update(skipped_in_a_row=0.5),
+        TypeError,
+        "skipped_in_a_row must be an",
+    ),
+    "entries": (lambda s: s.pop("steps"), ValueError, "with the entries .* got"),
+    "parameters": (lambda s: s.update(parameters=5), ValueError, "parts 5 learn"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_state_is_refused_and_changes_nothing(fault):
+    damage, error, text = FAULTS[fault]
+    update, _ = make_learned()
+    other, _ = make_learned(seed=1, n=2)
+    before, steps = snapshot(other), other.steps
+    state = copy.deepcopy(update.state_dict())
+    damage(state)
+    with pytest.raises(error, match=text):
+        other.load_state_dict(state)
+    assert not changed(before, snapshot(other)) and other.steps == steps
+    other.load_state_dict(update.state_dict())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, torch.tensor(0.1), amsgrad=True),
+        lambda p: torch.optim.AdamW(p, 0.1),
+        lambda p: torch.optim.RMSprop(p, 0.1, centered=True),
+        lambda p: torch.optim.Adagrad(p, 0.1),
+        lambda p: torch.optim.NAdam(p, 0.1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_state_of_any_optimiser_is_loaded(kind, dtype):
+    """Also where parameters have another precision by now."""
+    update, other = make()[0], make()[0]
+    for one in (update, other):
+        one.optimizer = kind(one.loss_module.parameters())
+    update(make_slices())
+    other.loss_module.to(dtype)
+    other.load_state_dict(update.state_dict())
+    for one, x in zip(
+        other.optimizer.state_dict()["state"].values(),
+        update.optimizer.state_dict()["state"].values(),
+        strict=True,
+    ):
+        assert one.keys() == x.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], x[name], check_dtype=False)
+
+
 # --- ForeachSoftUpdate
 
 

@@ -118,6 +118,16 @@ FAULTS = {
         ValueError,
         "with the entries .*'optimizer'.* got",
     ),
+    "moment of nan": (
+        with_optimizer(lambda x: first_moment(x)["exp_avg"].fill_(torch.nan)),
+        ValueError,
+        "expected 'exp_avg' of a parameter of the optimiser that is finite",
+    ),
+    "rate of the optimiser": (
+        with_optimizer(lambda x: x["param_groups"][0].update(lr="x")),
+        TypeError,
+        "lr of the optimiser's group 'model' must be a number, got 'x'",
+    ),
     "steps": (with_extra(steps="x"), TypeError, "steps must be an integer, got 'x'"),
     "skipped": (with_extra(skipped=-1), ValueError, "skipped must be at least 0, got -1"),
     "calls": (with_extra(n_learn_calls=None), TypeError, "n_learn_calls must be an integer"),
@@ -182,13 +192,14 @@ def test_an_interrupted_load_is_undone():
     assert is_equal(everything(predictor), everything(other))
 
 
-def test_non_finite_numbers_are_loaded_as_they_are():
-    """A state of a run that diverged is a state, too."""
+def test_weights_of_nan_were_loaded():
     predictor = small_predictor()
-    state = everything(small_predictor())
-    state["model.net.weights.0"].fill_(torch.nan)
-    predictor.load_state_dict(state)
-    assert snapshot(predictor)["model.net.weights.0"].isnan().all()
+    before, state = everything(predictor), everything(small_predictor())
+    state["model.net.weights.0"][0, 0] = torch.nan
+    text = r"model.net.weights.0 \(expected finite numbers, got 8 that are not"
+    with pytest.raises(RuntimeError, match=text):
+        predictor.load_state_dict(state)
+    assert is_equal(everything(predictor), before)
 
 
 def test_float64_numbers_of_a_state_are_cast():
