@@ -37,10 +37,10 @@ from layeredrl_trl.recipes import (
     run_episodes,
     train,
 )
-from layeredrl_trl.recipes.agent import make_predictor
-from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
+from layeredrl_trl.recipes.agent import Spaces, make_predictor
 from layeredrl_trl.recipes.errors import describe, one_line
 from layeredrl_trl.recipes.memory import check_memory
+from layeredrl_trl.recipes.run_folder import RunFolder
 
 _PROGRAM = "python -m layeredrl_trl"
 _UNFORESEEN = "Nobody foresaw this: please report it (LAYEREDRL_TRL_TRACEBACK=1 shows all of it)."
@@ -55,15 +55,18 @@ def evaluate(config: EvaluateConfig) -> None:
     """Let a trained agent act and print its returns.
 
     Raises:
-        RecipeError: if the checkpoint cannot be used, or its environment fails.
+        RecipeError: if the run cannot be used, or its environment fails.
     """
-    checkpoint = Checkpoint.load(config.checkpoint, config.device)
-    trained = replace(checkpoint.config, eval_episodes=config.episodes)
+    folder = RunFolder(config.run)
+    saved = folder.latest()
+    trained = folder.read_config(saved, device=config.device, env=config.env)
+    trained = replace(trained, eval_episodes=config.episodes)
     env = make_env(trained.env)
-    check_memory(trained, env)
-    predictor = make_predictor(trained, env)
+    spaces = Spaces.of(env)
     env.close()
-    restore(predictor, checkpoint.predictor, config.checkpoint)
+    check_memory(trained, spaces)
+    predictor = make_predictor(trained, spaces)
+    folder.load_predictor(predictor, saved)
     try:
         rollout = run_episodes(trained, predictor, episodes=config.episodes, seed=config.seed)
     except Exception as error:

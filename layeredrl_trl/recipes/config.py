@@ -40,6 +40,7 @@ _SomeFrames = Annotated[int, Range(0, 10**9)]
 _Thousand = Annotated[int, Range(1, 1000)]
 # dm_control takes seeds of 32 bits, and the seed of an evaluation is that of the run and 10,000.
 _Seed = Annotated[int, Range(0, 2**31 - 1)]
+_Workers = Annotated[int, Range(1, 256)]
 _Threads = Annotated[int, Range(1, 256)]
 _Fraction = Annotated[float, Range(0, 1)]
 
@@ -52,6 +53,11 @@ class TrainConfig:
     """Id of a Gymnasium environment (MODULE:ID imports a module first, which registers it), or
     dm_control/DOMAIN-TASK. Observations are vectors (several are joined); an action is a vector or
     one discrete choice."""
+    dataset: str | None = None
+    """A dataset to learn from instead of collecting: the folder of a Minari dataset, of TorchRL's
+    or of a memory-mapped TensorDict, or an id in Minari's local storage. A step is then an
+    optimisation step; env is where the agent is evaluated, by default the one that the dataset
+    names, if it can be made."""
     seed: _Seed = 0
     """Seed of environment, exploration, networks and planner, below 2**31."""
     total_frames: _Frames = 3000
@@ -74,11 +80,17 @@ class TrainConfig:
     logdir: Path = Path("runs")
     """Folder in which the run's own folder is made."""
     resume: Path | None = None
-    """A checkpoint.pt to go on from, in its folder. Only total-frames and device are then read from
-    the command line; all other options are those of the checkpoint. Episodes and actions are drawn
-    with a seed made from the run's seed and the steps already taken."""
+    """The folder of a run to go on with, from its latest whole checkpoint. Only total-frames,
+    device and num-threads are then read from the command line; all other options are those of the
+    run. An env MODULE:ID has to be given again."""
     checkpoint_interval: _Frames = 1000
     """Environment steps between two checkpoints; one more is written at the end."""
+    num_envs: _Thousand = 1
+    """Environments that are stepped together, in each process that collects."""
+    num_workers: _Workers = 1
+    """Processes that collect; with 1 it is the one that learns."""
+    asynchronous: bool = False
+    """Whether workers collect while the model learns, instead of waiting for it."""
     eval_episodes: _Thousand = 10
     """Number of episodes in the final evaluation, run side by side, at most 1000."""
     frames_per_batch: _Frames = 20
@@ -119,6 +131,9 @@ class TrainConfig:
     multiple of n-models."""
     optim_steps: _Thousand = 4
     """Iterations of the planner per environment step."""
+    pessimism: Annotated[float, Range(0, 1e6)] = 0.0
+    """How much a plan's return loses by the disagreement of the ensemble's members, in units of the
+    reward; of use with a dataset, which knows only a part of the world."""
     terminal_value: bool = True
     """Whether the planner adds the learned value of the last state of a plan."""
 
@@ -146,6 +161,13 @@ class TrainConfig:
         for name in ("init_random_frames", "frames_per_batch"):
             fits = self.resume is not None or getattr(self, name) <= self.total_frames
             _require(self, name, fits, f"not exceed total_frames={self.total_frames}")
+        columns = self.action_repeat * self.num_envs * self.num_workers
+        if columns > self.action_repeat:
+            expected = "be a multiple of 2 * action_repeat * num_envs * num_workers = "
+            legal = self.frames_per_batch % (2 * columns) == 0
+            _require(self, "frames_per_batch", legal, f"{expected}{2 * columns}")
+        legal = not self.asynchronous or self.num_workers > 1
+        _require(self, "asynchronous", legal, "be False with num_workers=1")
         check_device(self.device)
 
 
@@ -171,8 +193,10 @@ def check_device(device: str) -> None:
 class EvaluateConfig:
     """Let a trained agent act, without exploring or learning."""
 
-    checkpoint: Path
-    """A checkpoint.pt that training has written."""
+    run: Path
+    """The folder of a run that training has made."""
+    env: str | None = None
+    """Needed only if the run is of an environment MODULE:ID, whose module is imported: that id."""
     episodes: _Thousand = 10
     """Number of episodes, run side by side, at most 1000."""
     seed: _Seed = 10_000

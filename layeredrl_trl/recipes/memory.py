@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 import torch
-from torchrl.envs import EnvBase
 
-from layeredrl_trl import keys
+from layeredrl_trl.recipes.agent import Spaces
 from layeredrl_trl.recipes.config import TrainConfig
 from layeredrl_trl.recipes.errors import RecipeError
 
@@ -59,17 +58,18 @@ def memory_needed(config: TrainConfig, obs_dim: int, action_dim: int) -> dict[st
     }
 
 
-def check_memory(config: TrainConfig, env: EnvBase) -> None:
-    """Check that a run in ``env`` fits into the memory of this machine and of its device.
+def check_memory(config: TrainConfig, spaces: Spaces) -> None:
+    """Check that a run in such an env fits into the memory of this machine and of its device.
 
     Raises:
         RecipeError: if it does not, naming the options to lower.
     """
-    obs_dim = env.observation_spec_unbatched[keys.OBSERVATION].shape[-1]
-    needed = memory_needed(config, obs_dim, env.action_spec_unbatched.shape[-1])
+    needed = memory_needed(config, spaces.obs_dim, spaces.action_spec.shape[-1])
+    if config.dataset is not None:  # its large entries stay on disk
+        del needed[_BUFFER]
     device = torch.device(config.device)
     if device.type == "cuda":
-        buffer = needed.pop(_BUFFER)  # it stays in the memory of the machine
+        buffer = needed.pop(_BUFFER, 0)  # it stays in the memory of the machine
         _check(needed, torch.cuda.mem_get_info(device)[1], config.device)
         needed = {_BUFFER: buffer}
     _check(needed, machine_memory(), "this machine")

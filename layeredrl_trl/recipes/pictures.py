@@ -158,7 +158,7 @@ def _draw_disagreement(
     axes: Axes, predictor: RewardPredictor, buffer: TensorDictReplayBuffer
 ) -> None:
     """Draw how much the members disagree when stored states are moved away from their mean."""
-    stored = buffer[:]
+    stored = buffer[:].reshape(-1)
     index = torch.randperm(len(stored))[:512]
     latent, context = predictor.encode(stored.get(keys.OBSERVATION)[index])
     action = stored.get(keys.ACTION)[index].to(latent.device)

@@ -1,59 +1,49 @@
-"""The main job: collect, learn, plan, evaluate."""
+"""The main job: collect, learn, plan, evaluate, by a ``PredictorTrainer``."""
 
 from __future__ import annotations
 
-import math
+import random
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import EnvBase
 from torchrl.record.loggers.tensorboard import TensorboardLogger
-from tqdm import tqdm
 
 from layeredrl_trl import keys
+from layeredrl_trl.data import TransitionSliceSampler
 from layeredrl_trl.diagnostics import ModelReport, ModelReportHook
-from layeredrl_trl.planners import SamplingPlanner
 from layeredrl_trl.predictors import RewardPredictor
-from layeredrl_trl.recipes.agent import Explorer, make_policy, make_predictor
-from layeredrl_trl.recipes.checkpoint import Checkpoint, restore
+from layeredrl_trl.recipes.agent import Spaces, make_policy, make_predictor
+from layeredrl_trl.recipes.collecting import make_collector
 from layeredrl_trl.recipes.config import TrainConfig
 from layeredrl_trl.recipes.environments import make_env
 from layeredrl_trl.recipes.errors import RecipeError, describe, quote
-from layeredrl_trl.recipes.evaluation import as_buffer, episode_returns, run_episodes
-from layeredrl_trl.recipes.files import (
-    check_writable,
-    make_folder,
-    replacing,
-    write_csv,
-    write_json,
-)
+from layeredrl_trl.recipes.files import check_writable, make_folder
 from layeredrl_trl.recipes.memory import check_memory
-from layeredrl_trl.recipes.pictures import (
-    ImaginationScore,
-    draw_imagination,
-    draw_learning_curve,
-    score_imagination,
-)
+from layeredrl_trl.recipes.offline import NO_ENV, Offline, open_dataset
+from layeredrl_trl.recipes.pictures import ImaginationScore
+from layeredrl_trl.recipes.results import summary, write_report, write_results
+from layeredrl_trl.recipes.run_folder import RunFolder
+from layeredrl_trl.trainers import EpisodeLog, PlannerLog, PredictorTrainer
 
-_STORED = (keys.OBSERVATION, keys.ACTION, keys.PLANNED, keys.TRAJ_IDS)
-_STORED_NEXT = tuple(
-    ("next", key)
-    for key in (keys.OBSERVATION, keys.REWARD, keys.TERMINATED, keys.TRUNCATED, keys.DONE)
+STORED = (
+    *(keys.OBSERVATION, keys.ACTION, keys.PLANNED, keys.TRAJ_IDS),
+    *(keys.NEXT_OBSERVATION, keys.NEXT_REWARD),
+    *(keys.NEXT_TERMINATED, keys.NEXT_TRUNCATED, keys.NEXT_DONE),
 )
+"""Entries that a run stores of each step."""
 
 
 @dataclass
 class Run:
-    """What a run has done so far.
+    """What a run has done.
 
     Attributes:
         folder: folder of the run's files.
@@ -63,7 +53,7 @@ class Run:
         imagination: how well imagined returns follow real ones.
         report: report on the model, measured on the evaluation episodes.
         seconds: wall time of training.
-        interrupted: whether Ctrl-C ended the run.
+        interrupted: whether a signal ended the run.
     """
 
     folder: Path
@@ -75,10 +65,14 @@ class Run:
     seconds: float = 0.0
     interrupted: bool = False
 
-    @property
-    def checkpoint(self) -> Path:
-        """File of the checkpoint."""
-        return self.folder / "checkpoint.pt"
+
+class Parts(NamedTuple):
+    """The parts of a run."""
+
+    predictor: RewardPredictor
+    trainer: PredictorTrainer
+    log: EpisodeLog | None
+    offline: Offline | None
 
 
 def train(
@@ -89,10 +83,10 @@ def train(
 ) -> Run:
     """Learn a world model of ``config.env`` and act by planning in it.
 
-    Ctrl-C ends the run early: the checkpoint is written, evaluation and pictures are left out. So
-    does an error, say of the environment, but that is raised. A resumed run draws its episodes,
-    actions and batches with a new seed, see :func:`seed_after`; its final evaluation uses the same
-    episodes as that of an uninterrupted run.
+    Ctrl-C and SIGTERM end the run after the current batch, with a checkpoint; evaluation and
+    pictures are left out. A second one ends it at once. An error of the environment, say, is raised
+    after a checkpoint was written. A resumed run goes on from its latest whole checkpoint, to the
+    bit as if it had not stopped (see :class:`~layeredrl_trl.trainers.PredictorTrainer`).
 
     Args:
         config: options of the run.
@@ -105,293 +99,224 @@ def train(
 
     Raises:
         RecipeError: if the environment is not supported, the run does not fit into memory, the
-            folder is not writable, or the run cannot go on from ``config.resume``; no file has
-            been written then. Or if the run fails later on; its checkpoint has been written then.
+            folder is not writable or another process writes to it, or the run cannot go on from
+            ``config.resume``; no file has been written then. Or if the run fails later on; its
+            checkpoint has been written then.
     """
-    resumed, seed = None, config.seed
-    if config.resume is not None:
-        resumed = Checkpoint.load(config.resume, config.device)
-        check_writable(config.resume.parent)
-        config = _resumed_config(config, resumed, say, given)
-        seed = seed_after(config.seed, resumed.frames)
-    torch.manual_seed(seed)
-    repeat = config.action_repeat
-    env = make_env(config.env, seed=seed, action_repeat=repeat)
-    check_memory(config, env)
-    predictor = make_predictor(config, env)
-    policy, planner = make_policy(config, predictor, env.action_spec)
-    frames_before = resumed.frames if resumed else 0
-    n_batches = math.ceil((config.total_frames - frames_before) / config.frames_per_batch)
-    new_frames = n_batches * config.frames_per_batch
-    total_frames = frames_before + new_frames
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(total_frames // repeat))
-    if resumed is None:
-        run = Run(make_folder(config.logdir, config.env, config.seed))
-    else:
-        restore(predictor, resumed.predictor, config.resume)
-        _refill(buffer, resumed, config.resume, env)
-        run = Run(config.resume.parent, frames=frames_before, episodes=resumed.episodes)
-    predictor.writer = logger = TensorboardLogger("tensorboard", log_dir=str(run.folder))
-    job = _Job(config, predictor, planner, buffer, logger, run)
-    env.append_transform(planner.make_tensordict_primer())
-    explorer = Explorer(
-        policy,
-        env.action_spec,
-        init_random_steps=config.init_random_frames // repeat,
-        planned_steps=config.planned_frames // repeat,
-        random_steps=config.random_frames // repeat,
-        planner=planner,
-    )
-    collector = Collector(
-        env,
-        explorer,
-        frames_per_batch=config.frames_per_batch // repeat,
-        total_frames=new_frames // repeat,
-        auto_register_policy_transforms=False,
-    )
-    explorer.steps = run.frames // repeat  # the collector has called the policy once to try it
-    layout = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}
-    bar = tqdm(desc=config.env, total=total_frames, initial=run.frames, **layout)
-    started = time.perf_counter()
-    try:
-        for batch in collector:
-            stored = batch.select(*_STORED, *_STORED_NEXT)
-            buffer.extend(stored.reshape(-1))
-            new_frames = batch.numel() * repeat
-            _note_episodes(job, batch)
-            _log_plans(job, batch)
-            info = _learn(job, new_frames)
-            bar.set_postfix_str(_status(run, info), refresh=False)
-            bar.update(new_frames)
-            if run.frames % config.checkpoint_interval < new_frames:
-                _save(job)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    except Exception as error:
-        raise _failed(job, error) from error
-    finally:
-        bar.close()
-        collector.shutdown()
-    run.seconds = time.perf_counter() - started
-    try:
-        _save(job)
-    except OSError as error:
-        raise _failed(job, error) from error
-    if run.interrupted:
-        say(f"Interrupted after {run.frames} steps. Checkpoint: {run.checkpoint}")
-        say(f"  to go on: {_resume_command(job)}")
+    with ExitStack() as stack:
+        saved = None
+        if config.resume is not None:
+            folder = RunFolder(config.resume)
+            folder.latest()  # before the lock, which would make a file in a folder of no run
+            check_writable(folder.path)
+            stack.enter_context(folder.locked())
+            saved = folder.latest()
+            config = _resumed_config(config, folder, saved, say, given)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(config.seed)
+        config, spaces, offline = _open_source(config, given)
+        check_memory(config, spaces)
+        predictor = make_predictor(config, spaces)
+        make_policy(config, predictor, spaces.action_spec)  # refuses options that do not fit
+        if config.resume is None:
+            folder = RunFolder(make_folder(config.logdir, config.env, config.seed))
+            stack.enter_context(folder.locked())
+        frames = 0 if saved is None else _frames_at(saved)
+        parts = make_parts(config, folder, predictor, offline, frames)
+        stack.callback(parts.trainer.collector.shutdown)
+        if saved is not None:
+            _load(parts, saved)
+        run = _train(config, folder, parts, say)
+        if not run.interrupted:
+            _evaluate(config, run, parts, say)
         return run
+
+
+def make_parts(
+    config: TrainConfig,
+    folder: RunFolder,
+    predictor: RewardPredictor,
+    offline: Offline | None,
+    frames: int,
+) -> Parts:
+    """Put the parts of a run together that has taken ``frames`` env steps."""
+    slice_len = predictor.loss_module.slice_len
+    checkpoint = folder.checkpoint(config)
+    options = {
+        "predictor": predictor,
+        "total_frames": config.total_frames,
+        "batch_size": config.batch_size,
+        "logger": TensorboardLogger("tensorboard", log_dir=str(folder.path)),
+        "log_interval": config.frames_per_batch,
+        "save_trainer_interval": config.checkpoint_interval,
+        "checkpoint": checkpoint,
+        "checkpoint_rotation": folder.rotation,
+    }
+    if offline is not None:
+        interval = {"interval": config.checkpoint_interval}
+        report = ModelReportHook(predictor, offline.held_out, config.planning_horizon, **interval)
+        buffer = offline.feed(slice_len)
+        trainer = PredictorTrainer(collector=None, replay_buffer=buffer, hooks=[report], **options)
+        return Parts(predictor, trainer, None, offline)
+    collector, explorer, planner = make_collector(config, predictor, frames)
+    batch = config.frames_per_batch
+    rows = -(-config.total_frames // batch) * batch // config.action_repeat
+    has_columns = config.num_envs * config.num_workers > 1 and not config.asynchronous
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(rows, ndim=1 + has_columns),
+        sampler=TransitionSliceSampler(slice_len=slice_len),
+    )
+    checkpoint.register("replay_buffer", buffer, adapter=folder.stored_rows())
+    log = EpisodeLog(folder.path / "episodes.csv")
+    trainer = PredictorTrainer(
+        collector=collector,
+        replay_buffer=buffer,
+        updates_per_frame=config.updates_per_frame,
+        planner=explorer,
+        init_random_frames=config.init_random_frames,
+        stored_keys=STORED,
+        frame_skip=config.action_repeat,
+        hooks=[log, PlannerLog(planner)],
+        **options,
+    )
+    return Parts(predictor, trainer, log, None)
+
+
+def _open_source(
+    config: TrainConfig, given: Collection[str] | None
+) -> tuple[TrainConfig, Spaces, Offline | None]:
+    """Look at what a run learns from: an environment, or a dataset that may name one."""
+    if config.dataset is None:
+        env = make_env(config.env, seed=config.seed, action_repeat=config.action_repeat)
+        spaces = Spaces.of(env)
+        env.close()
+        return config, spaces, None
+    chosen = config.env != TrainConfig.env if given is None else "env" in given
+    is_known = config.env != NO_ENV and (chosen or config.resume is not None)
+    offline = open_dataset(config, config.env if is_known else None)
+    return replace(config, env=offline.env_id or NO_ENV), offline.spaces, offline
+
+
+def _train(config: TrainConfig, folder: RunFolder, parts: Parts, say: Callable[[str], None]) -> Run:
+    """Train, and say how to go on if a signal or an error ends it early."""
+    trainer, started = parts.trainer, time.perf_counter()
+    interrupted = False
     try:
-        _evaluate(job)
+        with trainer.stop_on_signal():
+            trainer.train()
+        interrupted = trainer.collected_frames < config.total_frames
+    except KeyboardInterrupt:  # the second signal: nothing is saved
+        interrupted = True
     except Exception as error:
-        raise RecipeError(
-            f"the run is over and its checkpoint written, but not all of its results: "
-            f"{describe(error)}. To evaluate it: {_evaluate_command(run)}"
-        ) from error
-    for line in _summary(config, run):
-        say(line)
-    return run
+        raise _failed(config, folder, parts, error) from error
+    if interrupted:
+        saved = folder.rotation.latest()
+        frames = trainer.collected_frames
+        say(f"Interrupted after {frames} steps. Checkpoint: {saved or 'none was written yet'}")
+        if saved is not None:
+            say(f"  to go on: {_resume_command(config, folder)}")
+    return Run(
+        folder.path,
+        frames=trainer.collected_frames,
+        episodes=parts.log.episodes() if parts.log else [],
+        seconds=time.perf_counter() - started,
+        interrupted=interrupted,
+    )
 
 
-def seed_after(seed: int, frames: int) -> int:
-    """Compute the seed with which a run goes on after ``frames`` env steps, an integer of 31 bits.
+def _load(parts: Parts, saved: Path) -> None:
+    """Load a checkpoint into the parts of a run."""
+    try:
+        parts.trainer.load_from_file(saved)
+    except Exception as error:  # of a checkpoint whose files are as they were written
+        raise RecipeError(f"resume: {quote(saved)} cannot be used: {describe(error)}.") from error
 
-    The new seed is a hash of both numbers, so the resumed run does not repeat the random numbers
-    of its own start, nor, as with ``seed + frames``, those of another run's start. A run resumed
-    twice from the same checkpoint goes on with the same seed, and after 0 steps with its own.
-    """
-    if frames == 0:
-        return seed
-    return int(np.random.SeedSequence([seed, frames]).generate_state(1)[0]) >> 1
+
+def _frames_at(saved: Path) -> int:
+    """Return the env steps that a run had taken at a checkpoint."""
+    return int(saved.name.rpartition("-")[2])
 
 
 def _resumed_config(
     config: TrainConfig,
-    resumed: Checkpoint,
+    folder: RunFolder,
+    saved: Path,
     say: Callable[[str], None],
     given: Collection[str] | None,
 ) -> TrainConfig:
     """Return the checkpoint's options, but with ``total_frames`` and ``resume`` of ``config``."""
-    if config.total_frames <= resumed.frames:
+    there = folder.read_config(saved, device=config.device, env=config.env)
+    frames = _frames_at(saved)
+    if config.total_frames <= frames:
         raise RecipeError(
-            f"resume: the run has taken {resumed.frames} steps already; raise total_frames, "
-            f"which is {config.total_frames}."
+            f"resume: the run has taken {frames} steps already; raise total_frames, which is "
+            f"{config.total_frames}."
         )
     for option in fields(TrainConfig):
-        name, value = option.name, getattr(config, option.name)
-        there = getattr(resumed.config, name)
+        name, value, old = option.name, getattr(config, option.name), getattr(there, option.name)
         chosen = value != option.default if given is None else name in given
-        if name in ("total_frames", "resume", "device", "num_threads") or not chosen:
+        if name in ("total_frames", "resume", "device", "num_threads", "logdir") or not chosen:
             continue
-        if name == "env" and value != there:
+        if name == "env" and value != old:
             raise RecipeError(
-                f"resume: {quote(config.resume)} is a checkpoint of the environment {there}, not "
-                f"of {quote(value)}; leave out --env, or give a checkpoint of that environment."
+                f"resume: {quote(config.resume)} is a run of the environment {old}, not of "
+                f"{quote(value)}; leave out --env, or give a run of that environment."
             )
-        if value != there:
-            say(f"{name} stays {there}, as it was in the run that is resumed, not {value}.")
+        if value != old:
+            say(f"{name} stays {old}, as it was in the run that is resumed, not {value}.")
     # without resume, so that lengths are checked against total_frames
-    longer = replace(resumed.config, total_frames=config.total_frames)
+    longer = replace(there, total_frames=config.total_frames)
     return replace(longer, resume=config.resume)
 
 
-def _refill(buffer: TensorDictReplayBuffer, resumed: Checkpoint, path: Path, env: EnvBase) -> None:
-    """Put the transitions of a checkpoint into an empty buffer, and end their last episode."""
-    n_rows = resumed.frames // resumed.config.action_repeat
-    if not n_rows:
-        return
-    like = env.fake_tensordict()
-    try:
-        transitions = TensorDict(resumed.transitions, batch_size=[n_rows])
-        transitions = transitions.select(*_STORED, *_STORED_NEXT)
-        for key in (keys.ACTION, keys.OBSERVATION, *_STORED_NEXT):
-            transitions.get(key).view(n_rows, *like.get(key).shape)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RecipeError(
-            f"checkpoint: {quote(path)} cannot be resumed, as it does not hold the {n_rows} "
-            f"transitions of its {resumed.frames} steps ({type(error).__name__})."
-        ) from error
-    for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):  # the env starts a new episode
-        transitions.get(key)[-1] = True
-    buffer.extend(transitions)
-
-
-class _Job(NamedTuple):
-    """A run and its parts."""
-
-    config: TrainConfig
-    predictor: RewardPredictor
-    planner: SamplingPlanner
-    buffer: TensorDictReplayBuffer
-    logger: TensorboardLogger
-    run: Run
-
-
-def _save(job: _Job) -> None:
-    """Write the checkpoint and the table of episodes."""
-    config, run = replace(job.config, resume=None), job.run
-    transitions = {}
-    if run.frames:  # Ctrl-C may have come between storing a batch and counting it
-        stored = job.buffer[: run.frames // config.action_repeat]
-        transitions = stored.exclude(keys.INDEX).to_dict()
-    state = job.predictor.state_dict()
-    Checkpoint(config, run.frames, run.episodes, state, transitions).save(run.checkpoint)
-    write_csv(run.folder / "episodes.csv", [("env_steps", "return"), *run.episodes])
-
-
-def _failed(job: _Job, error: Exception) -> RecipeError:
+def _failed(config: TrainConfig, folder: RunFolder, parts: Parts, error: Exception) -> RecipeError:
     """Write a checkpoint after an error in the middle of a run, and make the error to raise."""
-    text = f"the run has stopped after {job.run.frames} steps: {describe(error)}."
+    text = f"the run has stopped after {parts.trainer.collected_frames} steps: {describe(error)}."
     try:
-        _save(job)
+        parts.trainer.save_after_error()
     except Exception as second:
-        older = "; an older checkpoint is there" if job.run.checkpoint.exists() else ""
+        older = "; an older checkpoint is there" if folder.rotation.latest() else ""
         text += f" No checkpoint could be written then ({describe(second)}){older}."
-    if job.run.checkpoint.exists():
-        text += f" To go on: {_resume_command(job)}"
+    if folder.rotation.latest():
+        text += f" To go on: {_resume_command(config, folder)}"
     return RecipeError(text)
 
 
-def _learn(job: _Job, new_frames: int) -> dict[str, float]:
-    """Take the optimisation steps that are due; those of the first random phase all at its end."""
-    config, frames = job.config, job.run.frames
-    if frames < config.init_random_frames:
-        return {}
-    due = new_frames if frames - new_frames >= config.init_random_frames else frames
-    n_steps, n = round(config.updates_per_frame * due), config.batch_size
-    if not n_steps:
-        return {}
-    sizes = {"batch_size": n, "model_batch_size": n}
-    _, info = job.predictor.learn(job.buffer, n_steps, **sizes, n_total_env_steps=frames)
-    return info
+def _evaluate(config: TrainConfig, run: Run, parts: Parts, say: Callable[[str], None]) -> None:
+    """Evaluate the agent, write and draw the results, and sum them up."""
+    trainer, offline = parts.trainer, parts.offline
+    held_out = offline.held_out if offline is not None and offline.env_id is None else None
+    try:
+        given = config, run, parts.predictor, trainer.replay_buffer, trainer.logger
+        report = *given[:3], held_out, trainer.logger
+        results = write_results(*given) if held_out is None else write_report(*report)
+    except Exception as error:
+        raise RecipeError(
+            f"the run is over and its checkpoint written, but not all of its results: "
+            f"{describe(error)}. To evaluate it: {_evaluate_command(config, run.folder)}"
+        ) from error
+    run.eval_returns, run.imagination, run.report = results
+    for line in summary(config, run):
+        say(line)
+    if held_out is None:
+        say(f"  act with it      {_evaluate_command(config, run.folder)}")
+    say(f"  all the scalars  {_program('tensorboard')} --logdir {run.folder}")
 
 
-def _evaluate(job: _Job) -> None:
-    """Run evaluation episodes, measure the model on them, and write and draw the results."""
-    config, predictor, run, folder = job.config, job.predictor, job.run, job.run.folder
-    horizon, seed = config.planning_horizon, 10_000 + config.seed
-    rollout = run_episodes(config, predictor, episodes=config.eval_episodes, seed=seed)
-    run.eval_returns = episode_returns(rollout).tolist()
-    mean_return = sum(run.eval_returns) / len(run.eval_returns)
-    job.logger.log_scalar("eval/mean_return", mean_return, run.frames)
-    run.imagination = score_imagination(predictor, rollout, horizon=horizon)
-    correlation = run.imagination.correlation
-    job.logger.log_scalar("eval/imagined_return_correlation", correlation, run.frames)
-    make_report = ModelReportHook(predictor, as_buffer(rollout), horizon, writer=job.logger)
-    run.report = make_report(run.frames)
-    with replacing(folder / "model_report.md") as file:
-        file.write(run.report.markdown() + "\n")
-    run.report.figure().savefig(folder / "model_report.png", dpi=130)
-    draw_learning_curve(folder / "learning_curve.png", config, run.episodes, run.eval_returns)
-    draw_imagination(folder / "imagination.png", predictor, job.buffer, rollout, run.imagination)
-    summary = {
-        "config": {name: str(value) for name, value in vars(config).items()},
-        "frames": run.frames,
-        "seconds": run.seconds,
-        "eval_returns": run.eval_returns,
-        "imagined_return_correlation": correlation,
-    }
-    write_json(folder / "summary.json", summary)
-
-
-def _note_episodes(job: _Job, batch: TensorDictBase) -> None:
-    """Count the env steps of a batch, and keep and log the episodes that ended in it."""
-    run, repeat = job.run, job.config.action_repeat
-    returns = batch.get(("next", "episode_reward")).flatten()
-    before = run.frames
-    run.frames += batch.numel() * repeat
-    for i in batch.get(keys.NEXT_DONE).flatten().nonzero().flatten().tolist():
-        step, value = before + (i + 1) * repeat, returns[i].item()
-        run.episodes.append((step, value))
-        job.logger.log_scalar("train/episode_return", value, step)
-
-
-def _log_plans(job: _Job, batch: TensorDictBase) -> None:
-    """Log each of the planner's statistics, as its mean over the planned steps of a batch."""
-    planned = batch.get(keys.PLANNED)
-    if not planned.any():
-        return
-    for key in job.planner.statistics_keys:
-        value = batch.get(key)[planned].mean().item()
-        job.logger.log_scalar(f"planner/{key}", value, job.run.frames)
-
-
-def _status(run: Run, info: dict[str, float]) -> str:
-    """Describe the latest episode and losses in one line."""
-    numbers = [f"return {run.episodes[-1][1]:.0f}"] if run.episodes else []
-    names = ("loss_reward", "loss_value", "nll")
-    return ", ".join(numbers + [f"{name} {info[name]:.3g}" for name in names if name in info])
-
-
-def _summary(config: TrainConfig, run: Run) -> list[str]:
-    returns, value = torch.tensor(run.eval_returns), run.imagination.correlation
-    none = "no correlation to be had, one of them is always the same,"
-    correlation = none if math.isnan(value) else f"correlation {value:.3f}"
-    return [
-        "",
-        f"{config.env}, seed {config.seed}: {run.frames} env steps in {run.seconds:.0f} s",
-        f"  mean return of {len(returns)} evaluation episodes: {returns.mean():.1f} "
-        f"(worst {returns.min():.1f}, best {returns.max():.1f})",
-        f"  imagined against real {run.imagination.horizon}-step returns: "
-        f"{correlation} over {run.imagination.segments} segments",
-        f"  learning curve   {run.folder / 'learning_curve.png'}",
-        f"  imagination      {run.folder / 'imagination.png'}",
-        f"  model report     {run.folder / 'model_report.md'} (and .png)",
-        f"  checkpoint       {run.checkpoint}",
-        f"  act with it      {_evaluate_command(run)}",
-        f"  all the scalars  {_program('tensorboard')} --logdir {run.folder}",
-    ]
-
-
-def _resume_command(job: _Job) -> str:
+def _resume_command(config: TrainConfig, folder: RunFolder) -> str:
     return (
-        f"{_program('python')} -m layeredrl_trl train --resume {job.run.checkpoint} "
-        f"--total-frames {job.config.total_frames}"
+        f"{_program('python')} -m layeredrl_trl train --resume {folder.path} "
+        f"--total-frames {config.total_frames}{_env_option(config)}"
     )
 
 
-def _evaluate_command(run: Run) -> str:
-    return f"{_program('python')} -m layeredrl_trl evaluate --checkpoint {run.checkpoint}"
+def _evaluate_command(config: TrainConfig, folder: Path) -> str:
+    return f"{_program('python')} -m layeredrl_trl evaluate --run {folder}{_env_option(config)}"
+
+
+def _env_option(config: TrainConfig) -> str:
+    """Write an id with a module, which is never taken from a file."""
+    return f" --env {config.env}" if ":" in config.env else ""
 
 
 def _program(name: str) -> str:

@@ -59,7 +59,7 @@ class PredictorTrainer(Trainer):
         replay_buffer: with ``TransitionSliceSampler(slice_len=predictor.loss_module.slice_len)``. A
             collector that extends it itself must not be given to another buffer.
         total_frames: env steps at which training ends.
-        updates_per_frame: optimisation steps per env step; 1 without a collector.
+        updates_per_frame: optimisation steps per env step, 0 for none; 1 without a collector.
         batch_size: slices in a sample, for reward and value.
         model_batch_size: further slices, whose first steps train the dynamics; ``None``: the first
             steps of all slices do.
@@ -148,7 +148,9 @@ class PredictorTrainer(Trainer):
     ) -> None:
         check_counts(total_frames=total_frames, batch_size=batch_size, frame_skip=frame_skip)
         check_counts(save_trainer_interval=save_trainer_interval)
-        check_finite("updates_per_frame", updates_per_frame, above=0)
+        check_finite("updates_per_frame", updates_per_frame)
+        if updates_per_frame < 0:
+            raise ValueError(f"updates_per_frame must not be negative, got {updates_per_frame}.")
         stepper = PredictorStepper(predictor, model_batch_size=model_batch_size)
         feed = SliceFeed(replay_buffer, batch_size + (model_batch_size or 0), stored_keys)
         length, expected = replay_buffer.sampler.slice_len, predictor.loss_module.slice_len

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 
-from layeredrl_trl.checkpoints.publishing import remove_leftovers
 from layeredrl_trl.checkpoints import publishing
+from layeredrl_trl.checkpoints.publishing import remove_leftovers
 from tests.checkpoints.checkpointed import assert_equal, files_in, whole_state
 from tests.checkpoints.whole_runs import Everything
 

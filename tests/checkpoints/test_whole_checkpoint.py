@@ -17,13 +17,13 @@ from torchrl.checkpoint import (
 )
 
 from benchmarks import damage, damaged_checkpoints
+from layeredrl_trl.checkpoints import checksums
 from layeredrl_trl.checkpoints.stored_rows import StoredRows
 from layeredrl_trl.checkpoints.whole_checkpoint import (
     WholeCheckpoint,
     latest_whole,
     set_damaged_aside,
 )
-from layeredrl_trl.checkpoints import checksums
 from tests.checkpoints.checkpointed import (
     assert_equal,
     files_in,

@@ -11,14 +11,14 @@ import torch
 
 import layeredrl_trl.__main__ as command_line
 from layeredrl_trl.__main__ import main
-from layeredrl_trl.recipes import memory, training
+from layeredrl_trl.recipes import memory, results
 from tests.extras import needs_dm_control
 from tests.recipes.odd_envs import odd
 from tests.recipes.tiny_runs import SHORT, TINY, arguments_of, error_of
 
 
-def test_evaluate_prints_every_episode(checkpoint, capsys):
-    assert main(["evaluate", "--checkpoint", str(checkpoint), "--episodes", "2"]) == 0
+def test_evaluate_prints_every_episode(trained, capsys):
+    assert main(["evaluate", "--run", str(trained), "--env", SHORT, "--episodes", "2"]) == 0
     out = capsys.readouterr().out
     assert "episode   2: return 12.0" in out and "mean return 12.0 of 2 episodes" in out
 
@@ -56,17 +56,21 @@ def test_train(tmp_path, capsys):
         (["train", "--logdir", "file"], "logdir: cannot write to 'file'"),
         (["train", "--logdir", "file/runs"], "logdir: cannot write to 'file/runs'"),
         (["train", "--logdir", "a\0b"], "logdir: cannot write to"),
-        (["train", "--resume", "nowhere.pt"], "no file 'nowhere.pt'"),
-        (["train", "--resume", "."], "is a folder"),
-        (["evaluate", "--checkpoint", "nowhere.pt"], "no file 'nowhere.pt'"),
-        (["evaluate", "--checkpoint", "file"], "cannot be read"),
-        (["evaluate", "--checkpoint", "file", "--episodes", "0"], "episodes must be positive"),
-        (["evaluate", "--checkpoint", "file", "--episodes", "1000000"], "episodes must be at most"),
-        (["evaluate", "--checkpoint", "file", "--seed", "-1"], "seed must not be negative"),
+        (["train", "--resume", "nowhere"], "no folder 'nowhere'"),
+        (["train", "--resume", "file"], "no folder 'file'"),
+        (["train", "--resume", "."], "no whole checkpoint"),
+        (["train", "--dataset", "file"], "dataset: 'file' cannot be used"),
+        (["train", "--num-envs", "3"], "frames_per_batch must be a multiple of .* = 6"),
+        (["train", "--asynchronous"], "asynchronous must be False with num_workers=1"),
+        (["evaluate", "--run", "nowhere"], "no folder 'nowhere'"),
+        (["evaluate", "--run", "."], "no whole checkpoint"),
+        (["evaluate", "--run", "file", "--episodes", "0"], "episodes must be positive"),
+        (["evaluate", "--run", "file", "--episodes", "1000000"], "episodes must be at most"),
+        (["evaluate", "--run", "file", "--seed", "-1"], "seed must not be negative"),
         # what tyro says
         ([], "Expected one of {train, evaluate}"),
         (["trian"], "options: trian; Available subcommands: train, evaluate"),
-        (["evaluate"], "--checkpoint PATH"),
+        (["evaluate"], "--run PATH"),
         (["train", "--foo"], "options: --foo"),
         (["train", "--sed", "3"], "meant: --seed INT"),
         (["train", "--seed"], "Missing value for argument '--seed'"),
@@ -126,24 +130,25 @@ def test_help_is_no_error(arguments, capsys):
 def test_an_env_that_fails_later_on(tmp_path, capsys):
     error = error_of(arguments_of(TINY, env=odd("BadStepLater"), logdir=tmp_path), capsys)
     assert "the run has stopped after 0 steps: RuntimeError at odd_envs.py" in error
-    (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
-    error = error_of(["evaluate", "--checkpoint", str(checkpoint)], capsys)
+    (folder,) = tmp_path.iterdir()
+    command = ["evaluate", "--run", str(folder), "--env", odd("BadStepLater")]
+    error = error_of(command, capsys)
     assert "an evaluation episode failed: RuntimeError at odd_envs.py" in error
     assert "report" not in error  # it is the env's doing
 
 
-def test_an_evaluation_that_does_not_fit_into_memory(checkpoint, monkeypatch, capsys):
+def test_an_evaluation_that_does_not_fit_into_memory(trained, monkeypatch, capsys):
     monkeypatch.setattr(memory, "machine_memory", lambda: 2**20)
-    command = ["evaluate", "--checkpoint", str(checkpoint), "--episodes"]
+    command = ["evaluate", "--run", str(trained), "--env", SHORT, "--episodes"]
     assert "eval_episodes, num_candidates" in error_of([*command, "1000"], capsys)
     assert main([*command, "1"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["--env", "Pendulum-v1"], ["--env=Pendulum-v1"]])
-def test_an_env_that_is_not_that_of_the_checkpoint(arguments, checkpoint, capsys):
-    """Pendulum-v1 is the default, so the options alone do not tell that it was asked for."""
-    command = ["train", "--resume", str(checkpoint), "--total-frames", "80", *arguments]
-    assert "is a checkpoint of the environment" in error_of(command, capsys)
+def test_an_env_that_is_not_that_of_the_checkpoint(arguments, trained, capsys):
+    """Its module would be imported, so that the id has to be given; another one does not do."""
+    command = ["train", "--resume", str(trained), "--total-frames", "80", *arguments]
+    assert "give --env with this id" in error_of(command, capsys)
 
 
 def test_an_error_that_nobody_foresaw(monkeypatch, capsys):
@@ -162,11 +167,11 @@ def test_ctrl_c_in_the_final_evaluation_is_no_traceback(tmp_path, monkeypatch, c
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "run_episodes", interrupt)
-    options = "--total-frames 40 --init-random-frames 40 --updates-per-frame 0"
+    monkeypatch.setattr(results, "run_episodes", interrupt)
+    options = "--total-frames 40 --init-random-frames 40 --updates-per-frame 0.1"
     assert main(["train", "--logdir", str(tmp_path), *options.split()]) == 130
     assert "Interrupted" in capsys.readouterr().err
-    assert list(tmp_path.glob("*/checkpoint.pt"))
+    assert list(tmp_path.glob("*/checkpoints/checkpoint-*040"))
 
 
 def test_an_error_in_a_thread_is_told_by_the_main_thread_only(monkeypatch, capsys):
@@ -187,13 +192,13 @@ def test_an_error_in_a_thread_is_told_by_the_main_thread_only(monkeypatch, capsy
     assert threading.excepthook is hook
 
 
-def test_output_that_nobody_reads(checkpoint, monkeypatch):
+def test_output_that_nobody_reads(trained, monkeypatch):
     """Python itself complained about the closed pipe when it ended."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert main(["evaluate", "--checkpoint", str(checkpoint), "--episodes", "1"]) == 2
+        assert main(["evaluate", "--run", str(trained), "--env", SHORT, "--episodes", "1"]) == 2
         stdout.flush()
 
 
@@ -202,7 +207,7 @@ def test_a_name_that_the_terminal_cannot_print(tmp_path, monkeypatch):
     with open(tmp_path / "out", "w", encoding="ascii") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(command_line, "evaluate", lambda _: print("runs/é"))
-        assert main(["evaluate", "--checkpoint", "x"]) == 0
+        assert main(["evaluate", "--run", "x"]) == 0
     assert (tmp_path / "out").read_text() == "runs/\\xe9\n"
 
 
@@ -210,7 +215,7 @@ def test_the_number_of_threads(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     monkeypatch.setattr(command_line, "evaluate", lambda _: None)
-    assert main(["evaluate", "--checkpoint", "x", "--num-threads", "3"]) == 0
+    assert main(["evaluate", "--run", "x", "--num-threads", "3"]) == 0
     assert seen == [3]
 
 

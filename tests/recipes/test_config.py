@@ -19,7 +19,7 @@ NUMBERS = [
 
 
 def make(config, **options):
-    required = {"checkpoint": Path("x")} if config is EvaluateConfig else {}
+    required = {"run": Path("x")} if config is EvaluateConfig else {}
     return config(**required | options)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layeredrl_trl.recipes import RecipeError, TrainConfig, make_env, memory
+from layeredrl_trl.recipes.agent import Spaces
 from tests.recipes.tiny_runs import TINY
 
 GIB = 2**30
@@ -14,7 +15,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def env():
-    return make_env("Pendulum-v1")
+    return Spaces.of(make_env("Pendulum-v1"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layeredrl_trl.recipes import make_env, run_episodes
-from layeredrl_trl.recipes.agent import make_predictor
+from layeredrl_trl.recipes.agent import Spaces, make_predictor
 from layeredrl_trl.recipes.evaluation import as_buffer
 from layeredrl_trl.recipes.pictures import draw_imagination, draw_learning_curve, score_imagination
 from tests.recipes.tiny_runs import SHORT, TINY
@@ -23,7 +23,7 @@ def draw(config, predictor, path):
 def test_a_model_that_has_diverged(n_models, tmp_path):
     """An axis in log scale found nothing positive, and the run died after its training."""
     config = replace(TINY, env=SHORT, n_models=n_models)
-    predictor = make_predictor(config, make_env(SHORT))
+    predictor = make_predictor(config, Spaces.of(make_env(SHORT)))
     with torch.no_grad():
         for parameter in predictor.model.parameters():
             parameter.fill_(torch.nan)

@@ -449,7 +449,7 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     [
         ({"total_frames": 0}, ValueError, "total_frames must be at least 1"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an integer"),
-        ({"updates_per_frame": 0}, ValueError, "updates_per_frame must be positive"),
+        ({"updates_per_frame": -0.1}, ValueError, "updates_per_frame must not be negative"),
         ({"updates_per_frame": float("inf")}, ValueError, "updates_per_frame must be finite"),
         ({"frame_skip": -1}, ValueError, "frame_skip must be at least 1"),
         ({"init_random_frames": -1}, ValueError, "init_random_frames must be at least 0"),

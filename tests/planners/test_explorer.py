@@ -1,4 +1,4 @@
-"""How the agent of the recipe explores."""
+"""Random actions at first and in phases, around those of a planner."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded
 
-from layeredrl_trl.planners import ICEMPlanner
-from layeredrl_trl.recipes.agent import Explorer
+from layeredrl_trl.planners import Explorer, ICEMPlanner
 from tests.problems import PendulumModel
 
 
@@ -52,3 +51,24 @@ def test_a_random_phase_forgets_the_plan():
     assert not out["planned"].item()
     assert out["next", "plan"].isnan().all() and out["next", "elites"].isnan().all()
     assert out["plan_return"].isnan().all() and out["plan_return"].shape == (1,)
+
+
+def test_its_state_is_the_number_of_actions():
+    one, other = explorer(3, 2, 1), explorer(3, 2, 1)
+    flags(one, 5)
+    other.load_state_dict(one.state_dict())
+    assert flags(other, 5) == "rpprp"
+
+
+@pytest.mark.parametrize(
+    ("phases", "error", "text"),
+    [
+        ((0,), ValueError, "init_random_steps must be at least 1"),
+        ((2.5,), TypeError, "init_random_steps must be an integer"),
+        ((1, -1), ValueError, "planned_steps must be at least 0"),
+        ((1, 1, -1), ValueError, "random_steps must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range(phases, error, text):
+    with pytest.raises(error, match=text):
+        explorer(*phases)
