@@ -19,7 +19,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' |
 	{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-next lint format bench gpu tutorials clean distclean
+.PHONY: help demo install test test-next lint format bench gpu tutorials wheel clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [WORKERS=2]"
@@ -69,6 +69,10 @@ tutorials: $(DEV_STAMP) ## execute tutorials/*.py into the notebooks beside them
 		$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --update --output "$$notebook" "$$script"; \
 		$(BIN)/jupyter-execute --inplace "$$notebook"; \
 	done
+
+wheel: ## build sdist and wheel into dist/ and try the wheel in a new environment
+	@$(CHECK_PYTHON)
+	$(PYTHON) .ci/check_wheel.py dist
 
 clean: ## remove caches and what training and building left here
 	rm -rf build dist outputs runs .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -17,9 +17,15 @@ action. Each folder is a floor and imports only from floors below its own:
     policies that search in a model.
 ``diagnostics``
     the report on a model.
+``checkpoints``, ``bridges``
+    what a run saves; the way to other libraries.
+``trainers``
+    TorchRL's trainer, put together.
 ``recipes``
     the main job: collect, learn, plan, evaluate.
 """
+
+from importlib.metadata import version
 
 from layeredrl_trl.data import HindsightGoals, TransitionSliceSampler
 from layeredrl_trl.diagnostics import model_report
@@ -78,7 +84,7 @@ from layeredrl_trl.predictors import (
 )
 from layeredrl_trl.schedules import Schedule
 
-__version__ = "0.1.0"
+__version__ = version("layeredrl_trl")
 
 __all__ = [
     "BestActionValue",
