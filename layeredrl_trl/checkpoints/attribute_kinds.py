@@ -333,7 +333,7 @@ def attribute_fault(saved: Any, examples: Sequence[Saved], *, is_all: bool) -> s
     elif any(other == "empty_buffer" for other, _ in examples) and kind != "tensor":
         return f"expected a tensor, got a {kind}"
     if content is None and all(isinstance(example, tuple) for _, example in examples):
-        return None  # Gymnasium's checker forgets its data where an episode ends
+        return None  # Gymnasium's checker forgets its data after the second step
     return KINDS[kind].fault(content, alike)
 
 

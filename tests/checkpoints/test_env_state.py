@@ -11,6 +11,7 @@ import pytest
 import torch
 from torchrl.checkpoint import Checkpoint
 from torchrl.envs import (
+    GymWrapper,
     RewardSum,
     StepCounter,
     TransformedEnv,
@@ -327,3 +328,21 @@ def test_state_of_other_transforms():
     other = TransformedEnv(make_env("Pendulum-v1"), RewardSum())
     with pytest.raises(ValueError, match=r"another environment: .*RewardSum.*StepCounter"):
         EnvState(other).load_state_dict(EnvState(one).state_dict())
+
+
+def test_a_new_env_under_gymnasiums_checker_takes_the_state_of_one_that_has_run():
+    """The checker forgets its data after two steps, and no new environment had forgotten them."""
+
+    def checked(seed):
+        env = GymWrapper(gym.make("Pendulum-v1", max_episode_steps=5))
+        env.set_seed(seed)
+        return env
+
+    env, other = checked(0), checked(1)
+    state = EnvState(env)
+    assert state.can_be_saved
+    env.rollout(5)
+    saved = state.state_dict()
+    other.reset()
+    EnvState(other).load_state_dict(saved)
+    assert (other.reset()["observation"] == env.reset()["observation"]).all()
