@@ -259,11 +259,15 @@ class PredictorTrainer(Trainer):
 
     def save_trainer(self, force_save: bool = False) -> None:
         """Save a checkpoint if one is due: at each multiple of ``save_trainer_interval``."""
-        interval = self.save_trainer_interval
-        is_due = self.collected_frames // interval > self._last_save // interval
-        if self._has_checkpoint_destination() and (is_due or force_save):
+        is_due = self._save_interval_elapsed() or force_save
+        if self._has_checkpoint_destination() and is_due:
             self._last_save = self.collected_frames
             self._save_trainer()
+
+    def _save_interval_elapsed(self) -> bool:
+        """Tell whether a multiple of the interval was passed; TorchRL 0.15 asks, too."""
+        interval = self.save_trainer_interval
+        return self.collected_frames // interval > self._last_save // interval
 
     def save_after_error(self) -> None:
         """Save what has been learned and collected, after an error that :meth:`train` has raised.
