@@ -37,7 +37,9 @@ def throughput(config: TrainConfig, folder: Path) -> tuple[float, float]:
     env = make_env(config.env)
     spaces = Spaces.of(env)
     env.close()
-    parts = make_parts(config, RunFolder(folder), make_predictor(config, spaces), None, 0)
+    parts = make_parts(
+        config, RunFolder(folder), make_predictor(config, spaces), None, 0, config.total_frames
+    )
     trainer, moments = parts.trainer, []
     trainer.progress_bar = False
     trainer.save_trainer_interval = 10**9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from functools import partial
 from typing import NamedTuple
 
@@ -38,8 +40,8 @@ def make_collector(config: TrainConfig, predictor: RewardPredictor, frames: int 
     Args:
         config: options of the run.
         predictor: the planner plans in its model.
-        frames: env steps that the run has taken. The random numbers of workers depend on it, so
-            that a resumed run does not begin with the episodes of the first one again.
+        frames: env steps that the run has taken. Workers explore from there on, and with random
+            numbers of their own: a resumed run does not begin with the same episodes again.
     """
     repeat, workers = config.action_repeat, config.num_workers
     make = partial(make_env, config.env, num_envs=config.num_envs, action_repeat=repeat)
@@ -47,12 +49,10 @@ def make_collector(config: TrainConfig, predictor: RewardPredictor, frames: int 
     spec = env.action_spec_unbatched
     policy, planner = make_policy(config, predictor, spec)
     share = repeat * workers
-    # Each worker's collector calls its copy of the policy once to try it.
-    tried = config.num_envs if workers > 1 else 0
     explorer = Explorer(
         policy,
         spec,
-        init_random_steps=max(1, config.init_random_frames // share) + tried,
+        init_random_steps=max(1, config.init_random_frames // share),
         planned_steps=config.planned_frames // share,
         random_steps=config.random_frames // share,
         planner=planner,
@@ -68,6 +68,8 @@ def make_collector(config: TrainConfig, predictor: RewardPredictor, frames: int 
         collector = Collector(env, explorer, **options)
     else:
         env.close()
+        # Each worker gets a copy, and its collector calls it once to try it.
+        explorer.steps = frames // share - config.num_envs
         first = workers * frames
         seeds = [(config.seed + _APART * i) % _SEEDS for i in range(first, first + workers)]
         makers = [partial(_make_worker_env, make, primer, seed) for seed in seeds]
@@ -76,12 +78,19 @@ def make_collector(config: TrainConfig, predictor: RewardPredictor, frames: int 
             collector = MultiAsyncCollector(makers, explorer, **options)
         else:
             collector = MultiSyncCollector(makers, explorer, cat_results="stack", **options)
-    explorer.steps = 0  # the collector has called the policy once to try it
+    explorer.steps = 0  # a collector in this process has called the policy once to try it
     return Collecting(collector, explorer, planner)
 
 
 def _make_worker_env(make: partial[EnvBase], primer: Transform, seed: int) -> EnvBase:
-    """Make the env of a worker process, whose random numbers are its own."""
+    """Make the env of a worker process, whose random numbers are its own.
+
+    A terminal sends Ctrl-C to the workers, too, and a cluster SIGTERM. They go on, so that the
+    process that learns can end the run after its batch; then it ends them.
+    """
+    if multiprocessing.parent_process() is not None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     return make(seed=seed).append_transform(primer)

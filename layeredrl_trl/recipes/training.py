@@ -104,25 +104,27 @@ def train(
             checkpoint has been written then.
     """
     with ExitStack() as stack:
-        saved = None
+        saved, most_frames = None, config.total_frames
         if config.resume is not None:
             folder = RunFolder(config.resume)
             folder.latest()  # before the lock, which would make a file in a folder of no run
             check_writable(folder.path)
             stack.enter_context(folder.locked())
             saved = folder.latest()
-            config = _resumed_config(config, folder, saved, say, given)
+            there = folder.read_config(saved, device=config.device, env=config.env)
+            most_frames = max(config.total_frames, there.total_frames)
+            config = _resumed_config(config, there, _frames_at(saved), say, given)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
         config, spaces, offline = _open_source(config, given)
-        check_memory(config, spaces)
+        check_memory(replace(config, total_frames=most_frames), spaces)
         predictor = make_predictor(config, spaces)
         make_policy(config, predictor, spaces.action_spec)  # refuses options that do not fit
         if config.resume is None:
             folder = RunFolder(make_folder(config.logdir, config.env, config.seed))
             stack.enter_context(folder.locked())
         frames = 0 if saved is None else _frames_at(saved)
-        parts = make_parts(config, folder, predictor, offline, frames)
+        parts = make_parts(config, folder, predictor, offline, frames, most_frames)
         stack.callback(parts.trainer.collector.shutdown)
         if saved is not None:
             _load(parts, saved)
@@ -138,10 +140,15 @@ def make_parts(
     predictor: RewardPredictor,
     offline: Offline | None,
     frames: int,
+    most_frames: int,
 ) -> Parts:
-    """Put the parts of a run together that has taken ``frames`` env steps."""
+    """Put the parts of a run together that has taken ``frames`` env steps.
+
+    Its buffer has room for ``most_frames``, the largest ``total_frames`` that the run ever had: a
+    smaller buffer does not take the rows of a larger one.
+    """
     slice_len = predictor.loss_module.slice_len
-    checkpoint = folder.checkpoint(config)
+    checkpoint = folder.checkpoint(replace(config, total_frames=most_frames))
     options = {
         "predictor": predictor,
         "total_frames": config.total_frames,
@@ -160,7 +167,7 @@ def make_parts(
         return Parts(predictor, trainer, None, offline)
     collector, explorer, planner = make_collector(config, predictor, frames)
     batch = config.frames_per_batch
-    rows = -(-config.total_frames // batch) * batch // config.action_repeat
+    rows = -(-most_frames // batch) * batch // config.action_repeat
     has_columns = config.num_envs * config.num_workers > 1 and not config.asynchronous
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(rows, ndim=1 + has_columns),
@@ -239,14 +246,15 @@ def _frames_at(saved: Path) -> int:
 
 def _resumed_config(
     config: TrainConfig,
-    folder: RunFolder,
-    saved: Path,
+    there: TrainConfig,
+    frames: int,
     say: Callable[[str], None],
     given: Collection[str] | None,
 ) -> TrainConfig:
-    """Return the checkpoint's options, but with ``total_frames`` and ``resume`` of ``config``."""
-    there = folder.read_config(saved, device=config.device, env=config.env)
-    frames = _frames_at(saved)
+    """Return the options ``there`` of a run that has taken ``frames`` env steps.
+
+    ``total_frames`` and ``resume`` are those of ``config``.
+    """
     if config.total_frames <= frames:
         raise RecipeError(
             f"resume: the run has taken {frames} steps already; raise total_frames, which is "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.collectors import BaseCollector, Collector
+from torchrl.collectors import BaseCollector, Collector, MultiAsyncCollector
 
 from layeredrl_trl.checkpoints.env_state import EnvState
 from layeredrl_trl.checks import check_count
@@ -60,6 +60,10 @@ class CollectorState:
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors: counters, the env and its current step."""
         collector = self.collector
+        if isinstance(collector, MultiAsyncCollector):
+            # Its workers would drop what they are collecting, and wait ever after.
+            counters = {"frames": collector._frames, "iter": collector._iter}
+            return {"workers": {**counters, "traj_pool": collector._traj_pool.state_dict()}}
         if self._env is None:
             return {"workers": collector.state_dict()}
         state: dict[str, Any] = {
@@ -87,6 +91,9 @@ class CollectorState:
                 f"collector: the checkpoint is of one {kinds[was_local]}, here is one "
                 f"{kinds[is_local]}."
             )
+        if isinstance(collector, MultiAsyncCollector):
+            self._load_asynchronous(collector, state["workers"])
+            return
         if self._env is None:
             collector.load_state_dict(state["workers"])
             self.began_anew = isinstance(collector, BaseCollector)
@@ -108,6 +115,14 @@ class CollectorState:
             first = torch.tensor(state["trajectories"] - n_new)
             collector._traj_pool.load_state_dict({"traj_id": first})
             self._restart(seed)
+
+    def _load_asynchronous(self, collector: MultiAsyncCollector, state: Mapping[str, Any]) -> None:
+        for name in ("frames", "iter"):
+            check_count(f"collector: {name}", state[name], least=0)
+        collector._traj_pool.load_state_dict(state["traj_pool"])
+        collector._frames, collector._iter = state["frames"], state["iter"]
+        collector.reset()  # to episodes whose ids come after those that are stored
+        self.began_anew = True
 
     @property
     def _is_plain(self) -> bool:

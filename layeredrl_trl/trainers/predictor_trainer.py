@@ -14,7 +14,7 @@ from typing import Any
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
-from torchrl.collectors import BaseCollector
+from torchrl.collectors import BaseCollector, MultiAsyncCollector
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.record.loggers.common import Logger
 from torchrl.trainers import Trainer
@@ -152,7 +152,9 @@ class PredictorTrainer(Trainer):
         if updates_per_frame < 0:
             raise ValueError(f"updates_per_frame must not be negative, got {updates_per_frame}.")
         stepper = PredictorStepper(predictor, model_batch_size=model_batch_size)
-        feed = SliceFeed(replay_buffer, batch_size + (model_batch_size or 0), stored_keys)
+        n_slices = batch_size + (model_batch_size or 0)
+        has_gaps = isinstance(collector, MultiAsyncCollector)
+        feed = SliceFeed(replay_buffer, n_slices, stored_keys, has_gaps=has_gaps)
         length, expected = replay_buffer.sampler.slice_len, predictor.loss_module.slice_len
         if length != expected:
             raise ValueError(

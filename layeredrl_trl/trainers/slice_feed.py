@@ -27,6 +27,9 @@ class SliceFeed(TrainerHookBase):
         replay_buffer: is extended and sampled, with a ``TransitionSliceSampler(slice_len=...)``.
         num_slices: slices in a sample.
         stored_keys: entries to store, if they are there; ``None``: all.
+        has_gaps: whether a batch may not go on where the one before it ended, because the collector
+            drops batches that it cannot hand over in time (``MultiAsyncCollector``). Slices then
+            end with the batch: its last step is stored as truncated.
 
     Raises:
         TypeError: if learning cannot draw slices of the buffer, or ``num_slices`` is no integer.
@@ -38,6 +41,8 @@ class SliceFeed(TrainerHookBase):
         replay_buffer: TensorDictReplayBuffer,
         num_slices: int,
         stored_keys: Sequence[NestedKey] | None = None,
+        *,
+        has_gaps: bool = False,
     ) -> None:
         check_buffer(replay_buffer)
         check_count("num_slices", num_slices)
@@ -50,6 +55,7 @@ class SliceFeed(TrainerHookBase):
         self.replay_buffer = replay_buffer
         self.num_slices = num_slices
         self.stored_keys = None if stored_keys is None else [*stored_keys]
+        self.has_gaps = has_gaps
 
     def extend(self, batch: TensorDictBase) -> None:
         """Store a collected batch."""
@@ -64,6 +70,8 @@ class SliceFeed(TrainerHookBase):
     def _rows(self, batch: TensorDictBase) -> TensorDictBase:
         """Bring a batch into the shape in which the storage takes it."""
         mask = batch.get(keys.MASK, None)
+        if self.has_gaps:
+            batch = _ended(batch)
         if self.stored_keys is not None:
             batch = batch.select(*self.stored_keys, strict=False)
         if mask is not None:
@@ -83,3 +91,17 @@ class SliceFeed(TrainerHookBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what :meth:`state_dict` returned."""
+
+
+def _ended(batch: TensorDictBase) -> TensorDictBase:
+    """Return a batch ``[..., T]`` whose last steps are done, truncated unless they were done."""
+    batch, last = batch.copy(), batch.ndim - 1
+    done = batch.get(keys.NEXT_DONE)
+    for key in (keys.NEXT_TRUNCATED, keys.NEXT_DONE):
+        flags = batch.get(key, None)
+        if flags is not None:
+            flags = flags.clone()
+            end = flags.select(last, -1)
+            end |= ~done.select(last, -1)
+            batch.set(key, flags)
+    return batch

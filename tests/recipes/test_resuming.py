@@ -198,6 +198,15 @@ def test_a_resumed_run_shorter_than_its_first_phase(tiny, unevaluated, monkeypat
     assert frames_saved(run.folder) == [20]
 
 
+def test_a_resumed_run_may_be_shorter_than_it_was_meant_to_be(config, monkeypatch):
+    """Its smaller buffer did not take the rows of the larger one, and it could not be resumed."""
+    with monkeypatch.context() as patch:
+        do_at(60, lambda: signal.raise_signal(signal.SIGINT), patch)
+        run = train(replace(config, total_frames=400), say=lambda _: None)
+    assert go_on(run.folder, 80).frames == len(rows_of(run.folder)) == 80
+    assert go_on(run.folder, 120).frames == len(rows_of(run.folder)) == 120
+
+
 def test_a_resumed_run_whose_folder_takes_no_file(trained, monkeypatch):
     """It was trained, and then could not be saved."""
     before = sorted(trained.rglob("*"))

@@ -82,3 +82,29 @@ def test_bad_arguments():
         SliceFeed(make_buffer(), 0)
     with pytest.raises(TypeError, match="buffer"):
         SliceFeed(None, 1)
+
+
+def test_a_batch_that_may_not_follow_the_one_before_ends_its_slices():
+    """A ``MultiAsyncCollector`` drops a batch that waits for more than a second."""
+    buffer, batch = make_buffer(), batch_of(5)
+    batch["next", "truncated"] = batch["next", "terminated"].clone()
+    before = batch.clone()
+    feed = SliceFeed(buffer, num_slices=200, has_gaps=True)
+    feed.extend(batch)
+    assert (batch == before).all()
+    batch["observation"] += 50  # of the same trajectory, later on
+    feed.extend(batch)
+    rows = buffer[:]
+    assert rows["next", "truncated"].flatten().nonzero().flatten().tolist() == [4, 9]
+    assert rows["next", "done"].flatten().nonzero().flatten().tolist() == [4, 9]
+    sample = feed.sample().reshape(200, 2)
+    x, real = sample["observation"][..., 0], sample["collector", "mask"][:, 1, 0]
+    assert real.any() and (x[real, 1] == x[real, 0] + 1).all()
+
+
+def test_an_end_of_a_batch_that_terminated_is_not_truncated():
+    buffer, batch = make_buffer(), batch_of(5)
+    batch["next", "truncated"] = batch["next", "terminated"].clone()
+    batch["next", "terminated"][-1] = batch["next", "done"][-1] = True
+    SliceFeed(buffer, 1, has_gaps=True).extend(batch)
+    assert not buffer[:]["next", "truncated"].any()
