@@ -7,8 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from functools import cache
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -33,26 +32,14 @@ from layeredrl_trl import (
     as_value_module,
 )
 from tests.oracles_predictors import episodes, filled_buffer
+from tests.pages import DOCS, blocks_of, namespace_of
 from tests.planners.planning_envs import FastLQREnv
 from tests.problems import DOUBLE_INTEGRATOR, LinearGaussian, TwoStepBanditEnv, riccati
 from tests.small_predictors import learn, snapshot
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-BLOCKS = {
-    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    for title, text in re.findall(
-        r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.DOTALL
-    )
-}
-
-
-@cache
-def namespace(title):
-    """What the block under a title defines."""
-    (block,) = BLOCKS[title]
-    scope: dict = {}
-    exec(compile(block, f"{PAGE.name}: {title}", "exec"), scope)
-    return scope
+PAGE = "extending.md"
+BLOCKS = blocks_of(PAGE)
+namespace = partial(namespace_of, PAGE)
 
 
 # ---- the page
@@ -70,7 +57,7 @@ def test_all_names_are_at_the_top_level(title):
 
 
 def test_the_table_names_methods_that_there_are():
-    text = PAGE.read_text()
+    text = (DOCS / PAGE).read_text()
     for base in (Encoder, DynamicsModel, GaussianPlanner, SamplingPlanner):
         (row,) = re.findall(rf"^\|[^|]*\| `{base.__name__}` \|(.*)\|$", text, re.M)
         brings, may_bring = (re.findall(r"`(\w+)`", cell) for cell in row.split("|"))

@@ -1,8 +1,7 @@
 """The blocks of docs/bridges.md run, each by itself, and do what the page says."""
 
 import re
-from functools import cache
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -12,23 +11,11 @@ from layeredrl_trl.bridges import from_tianshou
 from layeredrl_trl.predictors import RewardPredictor
 from tests.bridges.tianshou_rings import Rings, record
 from tests.extras import needs
+from tests.pages import DOCS, blocks_of, namespace_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "bridges.md"
-BLOCKS = {
-    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    for title, text in re.findall(
-        r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.DOTALL
-    )
-}
-
-
-@cache
-def namespace(title):
-    """What the block under a title defines."""
-    (block,) = BLOCKS[title]
-    scope: dict = {}
-    exec(compile(block, f"{PAGE.name}: {title}", "exec"), scope)
-    return scope
+PAGE = "bridges.md"
+BLOCKS = blocks_of(PAGE)
+namespace = partial(namespace_of, PAGE)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +26,7 @@ def test_each_block_runs_by_itself(title):
 
 
 def test_the_table_names_what_there_is():
-    table = PAGE.read_text().partition("\n## ")[0]
+    table = (DOCS / PAGE).read_text().partition("\n## ")[0]
     names = re.findall(r"^\|.*\| `(\w+)` \|$", table, re.M)
     assert sorted(names) == sorted(bridges.__all__)
 
