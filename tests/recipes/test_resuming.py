@@ -207,6 +207,15 @@ def test_a_resumed_run_may_be_shorter_than_it_was_meant_to_be(config, monkeypatc
     assert go_on(run.folder, 120).frames == len(rows_of(run.folder)) == 120
 
 
+def test_one_process_writes_to_a_folder(trained, unevaluated):
+    """Three that resumed one run raced for its files."""
+    before = content_of(trained)
+    with RunFolder(trained).locked(), pytest.raises(RecipeError, match="another process is writ"):
+        go_on(trained, 80, SHORT)
+    assert content_of(trained) == before
+    assert go_on(trained, 80, SHORT).frames == 80
+
+
 def test_a_resumed_run_whose_folder_takes_no_file(trained, monkeypatch):
     """It was trained, and then could not be saved."""
     before = sorted(trained.rglob("*"))

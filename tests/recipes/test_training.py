@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from layeredrl_trl.__main__ import main
 from layeredrl_trl.recipes import RecipeError, TrainConfig, make_env, results, train, training
+from layeredrl_trl.recipes.agent import Spaces, make_policy, make_predictor
 from tests.extras import needs_dm_control
 from tests.recipes.odd_envs import EPISODE_LENGTH, odd
 from tests.recipes.tiny_runs import error_of, frames_saved, rows_of
@@ -144,6 +145,14 @@ def test_observations_of_integers_beside_floats(tiny):
     """They stopped the run at its first step."""
     run = train(replace(tiny, env=odd("ChoiceInDictObservation")), say=lambda _: None)
     assert run.frames == 60
+
+
+def test_a_pessimist_loses_by_disagreement(tiny):
+    spaces = Spaces.of(make_env("Pendulum-v1"))
+    for pessimism in (0.0, 0.5):
+        config = replace(tiny, pessimism=pessimism)
+        _, planner = make_policy(config, make_predictor(config, spaces), spaces.action_spec)
+        assert planner.score.disagreement == -pessimism
 
 
 @pytest.mark.parametrize("env", ["Pendulum-v1", None])
