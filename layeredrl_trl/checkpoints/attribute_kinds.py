@@ -7,6 +7,7 @@ so that whoever shares the object sees the restored content too.
 
 from __future__ import annotations
 
+import abc
 import copy
 from collections.abc import Mapping, MutableMapping, Sequence
 from multiprocessing.sharedctypes import Synchronized
@@ -33,24 +34,24 @@ Saved = tuple[str, Any]
 _SIMPLE_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 
 
-class Kind:
+class Kind(abc.ABC):
     """One kind of attribute."""
 
+    @abc.abstractmethod
     def holds(self, value: Any) -> bool:
         """Whether an attribute is of this kind."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, value: Any) -> Any:
         """Copy the content of an attribute."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fault(self, content: Any, examples: Sequence[Any]) -> str | None:
         """Say why a content cannot be written, given what was read in its place; None if it can."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def write(self, owner: MutableMapping[str, Any], name: str, content: Any) -> None:
         """Write a content that has no fault to an attribute, which may be None or missing."""
-        raise NotImplementedError
 
 
 class _Plain(Kind):

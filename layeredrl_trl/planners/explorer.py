@@ -16,8 +16,9 @@ from layeredrl_trl.planners.base import SamplingPlanner
 class Explorer(TensorDictModuleBase):
     """Act at random at first, then by a policy, with phases of random actions in between.
 
-    The value learns only from steps that were ``planned``. The number of actions so far is part of
-    the ``state_dict``.
+    The value learns only from steps that were ``planned``. The number of actions so far, ``steps``,
+    is part of the ``state_dict``. A collector calls its policy once when it is made: set ``steps``
+    to 0 then, or the first random phase is one action shorter.
 
     Args:
         policy: chooses the actions outside of random phases.
